@@ -1,0 +1,27 @@
+"""gossamer: makes a trained transformer's attention sparse enough to read.
+
+``sparsify`` puts gates on every attention link, ``densify`` takes them off, ``save`` and ``load`` keep them,
+``gated_attention`` is the op itself. The ``gossamer`` command does the whole job.
+"""
+
+from gossamer.errors import GossamerError
+from gossamer.models.attention import counted_links, forced_open, sampled_gates
+from gossamer.models.checkpoint import load, save
+from gossamer.models.convert import densify, is_gated, sparsify
+from gossamer.ops import GatedAttention, gated_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GatedAttention",
+    "GossamerError",
+    "counted_links",
+    "densify",
+    "forced_open",
+    "gated_attention",
+    "is_gated",
+    "load",
+    "sampled_gates",
+    "save",
+    "sparsify",
+]

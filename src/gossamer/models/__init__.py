@@ -1,0 +1,1 @@
+"""Gated models: conversion, saving, loading, and the op behind transformers' attention interface."""

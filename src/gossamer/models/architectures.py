@@ -1,0 +1,104 @@
+"""What is known of each model family: where its attention is, and which configurations are refused.
+
+To add a family: one entry in ``ARCHITECTURES`` and one tiny random config in ``tests/models/families.py``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gossamer.errors import GossamerError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where one model family keeps its attention.
+
+    Attributes:
+        layers: path of the list of decoder layers, from the causal language model.
+        attention: name of the attention module within a layer.
+        projections: names of the linear maps within the attention module.
+        refused: config fields that change attention in a way the gates do not know; refused when truthy.
+    """
+
+    layers: str
+    attention: str
+    projections: tuple[str, ...]
+    refused: tuple[str, ...] = ()
+
+
+_SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LLAMA_LIKE = Architecture("model.layers", "self_attn", _SEPARATE)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": Architecture("transformer.h", "attn", ("c_attn", "c_proj"), refused=("add_cross_attention",)),
+    "gpt_neox": Architecture("gpt_neox.layers", "attention", ("query_key_value", "dense")),
+    "opt": Architecture("model.decoder.layers", "self_attn", ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma": Architecture("model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)),
+    "gemma2": Architecture("model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)),
+    "gemma3_text": Architecture(
+        "model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)
+    ),
+    "olmo2": _LLAMA_LIKE,
+    "phi3": Architecture("model.layers", "self_attn", ("qkv_proj", "o_proj")),
+    "smollm3": _LLAMA_LIKE,
+    "granite": _LLAMA_LIKE,
+}
+
+# Families whose modelling code never calls the attention interface: their gates would silently do nothing.
+_DEAF = ("gpt_neo", "gptj", "bloom", "falcon")
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """The entry of the model's family.
+
+    Raises:
+        GossamerError: naming the family or the setting that cannot be gated right.
+    """
+    config = model.config
+    family = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise GossamerError(f"{family} is an encoder-decoder; gossamer gates decoder-only language models")
+    if family in _DEAF:
+        raise GossamerError(
+            f"{family} does not call transformers' attention interface, so gates would do nothing in it; "
+            f"supported families: {', '.join(ARCHITECTURES)}"
+        )
+    if family not in ARCHITECTURES:
+        if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise GossamerError(f"{family} is not a causal language model; gossamer gates decoders only")
+        raise GossamerError(
+            f"{family} is not a supported family; supported families: {', '.join(ARCHITECTURES)}"
+        )
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    if type(model).__name__ != expected:
+        raise GossamerError(f"{type(model).__name__} is not the causal language model of {family}; use {expected}")
+    architecture = ARCHITECTURES[family]
+    for field in architecture.refused:
+        if getattr(config, field, None):
+            raise GossamerError(f"{family} with {field}={getattr(config, field)} cannot be gated right; unset it")
+    quantization = getattr(config, "quantization_config", None)
+    method = getattr(quantization, "quant_method", None)
+    if quantization is not None and method != "gguf":  # transformers dequantises GGUF when it loads
+        raise GossamerError(f"{family} with {method} quantisation cannot be trained or saved; load it in full")
+    if getattr(config, "is_causal", True) is False or (family in ("gpt2", "opt") and _bidirectional(model)):
+        raise GossamerError(f"this {family} attends in both directions; gossamer gates causal models only")
+    return architecture
+
+
+def _bidirectional(model: PreTrainedModel) -> bool:
+    return any(getattr(module, "is_causal", True) is False for module in model.modules())
+
+
+def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The attention modules of a supported model, from the first layer to the last."""
+    architecture = ARCHITECTURES[model.config.model_type]
+    for layer in model.get_submodule(architecture.layers):
+        yield layer.get_submodule(architecture.attention)

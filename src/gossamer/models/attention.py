@@ -1,0 +1,172 @@
+"""The gated attention op behind transformers' attention and mask interfaces, and the state of the gates.
+
+Both interfaces are needed: with the attention function alone, transformers builds no causal mask.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from gossamer.errors import GossamerError
+from gossamer.models.architectures import attention_modules
+from gossamer.ops import fold_seed, gated_attention
+
+IMPLEMENTATION = "gossamer"
+"""The name under which the op is registered with transformers."""
+
+
+@dataclass(frozen=True)
+class LinkCounts:
+    """Links of one layer in one forward pass, each ``[batch, heads]``; see :class:`gossamer.GatedAttention`."""
+
+    expected_open: Float[Tensor, "batch heads"]
+    open_links: Int[Tensor, "batch heads"]
+    allowed_links: Int[Tensor, "batch heads"]
+
+
+@dataclass
+class GateState:
+    """How the gates of one model act at the moment; shared by all its attention modules.
+
+    Attributes:
+        sampled: sample the gates rather than take the hard ones of evaluation.
+        seed: of the noise; each layer folds its own index into it.
+        forced_open: every gate is open, whatever its logit: the dense model's own attention.
+        counts: link counts by layer, filled where it is not None.
+    """
+
+    sampled: bool = False
+    seed: int = 0
+    forced_open: bool = False
+    counts: dict[int, LinkCounts] | None = field(default=None, repr=False)
+
+
+def gate_state(model: PreTrainedModel) -> GateState:
+    """The gate state of a gated model.
+
+    Raises:
+        GossamerError: if the model has no gates.
+    """
+    for module in attention_modules(model):
+        if isinstance(state := getattr(module, "gate_state", None), GateState):
+            return state
+        break
+    raise GossamerError("this model has no gates; gossamer.sparsify(model) puts them in")
+
+
+@contextmanager
+def _set(state: GateState, **values: Any) -> Iterator[None]:
+    before = {name: getattr(state, name) for name in values}
+    for name, value in values.items():
+        setattr(state, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(state, name, value)
+
+
+@contextmanager
+def sampled_gates(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Within it, gates are sampled with the noise of ``seed``; outside, they are hard."""
+    with _set(gate_state(model), sampled=True, seed=seed):
+        yield
+
+
+@contextmanager
+def forced_open(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, every gate is open: the model computes what it would without gates."""
+    with _set(gate_state(model), forced_open=True):
+        yield
+
+
+@contextmanager
+def counted_links(model: PreTrainedModel) -> Iterator[dict[int, LinkCounts]]:
+    """Within it, each forward pass leaves its link counts in the yielded dict, by layer."""
+    counts: dict[int, LinkCounts] = {}
+    with _set(gate_state(model), counts=counts):
+        yield counts
+
+
+def gated_attention_forward(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries d_head"],
+    key: Float[Tensor, "batch kv_heads keys d_head"],
+    value: Float[Tensor, "batch kv_heads keys d_value"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "batch queries heads d_value"], None]:
+    """transformers' attention function: gates, counts, and the output as transformers lays it out.
+
+    The window, where there is one, is in the mask. Attention dropout is not applied: the gates' own noise
+    takes its place, and the loss has to be comparable with the dense model's.
+    """
+    if s_aux is not None:
+        raise GossamerError("attention sinks (s_aux) cannot be gated")
+    state = module.gate_state
+    if not isinstance(state, GateState):
+        raise GossamerError("this attention module has no gates; gossamer.sparsify(model) puts them in")
+    bias = module.gate_bias
+    layer = int(module.gate_layer)  # type: ignore[arg-type]
+    result = gated_attention(
+        query,
+        key,
+        value,
+        torch.full_like(bias, torch.inf) if state.forced_open else bias,  # type: ignore[arg-type]
+        scale=scaling,
+        causal=attention_mask is None,
+        mask=None if attention_mask is None else _as_bool(attention_mask, query.shape[0]),
+        softcap=softcap,
+        sample=state.sampled,
+        seed=fold_seed(state.seed, layer),
+    )
+    if state.counts is not None:
+        state.counts[layer] = LinkCounts(result.expected_open, result.open_links, result.allowed_links)
+    return result.output.transpose(1, 2), None
+
+
+def _as_bool(mask: Tensor, batch: int) -> Bool[Tensor, "batch 1 queries keys"]:
+    if mask.dtype != torch.bool:
+        allowed = mask > torch.finfo(mask.dtype).min / 2
+        if mask[allowed].any():
+            raise GossamerError("an attention mask with additive biases cannot be gated; give 0 and -inf only")
+        mask = allowed
+    if mask.shape[1] != 1:
+        raise GossamerError("an attention mask of its own for each head cannot be gated")
+    return mask.expand(batch, -1, -1, -1)
+
+
+def gated_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    attention_mask: Bool[Tensor, "batch keys"] | None = None,
+    **kwargs: Any,
+) -> Bool[Tensor, "batch 1 queries keys"] | None:
+    """transformers' mask function: sdpa's boolean mask, with no allowed pairs for padding queries.
+
+    None stands for a plain causal mask.
+    """
+    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, attention_mask=attention_mask, **kwargs)
+    if mask is None or attention_mask is None:
+        return mask
+    real = attention_mask[:, q_offset : q_offset + q_length]
+    return mask & real[:, None, :, None]
+
+
+def register() -> None:
+    """Make the op known to transformers under :data:`IMPLEMENTATION`; doing it again changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, gated_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, gated_mask)

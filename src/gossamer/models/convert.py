@@ -1,0 +1,67 @@
+"""Dense model -> gated model and back."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gossamer.errors import GossamerError
+from gossamer.models.architectures import architecture_of, attention_modules
+from gossamer.models.attention import IMPLEMENTATION, GateState, register
+
+
+def is_gated(model: PreTrainedModel) -> bool:
+    """Whether the model has gates."""
+    return getattr(model.config, "_attn_implementation", None) == IMPLEMENTATION
+
+
+def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = False) -> PreTrainedModel:
+    """A gated copy of a dense causal language model: a hard on/off gate on every attention link.
+
+    This only puts the gates in; ``gossamer sparsify`` on the command line and
+    :func:`gossamer.training.run.post_train` also train them.
+
+    Args:
+        model: of a supported family (:data:`gossamer.models.architectures.ARCHITECTURES`).
+        gate_bias: initial b of every head in G = S + b; 0 is the paper's form, large values start open.
+        inplace: gate the model itself instead of a copy.
+
+    Returns:
+        The gated model. Gates are hard in ``eval()`` and ``train()`` alike, unless
+        :func:`gossamer.sampled_gates` says otherwise.
+
+    Raises:
+        GossamerError: for families and settings that cannot be gated right, before anything is changed.
+    """
+    if is_gated(model):
+        raise GossamerError("this model has gates already; gossamer.densify(model) takes them off")
+    architecture_of(model)
+    if not inplace:
+        model = copy.deepcopy(model)
+    state = GateState()
+    heads = model.config.num_attention_heads
+    for layer, module in enumerate(attention_modules(model)):
+        weight = next(module.parameters())
+        module.gate_bias = nn.Parameter(torch.full((heads,), float(gate_bias), device=weight.device))
+        module.gate_state = state  # type: ignore[assignment]
+        module.gate_layer = layer  # type: ignore[assignment]
+    register()
+    model.set_attn_implementation(IMPLEMENTATION)
+    return model
+
+
+def densify(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
+    """A copy of a gated model without its gates: the same weights under ordinary dense attention.
+
+    Raises:
+        GossamerError: if the model has no gates.
+    """
+    if not is_gated(model):
+        raise GossamerError("this model has no gates to take off")
+    if not inplace:
+        model = copy.deepcopy(model)
+    for module in attention_modules(model):
+        del module.gate_bias, module.gate_state, module.gate_layer
+    model.set_attn_implementation("sdpa")
+    return model

