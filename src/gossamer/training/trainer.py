@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ from gossamer.models.attention import counted_links, sampled_gates
 from gossamer.models.checkpoint import read_weights, write_model
 from gossamer.models.convert import is_gated
 from gossamer.ops import fold_seed
+from gossamer.training.checkpoints import checkpoints, seal
 from gossamer.training.constraint import (
     ConstraintKind,
     Multiplier,
@@ -166,6 +166,9 @@ class PostTrainer(Trainer):
         super().__init__(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks)
         self.loss_is_scaled_for_ga = False
         self.measured: list[dict[str, float]] = []
+        self.last: dict[str, float] = {}
+        # Ahead of the other callbacks, so that they see the measurements of the step.
+        self.callback_handler.callbacks.insert(0, _StepEnd(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW without weight decay; the gate biases in a group of their own."""
@@ -201,10 +204,10 @@ class PostTrainer(Trainer):
         self.measured.append(measured)
         return loss
 
-    def take_measured(self) -> dict[str, float]:
-        """Means over the forward passes of the last optimiser step."""
+    def finish_step(self) -> None:
+        """Leave the means over the forward passes of the last optimiser step in ``last``."""
         rows, self.measured = self.measured, []
-        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        self.last = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.staging) if self.staging is not None else str(self.folder)
@@ -250,6 +253,16 @@ class PostTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
+class _StepEnd(TrainerCallback):
+    def __init__(self, trainer: PostTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.trainer.finish_step()
+
+
 class SparsityTrainer(PostTrainer):
     """Minimises the expected open links of a gated model under the constraint.
 
@@ -273,10 +286,6 @@ class SparsityTrainer(PostTrainer):
         self.reference = reference.eval().requires_grad_(False)
         self.bound = bound
         self.multiplier = Multiplier(config.multiplier)
-        self.add_callback(_DualStep(self))
-        # The dual step has to come first, so that others see the step's measurements.
-        self.callback_handler.callbacks.insert(0, self.callback_handler.callbacks.pop())
-        self.last: dict[str, float] = {}
 
     def objective(self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> tuple[Tensor, dict[str, float]]:
         """The Lagrangian on a batch."""
@@ -307,74 +316,20 @@ class SparsityTrainer(PostTrainer):
         }
         return lagrangian(expected, violation, self.multiplier.value), measured
 
+    def finish_step(self) -> None:
+        """Take the dual step with the violation of the primal one."""
+        super().finish_step()
+        self.last["multiplier"] = self.multiplier.value
+        self.multiplier.update(self.last["violation"])
+
     def write_extra_state(self, folder: Path) -> None:
+        """Write the multiplier."""
         (folder / "multiplier.json").write_text(json.dumps(self.multiplier.state_dict()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = json.loads((Path(resume_from_checkpoint) / "multiplier.json").read_text())
         self.multiplier.load_state_dict(state)
-
-
-class _DualStep(TrainerCallback):
-    def __init__(self, trainer: SparsityTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        trainer = self.trainer
-        measured = trainer.take_measured()
-        trainer.last = {**measured, "multiplier": trainer.multiplier.value}
-        trainer.multiplier.update(measured["violation"])
-
-
-_SEAL = "checksums.json"
-
-
-def seal(checkpoint: Path) -> None:
-    """Record size and CRC-32 of every file of a checkpoint, for :func:`fault`, and flush all to disk."""
-    sums = {}
-    for file in sorted(checkpoint.iterdir()):
-        sums[file.name] = _checksum(file)
-        _flush(file)
-    (checkpoint / _SEAL).write_text(json.dumps(sums, indent=2))
-    _flush(checkpoint / _SEAL)
-
-
-def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if they are as they were written."""
-    try:
-        sums = json.loads((checkpoint / _SEAL).read_text())
-    except (OSError, ValueError):
-        return f"{_SEAL} is missing or damaged"
-    for name, (size, crc) in sums.items():
-        file = checkpoint / name
-        if not file.exists():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
-        if _checksum(file)[1] != crc:
-            return f"{name} has changed since it was written"
-    return None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _checksum(file: Path) -> list[int]:
-    crc = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            crc = zlib.crc32(chunk, crc)
-    return [file.stat().st_size, crc]
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,248 @@
+"""The command line: one verb a job. Faults of the user end in one line and exit code 2."""
+
+import dataclasses
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gossamer.errors import GossamerError
+
+app = typer.Typer(
+    name="gossamer",
+    help="Makes a trained transformer's attention sparse enough to read.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+class Constraint(str, Enum):
+    """Kinds of constraint."""
+
+    ce = "ce"
+    kl = "kl"
+
+
+class Part(str, Enum):
+    """Which weights are trained."""
+
+    all = "all"
+    attention = "attention"
+    lora = "lora"
+
+
+class Precision(str, Enum):
+    """Precision of the matrix products."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def _warn(line: str) -> None:
+    Console(stderr=True).print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
+
+
+@app.command()
+def sparsify(
+    model: Annotated[str, typer.Argument(help="smollm2, a directory with a saved model, or a Hub id.")],
+    text: Annotated[
+        str,
+        typer.Option(
+            help="Training text: a .txt, .jsonl or .jsonl.gz file (documents under 'text'), a directory of such "
+            "files, a Hub data set, or 'self' to sample text from the model itself."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 1_000_000,
+    seq_len: Annotated[
+        int, typer.Option(help="Tokens in a training block. Train at the length you need.")
+    ] = 256,
+    constraint: Annotated[
+        Constraint,
+        typer.Option(help="ce: cross-entropy at most tau. kl: KL(dense || sparse) at most epsilon."),
+    ] = Constraint.ce,
+    tau: Annotated[
+        float | None, typer.Option(help="Bound on the cross-entropy, nats. [default: dense loss + slack]")
+    ] = None,
+    slack: Annotated[float, typer.Option(help="Nats that the loss may be above the dense model's.")] = 0.01,
+    epsilon: Annotated[float, typer.Option(help="Bound on KL(dense || sparse), nats.")] = 0.05,
+    train: Annotated[
+        Part,
+        typer.Option(help="Weights to train besides the gate biases: all, the attention's, or adapters on it."),
+    ] = Part.attention,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 4,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Of the weights.")] = 3e-4,
+    gate_learning_rate: Annotated[float, typer.Option(help="Of the gate biases.")] = 0.05,
+    gate_bias: Annotated[
+        float, typer.Option(help="Initial bias of every gate; higher starts with more links open.")
+    ] = 0.0,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the matrix products; weights stay float32.")
+    ] = Precision.bf16,
+    held_out_tokens: Annotated[int, typer.Option(min=1, help="Held-out text to measure on.")] = 32_768,
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 100,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    control: Annotated[
+        bool, typer.Option(help="Also fine-tune the dense model on the same text, for comparison.")
+    ] = True,
+) -> None:
+    """Post-train MODEL until as few attention links are open as its loss allows, and measure it.
+
+    Leaves in --out: model/ (the sparse model), control/ (the dense model fine-tuned alike), metrics.json
+    (the figures), training.jsonl (every step), config.json (all settings).
+    """
+    from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.run import Run, RunConfig, post_train
+    from gossamer.training.trainer import TrainingConfig
+
+    keep_freed_memory()
+    steps = max(1, tokens // (batch_size * gradient_accumulation * seq_len)) if seq_len > 0 else 1
+    config = RunConfig(
+        model=model,
+        text=text,
+        seq_len=seq_len,
+        held_out_tokens=held_out_tokens,
+        tau=tau,
+        slack=slack,
+        epsilon=epsilon,
+        gate_bias=gate_bias,
+        lora_rank=lora_rank,
+        control=control,
+        training=TrainingConfig(
+            train=train.value,
+            steps=steps,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            learning_rate=learning_rate,
+            gate_learning_rate=gate_learning_rate,
+            constraint=constraint.value,
+            precision=precision.value,
+            checkpoint_every=checkpoint_every,
+            seed=seed,
+        ),
+    )
+    run = post_train(config, out, resume=resume, console=console, warn=_warn)
+    _evaluate(Run(run.folder), Precision.fp32, 8)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 8,
+) -> None:
+    """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline."""
+    from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.run import Run
+
+    keep_freed_memory()
+    _evaluate(Run(run), precision, batch_size)
+
+
+def _evaluate(run: "Run", precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined] # noqa: F821
+    from gossamer.evaluation.evaluate import evaluate_run, summary_tables, verdict
+
+    with console.status("evaluating") as status:
+        metrics = evaluate_run(
+            run,
+            precision=precision.value,
+            batch_size=batch_size,
+            progress=lambda what: status.update(f"evaluating: {what}"),
+        )
+    for table in summary_tables(metrics):
+        console.print(table)
+    console.print(verdict(metrics), style="bold")
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="A run, a saved sparse model, or a dense model as for sparsify.")],
+) -> None:
+    """Show what TARGET is: its settings and figures, or whether gossamer can gate it."""
+    from gossamer.training.run import Run
+
+    folder = Path(target)
+    if (folder / "blocks.safetensors").exists():
+        _inspect_run(Run(folder))
+    else:
+        _inspect_model(target)
+
+
+def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined] # noqa: F821
+    from gossamer.evaluation.evaluate import summary_tables, verdict
+
+    config = dataclasses.asdict(run.config())
+    rows = {**config.pop("training"), **config}
+    console.print(_facts(f"Run {run.folder}", {key: value for key, value in rows.items() if key != "multiplier"}))
+    if not run.metrics.exists():
+        console.print("Not evaluated yet: finish it with --resume, then gossamer evaluate.")
+        return
+    metrics = json.loads(run.metrics.read_text())
+    for table in summary_tables(metrics):
+        console.print(table)
+    console.print(verdict(metrics), style="bold")
+
+
+def _inspect_model(target: str) -> None:
+    from gossamer.models.architectures import architecture_of
+    from gossamer.models.checkpoint import gate_biases, is_saved_model, load
+    from gossamer.models.pretrained import load_dense
+
+    gated = is_saved_model(Path(target))
+    model = load(target) if gated else load_dense(target)[0]
+    config = model.config
+    facts = {
+        "family": config.model_type,
+        "parameters": f"{model.num_parameters():,}",
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "key/value heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "context (tokens)": getattr(config, "max_position_embeddings", "unknown"),
+    }
+    if gated:
+        biases = gate_biases(model)
+        facts["gate bias"] = f"{biases.min():.2f} to {biases.max():.2f}, mean {biases.mean():.2f}"
+    else:
+        architecture_of(model)
+        facts["can be gated"] = "yes"
+    console.print(_facts(f"{'Sparse' if gated else 'Dense'} model {target}", facts))
+
+
+def _facts(title: str, facts: dict[str, object]) -> Table:
+    table = Table(title=title, show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, str(value))
+    return table
+
+
+def main() -> None:
+    """Run the command line; one line to stderr and exit code 2 for what the user can mend."""
+    try:
+        app()
+    except GossamerError as error:
+        _fail(" ".join(str(error).split()))
+    except OSError as error:
+        _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted; go on with --resume")
+
+
+def _fail(line: str) -> None:
+    print(f"gossamer: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Figures of a finished run: loss, KL to the dense model, open links, the top-k baseline."""

@@ -1,0 +1,57 @@
+"""How many attention links the hard gates leave open: in all, per layer, per head."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from gossamer.models.attention import LinkCounts
+
+
+@dataclass
+class LinkTally:
+    """Links counted over any number of forward passes.
+
+    Attributes:
+        open_links: ``[layers, heads]``, allowed pairs with G > 0.
+        allowed_links: ``[layers, heads]``, pairs that causality, padding and window allow, diagonal included.
+        queries: real tokens seen.
+    """
+
+    open_links: Int[Tensor, "layers heads"]
+    allowed_links: Int[Tensor, "layers heads"]
+    queries: int = 0
+
+    @classmethod
+    def empty(cls, layers: int, heads: int) -> "LinkTally":
+        """Nothing counted yet."""
+        zeros = torch.zeros(layers, heads, dtype=torch.long)
+        return cls(zeros, zeros.clone())
+
+    def add(self, counts: dict[int, LinkCounts], queries: int) -> None:
+        """Add one forward pass over ``queries`` real tokens, as :func:`gossamer.counted_links` gave it."""
+        for layer, count in counts.items():
+            self.open_links[layer] += count.open_links.sum(0).cpu()
+            self.allowed_links[layer] += count.allowed_links.sum(0).cpu()
+        self.queries += queries
+
+    @property
+    def open_fraction(self) -> float:
+        """Open links / allowed links, over all layers, heads and queries."""
+        return self.open_links.sum().item() / self.allowed_links.sum().item()
+
+    @property
+    def open_fraction_per_layer(self) -> list[float]:
+        """The same for each layer."""
+        return (self.open_links.sum(-1) / self.allowed_links.sum(-1)).tolist()
+
+    @property
+    def open_fraction_per_head(self) -> list[list[float]]:
+        """The same for each head of each layer."""
+        return (self.open_links / self.allowed_links).tolist()
+
+    @property
+    def open_links_per_query(self) -> float:
+        """Open links that a query has in a head, on average over all layers, heads and queries."""
+        return self.open_links.sum().item() / (self.queries * self.open_links.numel())

@@ -1,0 +1,102 @@
+"""The baseline that must collapse: keep each query's k largest attention weights of the dense model.
+
+Not renormalised, as the gates are not, and renormalised as a second line.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from gossamer.evaluation.language import measure_language
+from gossamer.models.attention import gated_mask
+
+IMPLEMENTATION = "gossamer_topk"
+
+
+@dataclass(frozen=True)
+class TopkPoint:
+    """One point of the curve: ``loss`` in nats with the ``k`` largest weights of each query kept."""
+
+    k: int
+    renormalised: bool
+    open_fraction: float
+    loss: float
+
+
+def topk_pattern(
+    pattern: Float[Tensor, "*rows keys"], allowed: Bool[Tensor, "*rows keys"], k: int, renormalise: bool
+) -> Float[Tensor, "*rows keys"]:
+    """The attention pattern with all but its k largest allowed weights per row set to zero."""
+    kept = pattern.masked_fill(~allowed, -1.0).topk(min(k, pattern.shape[-1]), dim=-1).indices
+    sparse = pattern * torch.zeros_like(pattern).scatter_(-1, kept, 1.0) * allowed
+    return sparse / sparse.sum(-1, keepdim=True).clamp_min(1e-30) if renormalise else sparse
+
+
+@contextmanager
+def topk_attention(model: PreTrainedModel, k: int, *, renormalise: bool) -> Iterator[list[tuple[int, int]]]:
+    """Within it, a dense model attends to each query's k strongest keys only.
+
+    Yields:
+        A list that gets (open links, allowed links) of one head and sequence batch per layer and forward pass.
+    """
+    links: list[tuple[int, int]] = []
+
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        logits = (query.float() @ key.float().transpose(-1, -2)) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        allowed = attention_mask
+        if allowed is None:
+            shape = logits.shape[-2:]
+            allowed = torch.ones(shape, dtype=torch.bool, device=logits.device).tril(shape[1] - shape[0])[None, None]
+        pattern = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1).nan_to_num(0.0)
+        pattern = topk_pattern(pattern, allowed.expand_as(pattern), k, renormalise)
+        per_query = allowed.sum(-1)
+        links.append((int(per_query.clamp(max=k).sum()), int(per_query.sum())))
+        return (pattern.to(value.dtype) @ value).transpose(1, 2), None
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(IMPLEMENTATION, forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, gated_mask)
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        yield links
+    finally:
+        model.set_attn_implementation(before)
+
+
+def topk_curve(
+    dense: PreTrainedModel,
+    blocks: Int[Tensor, "blocks tokens"],
+    ks: tuple[int, ...],
+    *,
+    batch_size: int = 8,
+    precision: str = "fp32",
+) -> list[TopkPoint]:
+    """Loss against open fraction of the dense model under top-k attention, both lines."""
+    points = []
+    for renormalise in (False, True):
+        for k in ks:
+            with topk_attention(dense, k, renormalise=renormalise) as links:
+                figures = measure_language(dense, blocks, batch_size=batch_size, precision=precision)
+            opened, allowed = (sum(column) for column in zip(*links, strict=True))
+            points.append(TopkPoint(k, renormalise, opened / allowed, figures.loss))
+    return points

@@ -1,0 +1,63 @@
+"""Training checkpoints on disk: which there are, and whether their files are as they were written."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+_SEAL = "checksums.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Record size and CRC-32 of every file of a checkpoint, for :func:`fault`, and flush all to disk."""
+    sums = {}
+    for file in sorted(checkpoint.iterdir()):
+        sums[file.name] = _checksum(file)
+        _flush(file)
+    (checkpoint / _SEAL).write_text(json.dumps(sums, indent=2))
+    _flush(checkpoint / _SEAL)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None if they are as they were written."""
+    try:
+        sums = json.loads((checkpoint / _SEAL).read_text())
+    except (OSError, ValueError):
+        return f"{_SEAL} is missing or damaged"
+    for name, (size, crc) in sums.items():
+        file = checkpoint / name
+        if not file.exists():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
+        if _checksum(file)[1] != crc:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _checksum(file: Path) -> list[int]:
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return [file.stat().st_size, crc]
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def last_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without a fault, and one line about each newer one that has one."""
+    faults = []
+    for checkpoint in reversed(checkpoints(folder)):
+        if (wrong := fault(checkpoint)) is None:
+            return checkpoint, faults
+        faults.append(f"{checkpoint} is damaged: {wrong}")
+    return None, faults

@@ -1,0 +1,108 @@
+"""What a training run shows and keeps of each step: a progress bar, and one JSON line in ``training.jsonl``."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gossamer.training.trainer import PostTrainer
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("figures", ""))
+
+
+class StepLog(TrainerCallback):
+    """Shows loss, bound, lambda, open fraction, speed and time left, and appends every step to a file.
+
+    Keys of a line: ``step``, ``seconds`` since the run was started or resumed, ``tokens_per_second``,
+    ``learning_rate`` and what the trainer measured (:meth:`gossamer.training.trainer.PostTrainer.objective`).
+
+    Args:
+        trainer: whose measurements to take.
+        label: what is being trained, in front of the bar.
+        file: where to append; lines of steps that a resumed run repeats are dropped.
+        tau: the bound on the loss in nats, shown beside the loss; None if the constraint is another.
+        tokens_per_step: over all devices.
+        console: where to draw; a plain line now and then where it is not a terminal.
+    """
+
+    def __init__(
+        self,
+        trainer: PostTrainer,
+        label: str,
+        file: Path,
+        *,
+        tau: float | None,
+        tokens_per_step: int,
+        console: Console,
+    ) -> None:
+        self.trainer, self.label, self.file = trainer, label, file
+        self.tau, self.tokens_per_step, self.console = tau, tokens_per_step, console
+        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed}/{task.total}"))
+        self.progress = Progress(*columns, _Figures(), TimeRemainingColumn(), console=console)
+        self.task = self.progress.add_task(label, total=None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drop the lines of steps to come, and start the bar at the step the run is at."""
+        kept = []
+        if self.file.exists():
+            lines = self.file.read_text().splitlines()
+            kept = [line for line in lines if _step(line) <= state.global_step]
+        self.file.write_text("".join(f"{line}\n" for line in kept))
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if self.console.is_terminal:
+            self.progress.start()
+        self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Append the step and move the bar."""
+        seconds = time.monotonic() - self.started
+        speed = (state.global_step - self.first_step) * self.tokens_per_step / seconds
+        rate = self.trainer.lr_scheduler.get_last_lr()[0] if self.trainer.lr_scheduler else 0.0
+        timing = {"step": state.global_step, "seconds": seconds, "tokens_per_second": speed}
+        with self.file.open("a") as stream:
+            stream.write(json.dumps({**timing, "learning_rate": rate, **self.trainer.last}) + "\n")
+        figures = self.figures(speed)
+        self.progress.update(self.task, completed=state.global_step, figures=figures)
+        tenth = max(1, state.max_steps // 10)
+        if not self.console.is_terminal and (state.global_step % tenth == 0 or state.global_step == 1):
+            left = (state.max_steps - state.global_step) * self.tokens_per_step / speed
+            line = f"{self.label} {state.global_step}/{state.max_steps}  {figures}  {left:.0f} s left"
+            self.console.print(line, soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave the bar as it is."""
+        self.progress.stop()
+
+    def figures(self, speed: float) -> str:
+        """The step's figures in one line."""
+        last = self.trainer.last
+        parts = [f"loss {last['loss']:.3f}"]
+        if "loss_dense" in last:
+            parts.append(f"dense {last['loss_dense']:.3f}")
+        if self.tau is not None:
+            parts.append(f"τ {self.tau:.3f}")
+        if "multiplier" in last:
+            parts.append(f"λ {last['multiplier']:.3g}")
+            parts.append(f"open {100 * last['open_fraction']:.2f} %")
+        return "  ".join([*parts, f"{speed:.0f} tokens/s"])
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # a line cut short by a kill

@@ -1,0 +1,371 @@
+"""A whole post-training run in one directory: text, bound, sparse model, dense control.
+
+    RUN/config.json        the full configuration, versions, what was measured before training
+    RUN/blocks.safetensors the token blocks, train and held-out
+    RUN/training.jsonl     one line a step; control.jsonl likewise for the dense control
+    RUN/checkpoints/       of the run in progress; control-checkpoints/ likewise
+    RUN/model/             the sparse model
+    RUN/control/           the dense control: the dense model fine-tuned on the same text for the same steps
+    RUN/metrics.json       the figures, written by gossamer.evaluation
+
+Everything that depends on chance is a function of the seed, so a run that is killed and resumed ends
+where one never interrupted ends.
+"""
+
+import copy
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from gossamer.errors import GossamerError
+from gossamer.files import write_text, written_beside
+from gossamer.models.architectures import architecture_of
+from gossamer.models.checkpoint import load, save
+from gossamer.models.convert import sparsify
+from gossamer.models.pretrained import load_dense
+from gossamer.training.checkpoints import checkpoints, last_sound
+from gossamer.training.constraint import MultiplierConfig, cross_entropy
+from gossamer.training.data import BlockDataset, load_blocks
+from gossamer.training.lora import add_adapters, merge_adapters
+from gossamer.training.progress import StepLog
+from gossamer.training.trainer import (
+    PostTrainer,
+    SparsityTrainer,
+    TrainingConfig,
+    choose_trained,
+    without_dropout,
+)
+
+HELD_OUT_BLOCKS_FOR_TAU = 64
+"""At most so many held-out blocks measure tau_dense; the evaluation uses all of them."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to sparsify, on which text, under which bound.
+
+    Attributes:
+        model: ``smollm2``, a local directory or a Hub id.
+        text: a local file or directory, a Hub data set, or ``self``.
+        seq_len: tokens in a block. The open fraction depends on it, and the loss holds up to about twice it.
+        held_out_tokens: how much held-out text the loss is measured on.
+        tau: bound on the cross-entropy in nats; the dense model's held-out loss plus ``slack`` if None.
+        slack: nats above the dense model's loss.
+        epsilon: bound on KL(dense || sparse) in nats, for the constraint ``kl``.
+        margin: how far inside the bound training aims, in nats (``ce``) or as a share of epsilon (``kl``).
+        gate_bias: initial bias of every gate.
+        lora_rank, lora_alpha: of the adapters, when those are trained.
+        control: train the dense control as well.
+        training: how to train.
+    """
+
+    model: str
+    text: str
+    seq_len: int = 256
+    held_out_tokens: int = 32_768
+    tau: float | None = None
+    slack: float = 0.01
+    epsilon: float = 0.05
+    margin: float = 0.0
+    gate_bias: float = 0.0
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    control: bool = True
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Training tokens in one optimiser step."""
+        return self.training.batch_size * self.training.gradient_accumulation * self.seq_len
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """The configuration that ``dataclasses.asdict`` turned into ``values``."""
+        training = dict(values["training"])
+        training["multiplier"] = MultiplierConfig(**training["multiplier"])
+        return cls(**{**values, "training": TrainingConfig(**training)})
+
+
+@dataclass(frozen=True)
+class Run:
+    """The directory of a run.
+
+    Raises:
+        GossamerError: when something is asked of it that is not there.
+    """
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """The saved sparse model."""
+        return self.folder / "model"
+
+    @property
+    def control(self) -> Path:
+        """The saved dense control."""
+        return self.folder / "control"
+
+    @property
+    def metrics(self) -> Path:
+        """The figures."""
+        return self.folder / "metrics.json"
+
+    def record(self) -> dict[str, Any]:
+        """The contents of ``config.json``: ``config``, ``versions``, ``measured``."""
+        try:
+            return dict(json.loads((self.folder / "config.json").read_text()))
+        except OSError as error:
+            raise GossamerError(f"{self.folder} is not a run: it has no readable config.json") from error
+        except ValueError as error:
+            raise GossamerError(f"{self.folder / 'config.json'} is not valid JSON: {error}") from error
+
+    def config(self) -> RunConfig:
+        """The configuration the run was started with."""
+        record = self.record()
+        if "config" not in record:
+            raise GossamerError(f"{self.folder} is not a run: its config.json is of another kind")
+        return RunConfig.from_dict(record["config"])
+
+    def blocks(self, part: Literal["train", "held_out"]) -> Int[Tensor, "blocks tokens"]:
+        """The token blocks the run was trained on, or those held out."""
+        file = self.folder / "blocks.safetensors"
+        if not file.exists():
+            raise GossamerError(f"{self.folder} is not a run: it has no blocks.safetensors")
+        return load_file(file)[part].long()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    packages = {name: version(name) for name in ("gossamer", "torch", "transformers", "accelerate")}
+    return {**packages, "python": platform.python_version(), "platform": platform.platform()}
+
+
+def held_out_loss(
+    model: PreTrainedModel, blocks: Int[Tensor, "blocks tokens"], *, precision: str, batch_size: int = 8
+) -> float:
+    """Mean next-token cross-entropy of a model on the blocks, nats; in ``eval()`` mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        for batch in blocks.split(batch_size):
+            logits = model(input_ids=batch.to(device), use_cache=False).logits
+            total += cross_entropy(logits, batch.to(device)).item() * len(batch)
+    return total / len(blocks)
+
+
+def post_train(
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Run:
+    """Make a sparse model of a dense one, and its dense control, in ``folder``.
+
+    Args:
+        config: what to do.
+        folder: the run's directory; must not exist yet, or with ``resume`` must hold the same run begun.
+        resume: go on from the last checkpoint without a fault.
+        console: where progress is drawn; none if None.
+        warn: is given one line for each thing the user should know at once.
+
+    Returns:
+        The run, with ``model/`` and, unless ``config.control`` is False, ``control/`` in it.
+
+    Raises:
+        GossamerError: on bad input, before anything is written; on a loss that is not finite.
+        OSError: if the directory cannot be written.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    console = console or Console(quiet=True)
+    warn = warn or (lambda line: None)
+    run = Run(Path(folder))
+    if resume:
+        _check_same(run.config(), config, run.folder)
+    elif run.folder.exists():
+        raise GossamerError(f"{run.folder} exists already; go on with it by --resume, or give another --out")
+    dense, tokenizer = load_dense(config.model)
+    architecture_of(dense)
+    _check_length(dense, config)
+    if not (run.folder / "config.json").exists():
+        _begin(run, config, dense, tokenizer)
+    record = run.record()
+    tau_dense, tau = record["measured"]["loss_dense"], record["measured"]["tau"]
+    if config.training.constraint == "ce" and tau < tau_dense:
+        warn(
+            f"tau {tau:.3f} is below the dense model's held-out loss {tau_dense:.3f}: "
+            "the constraint may be out of reach"
+        )
+    if not run.model.exists():
+        _train_sparse(run, config, dense, tokenizer, tau - tau_dense, console, warn)
+    if config.control and not run.control.exists():
+        _train_control(run, config, dense, console, warn)
+    return run
+
+
+def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
+    before, now = asdict(begun), asdict(asked)
+    for key in before:
+        if before[key] != now[key]:
+            raise GossamerError(
+                f"{folder} was begun with {key}={before[key]!r}, not {now[key]!r}; "
+                "resume with the same settings, or give another --out"
+            )
+
+
+def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
+    context = getattr(dense.config, "max_position_embeddings", None)
+    if context is not None and config.seq_len > context:
+        raise GossamerError(
+            f"--seq-len {config.seq_len} is over the model's context of {context} tokens; give at most {context}"
+        )
+    if config.seq_len < 2:
+        raise GossamerError(f"--seq-len {config.seq_len} leaves nothing to predict; give at least 2")
+
+
+def _begin(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the run's directory, whole: blocks, the dense model's loss, the configuration."""
+    training = config.training
+    blocks = load_blocks(
+        config.text,
+        tokenizer,
+        seq_len=config.seq_len,
+        train_blocks=training.steps * training.batch_size * training.gradient_accumulation,
+        held_out_blocks=max(1, config.held_out_tokens // config.seq_len),
+        seed=training.seed,
+        model=dense,
+    )
+    step = max(1, len(blocks.held_out) // HELD_OUT_BLOCKS_FOR_TAU)
+    tau_dense = held_out_loss(dense, blocks.held_out[::step], precision=training.precision)
+    tau = config.tau if config.tau is not None else tau_dense + config.slack
+    record = {
+        "config": asdict(config),
+        "versions": versions(),
+        "measured": {"loss_dense": tau_dense, "tau": tau},
+    }
+    with written_beside(run.folder) as staging:
+        tensors = {"train": blocks.train.int().contiguous(), "held_out": blocks.held_out.int().contiguous()}
+        save_file(tensors, staging / "blocks.safetensors")
+        write_text(staging / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _train_sparse(
+    run: Run,
+    config: RunConfig,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    room: float,
+    console: Console,
+    warn: Callable[[str], None],
+) -> None:
+    training = config.training
+    model = sparsify(dense, gate_bias=config.gate_bias)
+    _prepare(model, config)
+    reference = copy.deepcopy(dense)
+    if training.precision == "bf16":
+        reference = reference.to(torch.bfloat16)
+    bound = room - config.margin if training.constraint == "ce" else config.epsilon * (1 - config.margin)
+    trainer = SparsityTrainer(
+        model,
+        reference.to(_device()),
+        bound,
+        training,
+        BlockDataset(run.blocks("train")),
+        run.folder / "checkpoints",
+        tokenizer=tokenizer,
+    )
+    tau = run.record()["measured"]["tau"] if training.constraint == "ce" else None
+    _train(trainer, run, config, "sparse", "training.jsonl", tau, console, warn)
+    if training.train == "lora":
+        merge_adapters(model)
+    save(model, run.model, tokenizer)
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+def _train_control(
+    run: Run, config: RunConfig, dense: PreTrainedModel, console: Console, warn: Callable[[str], None]
+) -> None:
+    control = copy.deepcopy(dense)
+    _prepare(control, config)
+    trainer = PostTrainer(
+        control, config.training, BlockDataset(run.blocks("train")), run.folder / "control-checkpoints"
+    )
+    _train(trainer, run, config, "control", "control.jsonl", None, console, warn)
+    if config.training.train == "lora":
+        merge_adapters(control)
+    with written_beside(run.control) as staging:
+        control.save_pretrained(staging)
+    shutil.rmtree(run.folder / "control-checkpoints", ignore_errors=True)
+
+
+def _prepare(model: PreTrainedModel, config: RunConfig) -> None:
+    if config.training.train == "lora":
+        add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate_bias"):
+                parameter.requires_grad_(True)
+    else:
+        choose_trained(model, config.training.train)
+
+
+def _train(
+    trainer: PostTrainer,
+    run: Run,
+    config: RunConfig,
+    label: str,
+    log: str,
+    tau: float | None,
+    console: Console,
+    warn: Callable[[str], None],
+) -> None:
+    checkpoint, faults = last_sound(trainer.folder)
+    for line in faults:
+        warn(f"{line}; resuming from {checkpoint or 'the start'}")
+    for damaged in checkpoints(trainer.folder):
+        if checkpoint is None or int(damaged.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
+            shutil.rmtree(damaged)
+    steps = StepLog(
+        trainer,
+        label,
+        run.folder / log,
+        tau=tau,
+        tokens_per_step=config.tokens_per_step,
+        console=console,
+    )
+    trainer.add_callback(steps)
+    with without_dropout(cast(PreTrainedModel, trainer.model)):
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            steps.progress.stop()
+
+
+def load_sparse(run: Run) -> PreTrainedModel:
+    """The sparse model of a finished run."""
+    if not run.model.exists():
+        raise GossamerError(f"{run.folder} has no sparse model yet; finish it with gossamer sparsify ... --resume")
+    return load(run.model, device=_device())
