@@ -71,7 +71,8 @@ def fold_seed(seed: int, *words: int) -> int:
     """A 64-bit seed made of ``seed`` and further counters (step, layer, ...); distinct counters give distinct streams."""
     low, high = seed & _WORD, seed >> 32 & _WORD
     for word in words:
-        low, high = _absorb(_absorb(low, high), word & _WORD), _absorb(_absorb(high, low), word & _WORD)
+        low = _absorb(_absorb(low, high), word & _WORD)
+        high = _absorb(_absorb(high, low), word & _WORD)
     return high << 32 | low
 
 
