@@ -1,0 +1,243 @@
+"""Text -> blocks of tokens, split into training and held-out text.
+
+    documents  ->  the last 5 % of the characters held out  ->  tokens, joined by the end-of-text token
+               ->  blocks of exactly seq_len tokens, the ragged tail dropped  ->  a seeded choice of blocks
+"""
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gossamer.errors import GossamerError
+
+SELF = "self"
+"""The text that is sampled from the model itself."""
+
+HELD_OUT = 0.05
+"""Share of the characters that is held out, at the end."""
+
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+
+_CHARACTERS_PER_TOKEN = 8
+"""More than text in any language needs: how much of a Hub data set is read for a number of tokens."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token blocks, ``[blocks, seq_len]``; no held-out token is among the training ones."""
+
+    train: Int[Tensor, "blocks tokens"]
+    held_out: Int[Tensor, "blocks tokens"]
+
+
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """Blocks as transformers' Trainer takes them: ``{"input_ids": [seq_len]}``."""
+
+    def __init__(self, blocks: Int[Tensor, "blocks tokens"]) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.blocks[index]}
+
+
+def load_blocks(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    train_blocks: int,
+    held_out_blocks: int,
+    seed: int,
+    model: PreTrainedModel | None = None,
+) -> Blocks:
+    """Training and held-out blocks of a text; the same arguments give the same blocks.
+
+    Args:
+        text: a local file (``.txt``, ``.jsonl``, each also with ``.gz``), a directory of such files, the id of
+            a Hub data set with a column ``text``, or ``self``.
+        tokenizer: of the model.
+        seq_len: tokens in a block.
+        train_blocks: at most so many training blocks, a seeded choice among all there are. A text with fewer
+            is trained on more than once.
+        held_out_blocks: at most so many held-out blocks, evenly spaced.
+        seed: of the choice, and of the text sampled from the model.
+        model: for ``self``.
+
+    Raises:
+        GossamerError: naming the text and what is wrong with it.
+    """
+    if text == SELF:
+        if model is None:
+            raise ValueError("text 'self' needs the model")
+        sampled = sample_blocks(model, tokenizer, held_out_blocks + train_blocks, seq_len, seed=seed)
+        return Blocks(train=sampled[held_out_blocks:], held_out=sampled[:held_out_blocks])
+    path = Path(text)
+    if path.exists():
+        documents = list(read_documents(path))
+    elif _looks_local(text):
+        raise GossamerError(f"no text {text}: there is no such file or directory")
+    else:
+        wanted = (train_blocks + held_out_blocks) * seq_len * _CHARACTERS_PER_TOKEN
+        documents = list(_read_hub(text, characters=wanted))
+    if not any(document.strip() for document in documents):
+        raise GossamerError(f"{text} is empty; give text to train on")
+    train, held_out = split(documents)
+    train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)")
+    held_out_packed = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, its last {HELD_OUT:.0%})")
+    chosen = torch.randperm(len(train_packed), generator=torch.Generator().manual_seed(seed))[:train_blocks]
+    spaced = torch.linspace(0, len(held_out_packed) - 1, min(held_out_blocks, len(held_out_packed)))
+    return Blocks(train_packed[chosen], held_out_packed[spaced.round().long()])
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a file, or of all files with a known suffix in a directory, in order of their names.
+
+    Raises:
+        GossamerError: naming the file, and for JSON the line, that cannot be read.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
+        if not files:
+            raise GossamerError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")
+        for file in files:
+            yield from read_documents(file)
+        return
+    if not path.name.endswith(SUFFIXES):
+        raise GossamerError(f"{path} is of an unknown kind; text files end in {', '.join(SUFFIXES)}")
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            if ".txt" in path.suffixes[-2:]:
+                yield stream.read()
+            else:
+                for number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        yield _document(line, path, number)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise GossamerError(f"{path} is not a whole gzip file: {error}") from error
+    except UnicodeDecodeError as error:
+        raise GossamerError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _document(line: str, path: Path, number: int) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise GossamerError(f"{path}, line {number}: not valid JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise GossamerError(f"{path}, line {number}: no string under the key 'text'")
+    return str(row["text"])
+
+
+def _looks_local(text: str) -> bool:
+    return text.endswith(SUFFIXES) or text.count("/") > 1 or text.startswith(("/", ".", "~")) or not text
+
+
+def _read_hub(name: str, *, characters: int) -> Iterator[str]:
+    """The first documents of a Hub data set's training split, until there are enough characters."""
+    from datasets import load_dataset
+
+    try:
+        for row in load_dataset(name, split="train", streaming=True):
+            if not isinstance(row.get("text"), str):
+                columns = ", ".join(row)
+                raise GossamerError(f"the data set {name} has no column 'text' of strings, only {columns}")
+            yield row["text"]
+            characters -= len(row["text"])
+            if characters <= 0:
+                return
+    except GossamerError:
+        raise
+    except Exception as error:  # the Hub client raises dozens of kinds, all of them a data set out of reach
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GossamerError(
+            f"no text {name}: there is no such file, and as a Hub data set it cannot be read ({reason})"
+        ) from error
+
+
+def split(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Training documents and held-out ones: the last 5 % of the characters, cutting the document at the border."""
+    cut = round(sum(map(len, documents)) * (1 - HELD_OUT))
+    train, held_out = [], []
+    for document in documents:
+        before, after = document[: max(cut, 0)], document[max(cut, 0) :]
+        train += [before] if before else []
+        held_out += [after] if after else []
+        cut -= len(document)
+    return train, held_out
+
+
+def pack(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, *, name: str
+) -> Int[Tensor, "blocks tokens"]:
+    """Documents as blocks of ``seq_len`` tokens, the end-of-text token after each document.
+
+    Raises:
+        GossamerError: if there are not enough tokens for one block; ``name`` says of what.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    tokens: list[int] = []
+    for document in documents:
+        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += [] if end is None else [end]
+    blocks = len(tokens) // seq_len
+    if not blocks:
+        raise GossamerError(
+            f"{name} has {len(tokens)} tokens, shorter than one block of {seq_len}; "
+            "give more text or a smaller --seq-len"
+        )
+    return torch.tensor(tokens[: blocks * seq_len]).view(blocks, seq_len)
+
+
+def sample_blocks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: int,
+    seq_len: int,
+    *,
+    seed: int,
+    batch_size: int = 32,
+) -> Int[Tensor, "blocks tokens"]:
+    """Text sampled from the model at temperature 1, each block starting with the start-of-text token.
+
+    The end-of-text token does not end a block: what the model says after it belongs to the text. The global
+    random state is left as it was.
+
+    Raises:
+        GossamerError: if the tokenizer has no token to start from.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise GossamerError("text 'self' needs a tokenizer with a start or end token; give a text instead")
+    device = next(model.parameters()).device
+    rows = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for first in range(0, blocks, batch_size):
+            count = min(batch_size, blocks - first)
+            rows.append(
+                model.generate(
+                    input_ids=torch.full((count, 1), start, device=device),
+                    attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
+                    do_sample=True,
+                    top_k=0,
+                    top_p=1.0,
+                    temperature=1.0,
+                    repetition_penalty=1.0,
+                    max_new_tokens=seq_len - 1,
+                    eos_token_id=-1,
+                    pad_token_id=start,
+                ).cpu()
+            )
+    return torch.cat(rows)
