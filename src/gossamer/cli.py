@@ -83,11 +83,17 @@ def sparsify(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of the weights.")] = 3e-4,
-    gate_learning_rate: Annotated[float, typer.Option(help="Of the gate biases.")] = 0.05,
+    learning_rate: Annotated[float, typer.Option(help="Of the weights.")] = 5e-4,
+    gate_learning_rate: Annotated[float, typer.Option(help="Of the gate biases.")] = 0.1,
     gate_bias: Annotated[
         float, typer.Option(help="Initial bias of every gate; higher starts with more links open.")
-    ] = 0.0,
+    ] = -2.0,
+    hard_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the steps, at the end, with hard gates, not sampled.")
+    ] = 0.6,
+    multiplier_rate: Annotated[
+        float, typer.Option(help="How fast lambda follows: change of log lambda per step and nat of violation.")
+    ] = 0.5,
     precision: Annotated[
         Precision, typer.Option(help="Of the matrix products; weights stay float32.")
     ] = Precision.bf16,
@@ -103,6 +109,7 @@ def sparsify(
     Leaves in --out: model/ (the sparse model), control/ (the dense model fine-tuned alike), metrics.json
     (the figures), training.jsonl (every step), config.json (all settings).
     """
+    from gossamer.training.constraint import MultiplierConfig
     from gossamer.training.memory import keep_freed_memory
     from gossamer.training.run import Run, RunConfig, post_train
     from gossamer.training.trainer import TrainingConfig
@@ -127,7 +134,9 @@ def sparsify(
             gradient_accumulation=gradient_accumulation,
             learning_rate=learning_rate,
             gate_learning_rate=gate_learning_rate,
+            hard_fraction=hard_fraction,
             constraint=constraint.value,
+            multiplier=MultiplierConfig(rate=multiplier_rate),
             precision=precision.value,
             checkpoint_every=checkpoint_every,
             seed=seed,

@@ -36,12 +36,14 @@ class GateState:
     """How the gates of one model act at the moment; shared by all its attention modules.
 
     Attributes:
+        dense_implementation: transformers' attention implementation before the gates were put in.
         sampled: sample the gates rather than take the hard ones of evaluation.
         seed: of the noise; each layer folds its own index into it.
         forced_open: every gate is open, whatever its logit: the dense model's own attention.
         counts: link counts by layer, filled where it is not None.
     """
 
+    dense_implementation: str = "eager"
     sampled: bool = False
     seed: int = 0
     forced_open: bool = False
@@ -153,13 +155,23 @@ def gated_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     attention_mask: Bool[Tensor, "batch keys"] | None = None,
+    allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Bool[Tensor, "batch 1 queries keys"] | None:
     """transformers' mask function: sdpa's boolean mask, with no allowed pairs for padding queries.
 
-    None stands for a plain causal mask.
+    None stands for a plain causal mask whose last query stands at the last key. sdpa's own reading of None
+    differs where a static cache has room after the last query, so there the mask is made in full.
     """
-    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, attention_mask=attention_mask, **kwargs)
+    mask = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip and q_length in (1, kv_length),
+        **kwargs,
+    )
     if mask is None or attention_mask is None:
         return mask
     real = attention_mask[:, q_offset : q_offset + q_length]

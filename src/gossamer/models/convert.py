@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import architecture_of, attention_modules
-from gossamer.models.attention import IMPLEMENTATION, GateState, register
+from gossamer.models.attention import IMPLEMENTATION, GateState, gate_state, register
 
 
 def is_gated(model: PreTrainedModel) -> bool:
@@ -39,7 +39,7 @@ def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = 
     architecture_of(model)
     if not inplace:
         model = copy.deepcopy(model)
-    state = GateState()
+    state = GateState(dense_implementation=model.config._attn_implementation)
     heads = model.config.num_attention_heads
     for layer, module in enumerate(attention_modules(model)):
         weight = next(module.parameters())
@@ -61,7 +61,8 @@ def densify(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
         raise GossamerError("this model has no gates to take off")
     if not inplace:
         model = copy.deepcopy(model)
+    implementation = gate_state(model).dense_implementation
     for module in attention_modules(model):
         del module.gate_bias, module.gate_state, module.gate_layer
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(implementation)
     return model

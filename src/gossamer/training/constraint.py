@@ -34,8 +34,8 @@ class MultiplierConfig:
         smallest, largest: lambda stays between them.
     """
 
-    initial: float = 0.3
-    rate: float = 1.0
+    initial: float = 0.02
+    rate: float = 0.5
     decay: float = 0.9
     largest_violation: float = 0.1
     smallest: float = 1e-4

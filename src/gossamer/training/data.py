@@ -83,7 +83,7 @@ def load_blocks(
         sampled = sample_blocks(model, tokenizer, held_out_blocks + train_blocks, seq_len, seed=seed)
         return Blocks(train=sampled[held_out_blocks:], held_out=sampled[:held_out_blocks])
     path = Path(text)
-    if path.exists():
+    if text and path.exists():
         documents = list(read_documents(path))
     elif _looks_local(text):
         raise GossamerError(f"no text {text}: there is no such file or directory")

@@ -65,7 +65,7 @@ class RunConfig:
         tau: bound on the cross-entropy in nats; the dense model's held-out loss plus ``slack`` if None.
         slack: nats above the dense model's loss.
         epsilon: bound on KL(dense || sparse) in nats, for the constraint ``kl``.
-        margin: how far inside the bound training aims, in nats (``ce``) or as a share of epsilon (``kl``).
+        margin: how far inside the bound training aims, nats.
         gate_bias: initial bias of every gate.
         lora_rank, lora_alpha: of the adapters, when those are trained.
         control: train the dense control as well.
@@ -79,8 +79,8 @@ class RunConfig:
     tau: float | None = None
     slack: float = 0.01
     epsilon: float = 0.05
-    margin: float = 0.0
-    gate_bias: float = 0.0
+    margin: float = 0.005
+    gate_bias: float = -2.0
     lora_rank: int = 16
     lora_alpha: float = 32.0
     control: bool = True
@@ -288,7 +288,7 @@ def _train_sparse(
     reference = copy.deepcopy(dense)
     if training.precision == "bf16":
         reference = reference.to(torch.bfloat16)
-    bound = room - config.margin if training.constraint == "ce" else config.epsilon * (1 - config.margin)
+    bound = (room if training.constraint == "ce" else config.epsilon) - config.margin
     trainer = SparsityTrainer(
         model,
         reference.to(_device()),

@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -84,11 +85,11 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
-    learning_rate: float = 3e-4
-    gate_learning_rate: float = 0.05
+    learning_rate: float = 5e-4
+    gate_learning_rate: float = 0.1
     warmup: float = 0.03
     final_rate: float = 0.1
-    hard_fraction: float = 0.2
+    hard_fraction: float = 0.6
     max_grad_norm: float = 1.0
     constraint: ConstraintKind = "ce"
     multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
@@ -155,8 +156,7 @@ class PostTrainer(Trainer):
             use_cpu=not torch.cuda.is_available(),
             save_strategy="steps" if config.checkpoint_every else "no",
             save_steps=config.checkpoint_every or 500,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
+            logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -164,6 +164,7 @@ class PostTrainer(Trainer):
             data_seed=config.seed,
         )
         super().__init__(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks)
+        self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = False
         self.measured: list[dict[str, float]] = []
         self.last: dict[str, float] = {}

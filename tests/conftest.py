@@ -1,0 +1,49 @@
+"""A real tokenizer, real text and a saved tiny model, made once; no network."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+import pytest
+from families import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+WORDS = "the sparse model reads one two three four tokens and closes every link it does not need in a row".split()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Documents of random words."""
+    random_words = random.Random(seed)
+    return [" ".join(random_words.choices(WORDS, k=12)) + "." for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer with at most the 97 tokens of the tiny models."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    backend.train_from_iterator(sentences(200), trainers.BpeTrainer(vocab_size=97, special_tokens=special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl.gz file of documents."""
+    file = tmp_path_factory.mktemp("text") / "text.jsonl.gz"
+    with gzip.open(file, "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": sentence}) + "\n" for sentence in sentences(400))
+    return file
+
+
+@pytest.fixture(scope="session")
+def saved_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny dense llama with its tokenizer, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

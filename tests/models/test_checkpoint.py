@@ -1,0 +1,88 @@
+"""Saved models: the same logits back, no silent dense reading, nothing written half."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import CONFIGS, tiny_model, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import gossamer
+from gossamer import GossamerError
+from gossamer.models.checkpoint import gate_biases, is_saved_model
+
+
+@pytest.fixture
+def gated():
+    model = gossamer.sparsify(tiny_model("llama"))
+    for index, parameter in enumerate(p for n, p in model.named_parameters() if n.endswith("gate_bias")):
+        parameter.data.copy_(torch.arange(4) * 0.1 + index)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip_gives_the_same_logits(name: str, tmp_path: Path) -> None:
+    model = gossamer.sparsify(tiny_model(name), gate_bias=-0.7)
+    gossamer.save(model, tmp_path / "model")
+    loaded = gossamer.load(tmp_path / "model")
+    ids = tokens(2, 14)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert type(loaded) is type(model)
+
+
+def test_gates_and_tokenizer_come_back(gated, tokenizer, tmp_path: Path) -> None:
+    gossamer.save(gated, tmp_path / "model", tokenizer)
+    assert torch.equal(gate_biases(gossamer.load(tmp_path / "model")), gate_biases(gated))
+    again = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert again("one two")["input_ids"] == tokenizer("one two")["input_ids"]
+    assert is_saved_model(tmp_path / "model")
+
+
+def test_plain_transformers_refuses_the_directory(gated, tmp_path: Path) -> None:
+    gossamer.save(gated, tmp_path / "model")
+    with pytest.raises(ValueError, match="gossamer"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        type(gated).from_pretrained(tmp_path / "model")
+    assert "gossamer.load" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_dtype_can_be_chosen(gated, tmp_path: Path) -> None:
+    gossamer.save(gated, tmp_path / "model")
+    assert gossamer.load(tmp_path / "model", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_saving_again_replaces_the_whole_directory(gated, tmp_path: Path) -> None:
+    gossamer.save(gated, tmp_path / "model")
+    (tmp_path / "model" / "stale").touch()
+    gossamer.save(gated, tmp_path / "model")
+    assert not (tmp_path / "model" / "stale").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_the_old_directory(gated, tmp_path: Path) -> None:
+    gossamer.save(gated, tmp_path / "model")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    with pytest.raises(GossamerError, match="no gates"):
+        gossamer.save(tiny_model("llama"), tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_damaged_directories_are_named(gated, tmp_path: Path) -> None:
+    with pytest.raises(GossamerError, match="is not a saved gossamer model"):
+        gossamer.load(tmp_path / "missing")
+    tiny_model("llama").save_pretrained(tmp_path / "dense")
+    with pytest.raises(GossamerError, match="holds a dense llama model"):
+        gossamer.load(tmp_path / "dense")
+    gossamer.save(gated, tmp_path / "model")
+    weights = tmp_path / "model" / "gossamer.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(GossamerError, match=r"gossamer\.safetensors is missing or cut short"):
+        gossamer.load(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "format": 99}))
+    with pytest.raises(GossamerError, match="format 99"):
+        gossamer.load(tmp_path / "model")

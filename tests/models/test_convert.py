@@ -1,0 +1,224 @@
+"""Gates in every family: open ones change nothing, closed ones silence attention, refusals come by name."""
+
+import pytest
+import torch
+from families import CONFIGS, tiny_config, tiny_model, tokens
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, BertModel, T5Config
+
+import gossamer
+from gossamer import GossamerError
+from gossamer.models.architectures import ARCHITECTURES, attention_modules
+
+
+def padded(side: str, length: int = 14, real: int = 9) -> torch.Tensor:
+    mask = torch.ones(2, length, dtype=torch.long)
+    if side == "right":
+        mask[1, real:] = 0
+    elif side == "left":
+        mask[1, : length - real] = 0
+    return mask
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {model_type for model_type, _ in CONFIGS.values()} == set(ARCHITECTURES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_open_gates_equal_eager_attention(name: str, side: str) -> None:
+    dense = tiny_model(name)
+    mask = padded(side)
+    batch = {"input_ids": tokens(2, 14), "attention_mask": mask}
+    gated = gossamer.sparsify(dense)
+    with gossamer.forced_open(gated):
+        found = gated(**batch).logits
+    wanted = dense(**batch).logits
+    assert wanted.std() > 0.1
+    assert (found - wanted)[mask.bool()].abs().max() < 1e-5 * max(1.0, wanted.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_open_gates_generate_the_same_with_a_cache(name: str, cache: str, side: str) -> None:
+    if name == "opt" and cache == "static":
+        pytest.skip("OPT does not support a static cache in transformers")
+    dense = tiny_model(name)
+    options = {
+        "input_ids": tokens(2, 14),
+        "attention_mask": padded(side),
+        "max_new_tokens": 8,
+        "min_new_tokens": 8,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    wanted = dense.generate(**options)
+    gated = gossamer.sparsify(dense)
+    with gossamer.forced_open(gated):
+        found = gated.generate(**options, cache_implementation="static" if cache == "static" else None)
+    assert torch.equal(found.sequences, wanted.sequences)
+    for a, b in zip(found.logits, wanted.logits, strict=True):
+        assert (a - b).abs().max() < 1e-5 * max(1.0, b.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hard_gates_with_a_cache_equal_those_without(name: str) -> None:
+    gated = gossamer.sparsify(tiny_model(name))
+    ids = tokens(2, 14)
+    whole = gated(input_ids=ids).logits
+    first = gated(input_ids=ids[:, :10], use_cache=True)
+    rest = gated(input_ids=ids[:, 10:], past_key_values=first.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counts_are_those_of_causality_window_and_padding(name: str) -> None:
+    gated = gossamer.sparsify(tiny_model(name))
+    mask = padded("left")
+    with gossamer.counted_links(gated) as counts, gossamer.forced_open(gated):
+        gated(input_ids=tokens(2, 14), attention_mask=mask)
+    assert sorted(counts) == [0, 1, 2]
+    for layer, module in enumerate(attention_modules(gated)):
+        window = getattr(module, "sliding_window", None) or getattr(gated.config, "sliding_window", None)
+        if name in ("gpt2", "llama") or (hasattr(module, "sliding_window") and module.sliding_window is None):
+            window = None
+        span = window or 14
+        expected = [sum(min(i + 1, span) for i in range(real)) for real in (14, 9)]
+        assert counts[layer].allowed_links[:, 0].tolist() == expected
+        assert torch.equal(counts[layer].open_links, counts[layer].allowed_links)
+
+
+@torch.no_grad()
+def test_gates_do_something_and_closed_ones_silence_attention() -> None:
+    dense = tiny_model("llama")
+    batch = {"input_ids": tokens(1, 12)}
+    half = gossamer.sparsify(dense)
+    with gossamer.counted_links(half) as counts:
+        assert not torch.allclose(half(**batch).logits, dense(**batch).logits, atol=1e-3)
+    assert 0 < counts[0].open_links.sum() < counts[0].allowed_links.sum()
+    closed = gossamer.sparsify(dense, gate_bias=-1e4)
+    for module in attention_modules(dense):
+        module.o_proj.weight.zero_()
+    torch.testing.assert_close(closed(**batch).logits, dense(**batch).logits)
+
+
+@torch.no_grad()
+def test_sampled_gates_follow_the_seed_and_end_with_their_context() -> None:
+    gated = gossamer.sparsify(tiny_model("llama")).train()
+    batch = {"input_ids": tokens(1, 12)}
+    hard = gated(**batch).logits
+    with gossamer.sampled_gates(gated, seed=1):
+        first, again = gated(**batch).logits, gated(**batch).logits
+    with gossamer.sampled_gates(gated, seed=2):
+        other = gated(**batch).logits
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert torch.equal(gated(**batch).logits, hard)
+
+
+@torch.no_grad()
+def test_contexts_restore_after_an_error() -> None:
+    gated = gossamer.sparsify(tiny_model("llama"))
+    before = gated(input_ids=tokens(1, 5)).logits
+    with pytest.raises(RuntimeError, match="stop"), gossamer.forced_open(gated):
+        raise RuntimeError("stop")
+    assert torch.equal(gated(input_ids=tokens(1, 5)).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_densify_takes_the_gates_off(name: str) -> None:
+    dense = tiny_model(name)
+    gated = gossamer.sparsify(dense)
+    back = gossamer.densify(gated)
+    batch = {"input_ids": tokens(1, 12)}
+    assert not gossamer.is_gated(back) and gossamer.is_gated(gated)
+    assert set(back.state_dict()) == set(dense.state_dict())
+    torch.testing.assert_close(back(**batch).logits, dense(**batch).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sparsify_leaves_the_original_alone_unless_told() -> None:
+    dense = tiny_model("llama")
+    before = dense(input_ids=tokens(1, 5)).logits
+    gossamer.sparsify(dense)
+    assert torch.equal(dense(input_ids=tokens(1, 5)).logits, before)
+    assert gossamer.sparsify(dense, inplace=True) is dense
+
+
+def test_gradients_reach_bias_and_projections_with_activation_checkpointing_alike() -> None:
+    plain = gossamer.sparsify(tiny_model("llama")).train()
+    recomputed = gossamer.sparsify(tiny_model("llama")).train()
+    recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    grads = []
+    for model in (plain, recomputed):
+        with gossamer.sampled_gates(model, seed=3), gossamer.counted_links(model) as counts:
+            loss = model(input_ids=tokens(2, 9), use_cache=False).logits.square().mean()
+            (loss + sum(count.expected_open.sum() for count in counts.values())).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(grad is not None and grad.abs().max() > 0 for name, grad in grads[0].items() if "gate_bias" in name)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
+REFUSED = {
+    "gpt_neo": ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
+                "gpt_neo does not call"),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, "bloom does not call"),
+    "falcon": ("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "falcon does not call"),
+    "stablelm": ("stablelm", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                              "num_key_value_heads": 4, "intermediate_size": 48}, "stablelm is not a supported family"),
+    "cross attention": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "add_cross_attention": True},
+                        "add_cross_attention"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_gated_is_refused_by_name_and_left_alone(case: str) -> None:
+    from transformers import AutoConfig
+
+    model_type, settings, message = REFUSED[case]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=97, **settings))
+    before = (set(model.state_dict()), model.config._attn_implementation)
+    with pytest.raises(GossamerError, match=message):
+        gossamer.sparsify(model, inplace=True)
+    assert before == (set(model.state_dict()), model.config._attn_implementation)
+
+
+def test_encoders_and_encoder_decoders_are_refused() -> None:
+    bert = BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=97)
+    )
+    with pytest.raises(GossamerError, match="bert is not a supported family"):
+        gossamer.sparsify(bert)
+    t5 = AutoModelForSeq2SeqLM.from_config(
+        T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=97)
+    )
+    with pytest.raises(GossamerError, match="encoder-decoder"):
+        gossamer.sparsify(t5)
+
+
+def test_gating_twice_and_degating_a_dense_model_are_refused() -> None:
+    gated = gossamer.sparsify(tiny_model("llama"))
+    with pytest.raises(GossamerError, match="has gates already"):
+        gossamer.sparsify(gated)
+    with pytest.raises(GossamerError, match="no gates"):
+        gossamer.densify(tiny_model("llama"))
+
+
+def test_attention_biases_in_a_mask_are_refused() -> None:
+    gated = gossamer.sparsify(tiny_model("llama"))
+    mask = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), torch.finfo(torch.float32).min)
+    ids = tokens(1, 6)
+    torch.testing.assert_close(gated(input_ids=ids, attention_mask=mask).logits, gated(input_ids=ids).logits)
+    with pytest.raises(GossamerError, match="additive biases"):
+        gated(input_ids=ids, attention_mask=mask - 0.5)
+
+
+def test_tiny_config_is_fresh_each_time() -> None:
+    assert tiny_config("llama") is not tiny_config("llama")

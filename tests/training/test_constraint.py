@@ -1,0 +1,63 @@
+"""The multiplier and the Lagrangian against an optimum known by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from gossamer.training.constraint import Multiplier, MultiplierConfig, cross_entropy, kl_divergence, lagrangian
+
+
+def test_multiplier_rises_above_the_bound_and_falls_below() -> None:
+    multiplier = Multiplier(MultiplierConfig(initial=1.0, rate=0.5, decay=0.0, largest_violation=0.1))
+    multiplier.update(0.04)
+    assert multiplier.value == pytest.approx(math.exp(0.02))
+    multiplier.update(-3.0)
+    assert multiplier.value == pytest.approx(math.exp(0.02 - 0.05))
+
+
+def test_multiplier_stays_within_its_limits() -> None:
+    multiplier = Multiplier(MultiplierConfig(rate=100.0, decay=0.0))
+    for _ in range(10):
+        multiplier.update(1.0)
+    assert multiplier.value == pytest.approx(1e4)
+    for _ in range(10):
+        multiplier.update(-1.0)
+    assert multiplier.value == pytest.approx(1e-4)
+
+
+def test_multiplier_goes_on_exactly_from_its_state() -> None:
+    first = Multiplier(MultiplierConfig())
+    for violation in (0.3, -0.123456789, 0.01):
+        first.update(violation)
+    second = Multiplier(MultiplierConfig())
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    first.update(0.1)
+    second.update(0.1)
+    assert first.log_value == second.log_value and first.mean_violation == second.mean_violation
+
+
+def test_constrained_descent_finds_the_known_optimum() -> None:
+    """minimise x subject to (x - 2)^2 <= 1/4: x = 3/2, and there lambda = 1 / (2 * 1/2) = 1."""
+    x = torch.tensor(4.0, requires_grad=True)
+    multiplier = Multiplier(MultiplierConfig(initial=0.01, rate=0.05, decay=0.5))
+    optimizer = torch.optim.SGD([x], lr=0.05)
+    for _ in range(8000):
+        violation = (x - 2) ** 2 - 0.25
+        optimizer.zero_grad()
+        lagrangian(x, violation, multiplier.value).backward()
+        optimizer.step()
+        multiplier.update(violation.item())
+    assert x.item() == pytest.approx(1.5, abs=0.02)
+    assert multiplier.value == pytest.approx(1.0, rel=0.1)
+
+
+def test_losses_by_hand() -> None:
+    ids = torch.tensor([[0, 1, 1]])
+    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]]))
+    assert cross_entropy(logits, ids).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
+    other = torch.log(torch.tensor([[[0.9, 0.1], [0.25, 0.75], [0.2, 0.8]]]))
+    expected = 0.5 * (0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+    assert kl_divergence(logits, other).item() == pytest.approx(expected)
+    assert kl_divergence(logits, logits).item() == pytest.approx(0.0, abs=1e-7)

@@ -1,0 +1,126 @@
+"""Text to blocks: every kind of file, the split, the choice of blocks, and every fault by name."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import sentences
+from families import tiny_model
+
+from gossamer import GossamerError
+from gossamer.training.data import load_blocks, pack, read_documents, sample_blocks, split
+
+
+def test_split_holds_out_the_last_twentieth_of_the_characters() -> None:
+    documents = [letter * 30 for letter in "abcdefghij"]
+    train, held_out = split(documents)
+    assert "".join(train + held_out) == "".join(documents)
+    assert sum(map(len, held_out)) == 15
+    assert held_out == ["j" * 15]
+
+
+def test_pack_joins_documents_with_the_end_token_and_drops_the_tail(tokenizer) -> None:
+    documents = sentences(5)
+    stream = [t for d in documents for t in [*tokenizer(d)["input_ids"], tokenizer.eos_token_id]]
+    blocks = pack(documents, tokenizer, 7, name="text")
+    assert blocks.shape == (len(stream) // 7, 7)
+    assert blocks.flatten().tolist() == stream[: len(stream) // 7 * 7]
+
+
+def test_all_kinds_of_files_hold_the_same_documents(tmp_path: Path) -> None:
+    documents = sentences(3)
+    rows = "".join(json.dumps({"text": d}) + "\n" for d in documents)
+    (tmp_path / "a.jsonl").write_text(rows + "\n")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    assert list(read_documents(tmp_path / "a.jsonl")) == documents
+    assert list(read_documents(tmp_path / "b.jsonl.gz")) == documents
+    (tmp_path / "c.txt").write_text("one\ntwo")
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress("drei".encode()))
+    assert list(read_documents(tmp_path)) == [*documents, *documents, "one\ntwo", "drei"]
+
+
+def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenizer) -> None:
+    def load(seed: int):
+        return load_blocks(
+            str(text), tokenizer, seq_len=16, train_blocks=50, held_out_blocks=8, seed=seed
+        )
+
+    first, again, other = load(1), load(1), load(2)
+    assert torch.equal(first.train, again.train) and torch.equal(first.held_out, again.held_out)
+    assert not torch.equal(first.train, other.train)
+    assert torch.equal(first.held_out, other.held_out)
+    assert first.train.shape == (50, 16) and first.held_out.shape == (8, 16)
+    documents = list(read_documents(text))
+    train = pack(split(documents)[0], tokenizer, 16, name="text")
+    rows = {tuple(row) for row in train.tolist()}
+    assert all(tuple(row) in rows for row in first.train.tolist())
+
+
+def test_self_sampled_text_is_a_function_of_the_seed_and_leaves_the_global_state(tokenizer) -> None:
+    model = tiny_model("llama")
+    state = torch.random.get_rng_state()
+    first = sample_blocks(model, tokenizer, 5, 12, seed=3, batch_size=2)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert first.shape == (5, 12)
+    assert (first[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(first, sample_blocks(model, tokenizer, 5, 12, seed=3, batch_size=2))
+    assert not torch.equal(first, sample_blocks(model, tokenizer, 5, 12, seed=4, batch_size=2))
+    blocks = load_blocks(
+        "self", tokenizer, seq_len=12, train_blocks=3, held_out_blocks=2, seed=3, model=model
+    )
+    assert blocks.train.shape == (3, 12) and blocks.held_out.shape == (2, 12)
+
+
+def test_self_sampled_text_has_the_distribution_of_the_model(tokenizer) -> None:
+    model = tiny_model("llama")
+    sampled = sample_blocks(model, tokenizer, 2000, 2, seed=0, batch_size=1000)[:, 1]
+    with torch.no_grad():
+        p = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, 0].softmax(-1)
+    share = torch.bincount(sampled, minlength=97) / 2000
+    assert ((share - p).abs() < 4.5 * (p * (1 - p) / 2000).sqrt() + 1e-3).all()
+
+
+BAD_FILES = {
+    "data.csv": (b"a,b", "unknown kind"),
+    "empty.txt": (b"", "is empty"),
+    "blank.jsonl": (b'{"text": "  "}\n', "is empty"),
+    "short.txt": (b"one two", "shorter than one block"),
+    "broken.jsonl": (b'{"text": "one"}\n{"text": \n', "line 2: not valid JSON"),
+    "keyless.jsonl": (b'{"body": "one"}\n', "line 1: no string under the key 'text'"),
+    "number.jsonl": (b'{"text": 3}\n', "line 1: no string under the key 'text'"),
+    "latin.txt": ("é".encode("latin-1") * 9, "not UTF-8"),
+    "cut.txt.gz": (gzip.compress(b"one two three" * 99)[:-20], "not a whole gzip file"),
+    "plain.txt.gz": (b"one two", "not a whole gzip file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_faults_of_files_are_named(name: str, tmp_path: Path, tokenizer) -> None:
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(GossamerError, match=message) as caught:
+        load_blocks(str(tmp_path / name), tokenizer, seq_len=16, train_blocks=4, held_out_blocks=2, seed=0)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    [("missing.txt", "no such file"), ("/no/such/place", "no such file"), ("", "no such file")],
+)
+def test_missing_text_is_named(name: str, message: str, tokenizer) -> None:
+    with pytest.raises(GossamerError, match=message):
+        load_blocks(name, tokenizer, seq_len=16, train_blocks=4, held_out_blocks=2, seed=0)
+
+
+def test_a_hub_data_set_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch, tokenizer) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(GossamerError, match="no text nobody/nothing"):
+        load_blocks("nobody/nothing", tokenizer, seq_len=16, train_blocks=4, held_out_blocks=2, seed=0)
+
+
+def test_an_empty_directory_is_named(tmp_path: Path, tokenizer) -> None:
+    with pytest.raises(GossamerError, match="holds no text"):
+        load_blocks(str(tmp_path), tokenizer, seq_len=16, train_blocks=4, held_out_blocks=2, seed=0)

@@ -1,0 +1,209 @@
+"""The trainer on tiny models: what moves, what is measured, what survives a stop."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model, tokens
+
+import gossamer
+from gossamer import GossamerError
+from gossamer.models.architectures import attention_modules
+from gossamer.models.checkpoint import gate_biases
+from gossamer.training.checkpoints import checkpoints, fault, last_sound
+from gossamer.training.constraint import cross_entropy
+from gossamer.training.data import BlockDataset
+from gossamer.training.lora import add_adapters, merge_adapters
+from gossamer.training.trainer import PostTrainer, SparsityTrainer, TrainingConfig, choose_trained, without_dropout
+
+BLOCKS = tokens(32, 16)
+
+
+def make_trainer(folder: Path, bound: float = 0.05, family: str = "llama", **settings) -> SparsityTrainer:
+    config = TrainingConfig(**{"steps": 6, "batch_size": 4, "checkpoint_every": 2, **settings})
+    dense = tiny_model(family)
+    model = gossamer.sparsify(dense)
+    choose_trained(model, config.train)
+    return SparsityTrainer(model, dense, bound, config, BlockDataset(BLOCKS), folder)
+
+
+def weights(trainer: PostTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_closes_links(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, bound=10.0, steps=40, checkpoint_every=0, gate_learning_rate=0.3)
+    trainer.train()
+    assert trainer.last["open_fraction"] < 0.1
+    assert trainer.last["multiplier"] < 0.3
+    assert (gate_biases(trainer.model) < -0.5).all()
+
+
+def test_a_bound_out_of_reach_raises_the_multiplier(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, bound=-10.0, steps=10, checkpoint_every=0)
+    trainer.train()
+    assert trainer.multiplier.value > 0.3
+
+
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+def test_the_violation_is_that_of_the_constraint(kind: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, bound=0.25, constraint=kind, hard_fraction=1.0, steps=1, checkpoint_every=0)
+    trainer.args.learning_rate = 0.0
+    dense, gated = tiny_model("llama"), gossamer.sparsify(tiny_model("llama"))
+    trainer.train()
+    order = next(iter(trainer.get_train_dataloader()))["input_ids"]
+    assert any(torch.equal(order[0], block) for block in BLOCKS)
+    with torch.no_grad():
+        pairs = [(dense(input_ids=b).logits, gated(input_ids=b).logits) for b in BLOCKS.split(4)]
+    ce = [cross_entropy(g, b) - cross_entropy(d, b) for (d, g), b in zip(pairs, BLOCKS.split(4), strict=True)]
+    if kind == "ce":
+        low, high = min(ce) - 1, max(ce) + 1
+        assert low < trainer.last["violation"] + 0.25 < high
+        assert trainer.last["violation"] == pytest.approx(
+            trainer.last["loss"] - trainer.last["loss_dense"] - 0.25, abs=1e-5
+        )
+    else:
+        assert trainer.last["violation"] + 0.25 > 0
+
+
+@pytest.mark.parametrize("part", ["attention", "all"])
+def test_only_the_chosen_part_moves(part: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, train=part, steps=2, checkpoint_every=0)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    attention = {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(3) for p in "qkvo"}
+    gates = {f"model.layers.{i}.self_attn.gate_bias" for i in range(3)}
+    assert moved == (attention | gates if part == "attention" else set(before))
+
+
+def test_lora_moves_adapters_only_and_merges_to_the_same_function(tmp_path: Path) -> None:
+    dense = tiny_model("llama")
+    model = gossamer.sparsify(dense)
+    add_adapters(model, rank=2, alpha=4.0)
+    for module in attention_modules(model):
+        module.gate_bias.requires_grad_(True)
+    config = TrainingConfig(train="lora", steps=3, batch_size=4, checkpoint_every=0)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    SparsityTrainer(model, dense, 0.05, config, BlockDataset(BLOCKS), tmp_path).train()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all("lora_" in name or "gate_bias" in name for name in moved)
+    model.eval()
+    with torch.no_grad():
+        wanted = model(input_ids=tokens(1, 9)).logits
+        merge_adapters(model)
+        torch.testing.assert_close(model(input_ids=tokens(1, 9)).logits, wanted, rtol=1e-4, atol=1e-4)
+    assert set(model.state_dict()) == set(gossamer.sparsify(dense).state_dict())
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        trainer = make_trainer(tmp_path / str(len(runs)), seed=seed, checkpoint_every=0)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation": 2, "batch_size": 2}, {"steps": 20}])
+def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(settings: dict, tmp_path: Path) -> None:
+    whole = make_trainer(tmp_path / "whole", **settings)
+    whole.train()
+    stopped = make_trainer(tmp_path / "stopped", **settings)
+
+    original, calls = stopped.training_step, 0
+
+    def dies_in_the_fourth_step(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls > 3 * settings.get("gradient_accumulation", 1):
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    stopped.training_step = dies_in_the_fourth_step
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = make_trainer(tmp_path / "stopped", **settings)
+    checkpoint, faults = last_sound(tmp_path / "stopped")
+    assert checkpoint.name == "checkpoint-2" and not faults
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert same(weights(whole), weights(resumed))
+    assert resumed.multiplier.state_dict() == whole.multiplier.state_dict()
+
+
+def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
+    """With hard gates there is no noise to differ, and the mean over equal batches is the mean over all."""
+    ends = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        trainer = make_trainer(
+            tmp_path / str(batch_size),
+            batch_size=batch_size,
+            gradient_accumulation=accumulation,
+            hard_fraction=1.0,
+            steps=2,
+            checkpoint_every=0,
+        )
+        trainer.train()
+        ends.append(weights(trainer))
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_last_two_checkpoints_stay_and_each_is_a_loadable_model(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    assert all(fault(path) is None for path in checkpoints(tmp_path))
+    loaded = gossamer.load(tmp_path / "checkpoint-6")
+    trainer.model.eval()
+    with torch.no_grad():
+        ids = tokens(1, 9)
+        assert torch.equal(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    "harm,message",
+    [
+        (lambda f: (f / "optimizer.pt").write_bytes((f / "optimizer.pt").read_bytes()[:99]), "has 99 of"),
+        (lambda f: (f / "multiplier.json").unlink(), "multiplier.json is missing"),
+        (lambda f: (f / "multiplier.json").write_text("x" * (f / "multiplier.json").stat().st_size), "has changed"),
+        (lambda f: (f / "checksums.json").unlink(), "missing or damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(harm, message: str, tmp_path: Path) -> None:
+    make_trainer(tmp_path).train()
+    harm(tmp_path / "checkpoint-6")
+    checkpoint, faults = last_sound(tmp_path)
+    assert checkpoint.name == "checkpoint-4"
+    assert len(faults) == 1 and message in faults[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    original, calls = trainer.objective, 0
+
+    def overflows_in_the_fourth_step(model, input_ids):
+        nonlocal calls
+        calls += 1
+        loss, measured = original(model, input_ids)
+        return (loss * float("nan"), measured) if calls == 4 else (loss, measured)
+
+    trainer.objective = overflows_in_the_fourth_step
+    with pytest.raises(GossamerError, match="in step 4"):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert fault(tmp_path / "checkpoint-2") is None
+
+
+def test_dropout_is_off_within_and_back_afterwards() -> None:
+    model = tiny_model("gpt2").train()
+    ids = tokens(1, 9)
+    with torch.no_grad(), without_dropout(model):
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
