@@ -6,11 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
-from families import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "the sparse model reads one two three four tokens and closes every link it does not need in a row".split()
+from families import tiny_model
+
+WORDS = ("the sparse model reads one two three four tokens and closes every link it does not need in a row").split()  # noqa: SIM905
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

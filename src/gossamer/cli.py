@@ -61,9 +61,7 @@ def sparsify(
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")],
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 1_000_000,
-    seq_len: Annotated[
-        int, typer.Option(help="Tokens in a training block. Train at the length you need.")
-    ] = 256,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a training block. Train at the length you need.")] = 256,
     constraint: Annotated[
         Constraint,
         typer.Option(help="ce: cross-entropy at most tau. kl: KL(dense || sparse) at most epsilon."),
@@ -160,7 +158,7 @@ def evaluate(
     _evaluate(Run(run), precision, batch_size)
 
 
-def _evaluate(run: "Run", precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined] # noqa: F821
+def _evaluate(run: "Run", precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
     from gossamer.evaluation.evaluate import evaluate_run, summary_tables, verdict
 
     with console.status("evaluating") as status:
@@ -189,7 +187,7 @@ def inspect(
         _inspect_model(target)
 
 
-def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined] # noqa: F821
+def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
     from gossamer.evaluation.evaluate import summary_tables, verdict
 
     config = dataclasses.asdict(run.config())
@@ -243,7 +241,7 @@ def main() -> None:
     except GossamerError as error:
         _fail(" ".join(str(error).split()))
     except OSError as error:
-        _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
+        _fail(f"cannot read or write {error.filename or 'a file of the run'}: {error.strerror or error}")
     except KeyboardInterrupt:
         _fail("interrupted; go on with --resume")
 

@@ -7,12 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from gossamer.errors import GossamerError
+
 
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
-    """A fresh directory beside ``target`` that takes its place when the block ends well, and else vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    """A fresh directory beside ``target`` that takes its place when the block ends well, and else vanishes.
+
+    Raises:
+        GossamerError: if it cannot be written: no room, no permission.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise _cannot_write(target, error) from error
     try:
         yield staging
         staging.chmod(0o755)
@@ -23,9 +34,22 @@ def written_beside(target: Path) -> Iterator[Path]:
             shutil.rmtree(retired)
         else:
             os.rename(staging, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise _cannot_write(target, error) from error
         raise
+
+
+def _cannot_write(target: Path, error: Exception) -> GossamerError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return GossamerError(f"cannot write {target}: {reason}; give a place that can be written and has room")
+
+
+def remove_staging(target: Path) -> None:
+    """Remove what a killed process left beside ``target`` while it wrote it."""
+    for left in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(target: Path, text: str) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gossamer
+from families import CONFIGS, tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.models.checkpoint import gate_biases, is_saved_model
 

@@ -108,7 +108,8 @@ def test_saturated_gates_give_no_nan(implementation: str, dtype: torch.dtype, sa
     big = {name: (x * 60 if name in "qk" else x).detach().requires_grad_() for name, x in tensors.items()}
     assert (big["q"][:, :1] @ big["k"][:, :1].mT).abs().max() > 1e4
     result, grads = run(big, implementation=implementation, sample=sample, scale=1.0)
-    assert result.output.isfinite().all() and result.expected_open.isfinite().all()
+    assert result.output.isfinite().all()
+    assert result.expected_open.isfinite().all()
     assert all(grad.isfinite().all() for grad in grads)
 
 
@@ -135,7 +136,8 @@ def test_pencil_and_paper(implementation: str) -> None:
     options = {"scale": 1.0, "implementation": implementation}
     result = gated_attention(q, k, v, torch.tensor([-0.5]), **options)
     torch.testing.assert_close(result.output.flatten(), torch.tensor([0.0, 6.0]))
-    assert result.open_links.item() == 1 and result.allowed_links.item() == 3
+    assert result.open_links.item() == 1
+    assert result.allowed_links.item() == 3
     sigma = [1 / (1 + math.exp(-g)) for g in (-0.5, math.log(3) - 0.5, -0.5)]
     assert result.expected_open.item() == pytest.approx(sum(sigma))
 

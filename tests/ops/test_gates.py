@@ -55,7 +55,8 @@ def test_uniforms_follow_the_documented_formula_bit_for_bit(seed: int) -> None:
 
 def test_uniforms_stay_off_zero_and_one() -> None:
     extremes = torch.tensor([0.0, 2**23 - 1]).add_(0.5).mul_(2.0**-23)
-    assert extremes[0] == 2**-24 and extremes[1] == 1 - 2**-24
+    assert extremes[0] == 2**-24
+    assert extremes[1] == 1 - 2**-24
     assert torch.logit(extremes).isfinite().all()
 
 
@@ -87,9 +88,7 @@ def test_truncation_does_not_change_the_noise() -> None:
 
 def _uniforms(keys: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     length = mask.shape[1]
-    pairs = make_pairs(
-        1, length, length, causal=True, window=None, mask=mask, lengths=None, device=torch.device("cpu")
-    )
+    pairs = make_pairs(1, length, length, causal=True, window=None, mask=mask, lengths=None, device=torch.device("cpu"))
     return pairs.uniforms(keys, slice(0, length), slice(0, length))
 
 

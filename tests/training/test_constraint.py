@@ -35,7 +35,8 @@ def test_multiplier_goes_on_exactly_from_its_state() -> None:
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     first.update(0.1)
     second.update(0.1)
-    assert first.log_value == second.log_value and first.mean_violation == second.mean_violation
+    assert first.log_value == second.log_value
+    assert first.mean_violation == second.mean_violation
 
 
 def test_constrained_descent_finds_the_known_optimum() -> None:

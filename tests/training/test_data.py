@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conftest import sentences
 from families import tiny_model
-
 from gossamer import GossamerError
 from gossamer.training.data import load_blocks, pack, read_documents, sample_blocks, split
 
@@ -37,21 +37,21 @@ def test_all_kinds_of_files_hold_the_same_documents(tmp_path: Path) -> None:
     assert list(read_documents(tmp_path / "a.jsonl")) == documents
     assert list(read_documents(tmp_path / "b.jsonl.gz")) == documents
     (tmp_path / "c.txt").write_text("one\ntwo")
-    (tmp_path / "d.txt.gz").write_bytes(gzip.compress("drei".encode()))
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"drei"))
     assert list(read_documents(tmp_path)) == [*documents, *documents, "one\ntwo", "drei"]
 
 
 def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenizer) -> None:
     def load(seed: int):
-        return load_blocks(
-            str(text), tokenizer, seq_len=16, train_blocks=50, held_out_blocks=8, seed=seed
-        )
+        return load_blocks(str(text), tokenizer, seq_len=16, train_blocks=50, held_out_blocks=8, seed=seed)
 
     first, again, other = load(1), load(1), load(2)
-    assert torch.equal(first.train, again.train) and torch.equal(first.held_out, again.held_out)
+    assert torch.equal(first.train, again.train)
+    assert torch.equal(first.held_out, again.held_out)
     assert not torch.equal(first.train, other.train)
     assert torch.equal(first.held_out, other.held_out)
-    assert first.train.shape == (50, 16) and first.held_out.shape == (8, 16)
+    assert first.train.shape == (50, 16)
+    assert first.held_out.shape == (8, 16)
     documents = list(read_documents(text))
     train = pack(split(documents)[0], tokenizer, 16, name="text")
     rows = {tuple(row) for row in train.tolist()}
@@ -67,10 +67,9 @@ def test_self_sampled_text_is_a_function_of_the_seed_and_leaves_the_global_state
     assert (first[:, 0] == tokenizer.bos_token_id).all()
     assert torch.equal(first, sample_blocks(model, tokenizer, 5, 12, seed=3, batch_size=2))
     assert not torch.equal(first, sample_blocks(model, tokenizer, 5, 12, seed=4, batch_size=2))
-    blocks = load_blocks(
-        "self", tokenizer, seq_len=12, train_blocks=3, held_out_blocks=2, seed=3, model=model
-    )
-    assert blocks.train.shape == (3, 12) and blocks.held_out.shape == (2, 12)
+    blocks = load_blocks("self", tokenizer, seq_len=12, train_blocks=3, held_out_blocks=2, seed=3, model=model)
+    assert blocks.train.shape == (3, 12)
+    assert blocks.held_out.shape == (2, 12)
 
 
 def test_self_sampled_text_has_the_distribution_of_the_model(tokenizer) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model, tokens
 
 import gossamer
+from families import tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.models.architectures import attention_modules
 from gossamer.models.checkpoint import gate_biases
@@ -91,7 +91,8 @@ def test_lora_moves_adapters_only_and_merges_to_the_same_function(tmp_path: Path
     before = {n: p.clone() for n, p in model.named_parameters()}
     SparsityTrainer(model, dense, 0.05, config, BlockDataset(BLOCKS), tmp_path).train()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved and all("lora_" in name or "gate_bias" in name for name in moved)
+    assert moved
+    assert all("lora_" in name or "gate_bias" in name for name in moved)
     model.eval()
     with torch.no_grad():
         wanted = model(input_ids=tokens(1, 9)).logits
@@ -130,7 +131,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(settings: dict, t
         stopped.train()
     resumed = make_trainer(tmp_path / "stopped", **settings)
     checkpoint, faults = last_sound(tmp_path / "stopped")
-    assert checkpoint.name == "checkpoint-2" and not faults
+    assert checkpoint.name == "checkpoint-2"
+    assert not faults
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(weights(whole), weights(resumed))
     assert resumed.multiplier.state_dict() == whole.multiplier.state_dict()
@@ -180,12 +182,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(harm, message: str, tmp_p
     harm(tmp_path / "checkpoint-6")
     checkpoint, faults = last_sound(tmp_path)
     assert checkpoint.name == "checkpoint-4"
-    assert len(faults) == 1 and message in faults[0]
+    assert len(faults) == 1
+    assert message in faults[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    original, calls = trainer.objective, 0
+    original, calls = trainer.batch_objective, 0
 
     def overflows_in_the_fourth_step(model, input_ids):
         nonlocal calls
@@ -193,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         loss, measured = original(model, input_ids)
         return (loss * float("nan"), measured) if calls == 4 else (loss, measured)
 
-    trainer.objective = overflows_in_the_fourth_step
+    trainer.batch_objective = overflows_in_the_fourth_step
     with pytest.raises(GossamerError, match="in step 4"):
         trainer.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]

@@ -43,9 +43,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA_LIKE,
     "gemma": Architecture("model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)),
     "gemma2": Architecture("model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)),
-    "gemma3_text": Architecture(
-        "model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)
-    ),
+    "gemma3_text": Architecture("model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)),
     "olmo2": _LLAMA_LIKE,
     "phi3": Architecture("model.layers", "self_attn", ("qkv_proj", "o_proj")),
     "smollm3": _LLAMA_LIKE,
@@ -74,9 +72,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     if family not in ARCHITECTURES:
         if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise GossamerError(f"{family} is not a causal language model; gossamer gates decoders only")
-        raise GossamerError(
-            f"{family} is not a supported family; supported families: {', '.join(ARCHITECTURES)}"
-        )
+        raise GossamerError(f"{family} is not a supported family; supported families: {', '.join(ARCHITECTURES)}")
     expected = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     if type(model).__name__ != expected:
         raise GossamerError(f"{type(model).__name__} is not the causal language model of {family}; use {expected}")

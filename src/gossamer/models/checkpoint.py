@@ -63,8 +63,7 @@ def save(
         tokenizer: saved along if given.
 
     Raises:
-        GossamerError: if the model has no gates.
-        OSError: if the directory cannot be written.
+        GossamerError: if the model has no gates, or the directory cannot be written.
     """
     with written_beside(Path(path)) as staging:
         write_model(model, staging, tokenizer)
@@ -107,9 +106,7 @@ def load(
     if outer.get("model_type") != "gossamer":
         raise GossamerError(f"{folder} holds a dense {outer.get('model_type')} model, not a gossamer one")
     if outer.get("format") != FORMAT:
-        raise GossamerError(
-            f"{folder} has format {outer.get('format')}; this version of gossamer reads {FORMAT}"
-        )
+        raise GossamerError(f"{folder} has format {outer.get('format')}; this version of gossamer reads {FORMAT}")
     settings = _read_json(folder / "base_config.json", folder)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     weights = read_weights(folder)
@@ -148,7 +145,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def gate_biases(model: PreTrainedModel) -> torch.Tensor:
     """The learned gate biases b, ``[layers, heads]``, detached."""
-    return torch.stack([module.gate_bias.detach() for module in attention_modules(model)])  # type: ignore[misc]
+    return torch.stack([module.get_parameter("gate_bias").detach() for module in attention_modules(model)])
 
 
 def _read_json(file: Path, folder: Path) -> dict[str, Any]:

@@ -49,8 +49,7 @@ def load_dense(
         raise GossamerError(_no_such_model(name, error)) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise GossamerError(
-            f"{name} is a {config.model_type} model, which is not a causal language model; "
-            "gossamer gates decoders only"
+            f"{name} is a {config.model_type} model, which is not a causal language model; gossamer gates decoders only"
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

@@ -70,16 +70,12 @@ def gated_attention(
     if mask is not None and lengths is not None:
         raise ValueError("give mask or lengths, not both")
     if mask is not None and tuple(mask.shape) not in ((batch, keys), (batch, 1, queries, keys)):
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, not {(batch, keys)} or {(batch, 1, queries, keys)}"
-        )
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, not {(batch, keys)} or {(batch, 1, queries, keys)}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, must be at least 1")
     if sample and keys > MAX_POSITIONS:
         raise ValueError(f"{keys} keys: sampled gates tell at most {MAX_POSITIONS} positions apart")
-    pairs = make_pairs(
-        batch, queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device
-    )
+    pairs = make_pairs(batch, queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device)
     implementations = {"naive": gated_attention_naive, "chunked": gated_attention_chunked}
     return implementations[implementation](
         q,

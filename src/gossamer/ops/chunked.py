@@ -35,9 +35,7 @@ def gated_attention_chunked(
 ) -> GatedAttention:
     """The same as :func:`gossamer.ops.naive.gated_attention_naive`, in blocks; accumulates in float32 at least."""
     with torch.autocast(q.device.type, enabled=False):
-        output, expected, opened, allowed = _Chunked.apply(
-            q, k, v, gate_bias, pairs, scale, softcap, noise_keys
-        )
+        output, expected, opened, allowed = _Chunked.apply(q, k, v, gate_bias, pairs, scale, softcap, noise_keys)
     return GatedAttention(output, expected, opened, allowed)
 
 

@@ -68,7 +68,7 @@ def _absorb(state: int, word: int) -> int:
 
 
 def fold_seed(seed: int, *words: int) -> int:
-    """A 64-bit seed made of ``seed`` and further counters (step, layer, ...); distinct counters give distinct streams."""
+    """A 64-bit seed made of ``seed`` and counters (step, layer, ...); other counters, other seed."""
     low, high = seed & _WORD, seed >> 32 & _WORD
     for word in words:
         low = _absorb(_absorb(low, high), word & _WORD)

@@ -55,7 +55,7 @@ def _flush(file: Path) -> None:
 
 def last_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint without a fault, and one line about each newer one that has one."""
-    faults = []
+    faults: list[str] = []
     for checkpoint in reversed(checkpoints(folder)):
         if (wrong := fault(checkpoint)) is None:
             return checkpoint, faults

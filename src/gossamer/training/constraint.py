@@ -79,9 +79,7 @@ class Multiplier:
         return f"Multiplier({self.value:.4g}, {asdict(self.config)})"
 
 
-def lagrangian(
-    open_fraction: Float[Tensor, ""], violation: Float[Tensor, ""], multiplier: float
-) -> Float[Tensor, ""]:
+def lagrangian(open_fraction: Float[Tensor, ""], violation: Float[Tensor, ""], multiplier: float) -> Float[Tensor, ""]:
     """(E / allowed + lambda * violation) / (1 + lambda)."""
     return (open_fraction + multiplier * violation) / (1 + multiplier)
 

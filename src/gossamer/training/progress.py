@@ -22,7 +22,7 @@ class StepLog(TrainerCallback):
     """Shows loss, bound, lambda, open fraction, speed and time left, and appends every step to a file.
 
     Keys of a line: ``step``, ``seconds`` since the run was started or resumed, ``tokens_per_second``,
-    ``learning_rate`` and what the trainer measured (:meth:`gossamer.training.trainer.PostTrainer.objective`).
+    ``learning_rate`` and what the trainer measured (:meth:`gossamer.training.trainer.PostTrainer.batch_objective`).
 
     Args:
         trainer: whose measurements to take.
@@ -49,9 +49,7 @@ class StepLog(TrainerCallback):
         self.progress = Progress(*columns, _Figures(), TimeRemainingColumn(), console=console)
         self.task = self.progress.add_task(label, total=None)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop the lines of steps to come, and start the bar at the step the run is at."""
         kept = []
         if self.file.exists():
@@ -63,9 +61,7 @@ class StepLog(TrainerCallback):
             self.progress.start()
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Append the step and move the bar."""
         seconds = time.monotonic() - self.started
         speed = (state.global_step - self.first_step) * self.tokens_per_step / seconds
@@ -81,9 +77,7 @@ class StepLog(TrainerCallback):
             line = f"{self.label} {state.global_step}/{state.max_steps}  {figures}  {left:.0f} s left"
             self.console.print(line, soft_wrap=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the bar as it is."""
         self.progress.stop()
 

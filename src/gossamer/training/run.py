@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from gossamer.errors import GossamerError
-from gossamer.files import write_text, written_beside
+from gossamer.files import remove_staging, write_text, written_beside
 from gossamer.models.architectures import architecture_of
 from gossamer.models.checkpoint import load, save
 from gossamer.models.convert import sparsify
@@ -48,6 +48,8 @@ from gossamer.training.trainer import (
     choose_trained,
     without_dropout,
 )
+
+_CHECKPOINTS = ("checkpoints", "control-checkpoints")
 
 HELD_OUT_BLOCKS_FOR_TAU = 64
 """At most so many held-out blocks measure tau_dense; the evaluation uses all of them."""
@@ -184,7 +186,7 @@ def post_train(
     Args:
         config: what to do.
         folder: the run's directory; must not exist yet, or with ``resume`` must hold the same run begun.
-        resume: go on from the last checkpoint without a fault.
+        resume: go on from the last checkpoint without a fault; begin if there is nothing yet.
         console: where progress is drawn; none if None.
         warn: is given one line for each thing the user should know at once.
 
@@ -192,8 +194,8 @@ def post_train(
         The run, with ``model/`` and, unless ``config.control`` is False, ``control/`` in it.
 
     Raises:
-        GossamerError: on bad input, before anything is written; on a loss that is not finite.
-        OSError: if the directory cannot be written.
+        GossamerError: on bad input, before anything is written; on a loss that is not finite; if the
+            directory cannot be written.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -201,7 +203,10 @@ def post_train(
     warn = warn or (lambda line: None)
     run = Run(Path(folder))
     if resume:
-        _check_same(run.config(), config, run.folder)
+        for target in (run.folder, run.model, run.control, *(run.folder / name for name in _CHECKPOINTS)):
+            remove_staging(target)
+        if run.folder.exists():
+            _check_same(run.config(), config, run.folder)
     elif run.folder.exists():
         raise GossamerError(f"{run.folder} exists already; go on with it by --resume, or give another --out")
     dense, tokenizer = load_dense(config.model)
@@ -295,7 +300,7 @@ def _train_sparse(
         bound,
         training,
         BlockDataset(run.blocks("train")),
-        run.folder / "checkpoints",
+        run.folder / _CHECKPOINTS[0],
         tokenizer=tokenizer,
     )
     tau = run.record()["measured"]["tau"] if training.constraint == "ce" else None
@@ -303,7 +308,7 @@ def _train_sparse(
     if training.train == "lora":
         merge_adapters(model)
     save(model, run.model, tokenizer)
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(run.folder / _CHECKPOINTS[0], ignore_errors=True)
 
 
 def _train_control(
@@ -311,15 +316,13 @@ def _train_control(
 ) -> None:
     control = copy.deepcopy(dense)
     _prepare(control, config)
-    trainer = PostTrainer(
-        control, config.training, BlockDataset(run.blocks("train")), run.folder / "control-checkpoints"
-    )
+    trainer = PostTrainer(control, config.training, BlockDataset(run.blocks("train")), run.folder / _CHECKPOINTS[1])
     _train(trainer, run, config, "control", "control.jsonl", None, console, warn)
     if config.training.train == "lora":
         merge_adapters(control)
     with written_beside(run.control) as staging:
         control.save_pretrained(staging)
-    shutil.rmtree(run.folder / "control-checkpoints", ignore_errors=True)
+    shutil.rmtree(run.folder / _CHECKPOINTS[1], ignore_errors=True)
 
 
 def _prepare(model: PreTrainedModel, config: RunConfig) -> None:
@@ -342,6 +345,8 @@ def _train(
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
+    for partial in trainer.folder.glob(".*.partial"):
+        shutil.rmtree(partial)
     checkpoint, faults = last_sound(trainer.folder)
     for line in faults:
         warn(f"{line}; resuming from {checkpoint or 'the start'}")

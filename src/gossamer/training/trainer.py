@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Int
@@ -173,7 +173,7 @@ class PostTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW without weight decay; the gate biases in a group of their own."""
-        if self.optimizer is None:
+        if getattr(self, "optimizer", None) is None:
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             gates = [p for n, p in named if n.endswith("gate_bias")]
             weights = [p for n, p in named if not n.endswith("gate_bias")]
@@ -181,9 +181,11 @@ class PostTrainer(Trainer):
             if gates:
                 groups.append({"params": gates, "lr": self.config.gate_learning_rate})
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
-        return self.optimizer
+        return cast(torch.optim.Optimizer, self.optimizer)
 
-    def objective(self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> tuple[Tensor, dict[str, float]]:
+    def batch_objective(
+        self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Tensor, dict[str, float]]:
         """What to minimise on a batch, and what was measured on the way."""
         loss = cross_entropy(model(input_ids=input_ids, use_cache=False).logits, input_ids)
         return loss, {"loss": loss.item()}
@@ -196,7 +198,7 @@ class PostTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The objective of a batch; stops the run when it is not finite, before the weights are touched."""
-        loss, measured = self.objective(model, inputs["input_ids"])
+        loss, measured = self.batch_objective(model, inputs["input_ids"])
         if not math.isfinite(loss.item()):
             raise GossamerError(
                 f"the loss became {loss.item()} in step {self.state.global_step + 1}; the run stopped there, the "
@@ -258,9 +260,7 @@ class _StepEnd(TrainerCallback):
     def __init__(self, trainer: PostTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.finish_step()
 
 
@@ -288,7 +288,9 @@ class SparsityTrainer(PostTrainer):
         self.bound = bound
         self.multiplier = Multiplier(config.multiplier)
 
-    def objective(self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> tuple[Tensor, dict[str, float]]:
+    def batch_objective(
+        self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Tensor, dict[str, float]]:
         """The Lagrangian on a batch."""
         gated = self.model
         step = self.state.global_step
@@ -300,9 +302,9 @@ class SparsityTrainer(PostTrainer):
         with counted_links(gated) as counts, nullcontext() if hard else sampled_gates(gated, seed):
             logits = model(input_ids=input_ids, use_cache=False).logits
         loss = cross_entropy(logits, input_ids)
-        allowed = sum(count.allowed_links.sum() for count in counts.values())
-        expected = sum(count.expected_open.sum() for count in counts.values()) / allowed
-        opened = sum(count.open_links.sum() for count in counts.values()) / allowed
+        allowed = torch.stack([count.allowed_links.sum() for count in counts.values()]).sum()
+        expected = torch.stack([count.expected_open.sum() for count in counts.values()]).sum() / allowed
+        opened = torch.stack([count.open_links.sum() for count in counts.values()]).sum() / allowed
         if self.config.constraint == "ce":
             violation = loss - dense_loss - self.bound
         else:

@@ -1,0 +1,117 @@
+"""The open fraction of a saved model, recomputed from nothing but the definition."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import gossamer
+from families import tiny_model, tokens
+from gossamer.evaluation.evaluate import evaluate_run, verdict
+from gossamer.evaluation.sparsity import LinkTally
+from gossamer.training.run import Run, RunConfig, post_train
+from gossamer.training.trainer import TrainingConfig
+
+
+@pytest.fixture(scope="module")
+def run(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    training = TrainingConfig(steps=12, batch_size=4, checkpoint_every=0, gate_learning_rate=0.3)
+    config = RunConfig(str(saved_llama), str(text), seq_len=16, held_out_tokens=256, training=training)
+    return post_train(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def metrics(run: Run) -> dict:
+    return evaluate_run(run)
+
+
+class _Definition:
+    """G = q k^T / sqrt(d) + b > 0 of a llama, layer by layer: transformers' eager attention, with A put in by hand.
+
+    It reads the saved files with plain transformers and safetensors and shares no code with gossamer.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = AutoConfig.for_model(**json.loads((folder / "base_config.json").read_text()))
+        weights = load_file(folder / "gossamer.safetensors")
+        self.biases = [weights.pop(f"model.layers.{i}.self_attn.gate_bias") for i in range(config.num_hidden_layers)]
+        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        self.model.load_state_dict(weights, strict=False)
+        self.model.eval()
+        self.opened = self.allowed = 0
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        inner = self.model.model
+        x = inner.embed_tokens(ids)
+        batch, length = ids.shape
+        cos, sin = inner.rotary_emb(x, torch.arange(length)[None])
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        for layer, bias in zip(inner.layers, self.biases, strict=True):
+            attention, h = layer.self_attn, layer.input_layernorm(x)
+            d = attention.head_dim
+            q, k, v = (p(h).view(batch, length, -1, d).transpose(1, 2)
+                       for p in (attention.q_proj, attention.k_proj, attention.v_proj))  # fmt: skip
+            q, k = apply_rotary_pos_emb(q, k, cos, sin)
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            s = q @ k.mT / math.sqrt(d)
+            p = torch.softmax(s.masked_fill(~causal, -math.inf), -1)
+            a = ((s + bias[:, None, None]) > 0) & causal
+            self.opened += int(a.sum())
+            self.allowed += int(causal.sum()) * a.shape[0] * a.shape[1]
+            x = x + attention.o_proj(((a * p) @ v).transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.model.lm_head(inner.norm(x))
+
+
+def test_reported_figures_equal_those_of_the_definition(run: Run, metrics: dict) -> None:
+    blocks = run.blocks("held_out")
+    definition = _Definition(run.model)
+    logits = definition(blocks)
+    assert definition.opened / definition.allowed == pytest.approx(metrics["open_fraction"], rel=1e-3)
+    assert 0.01 < metrics["open_fraction"] < 0.9
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten())
+    assert loss.item() == pytest.approx(metrics["loss_sparse"], rel=1e-4)
+
+
+def test_metrics_agree_with_one_another(run: Run, metrics: dict) -> None:
+    assert json.loads(run.metrics.read_text()) == metrics
+    opened, allowed = torch.tensor(metrics["open_links"]), torch.tensor(metrics["allowed_links"])
+    assert opened.shape == (3, 4)
+    assert metrics["open_fraction"] == pytest.approx((opened.sum() / allowed.sum()).item())
+    assert metrics["open_fraction_per_layer"] == pytest.approx((opened.sum(1) / allowed.sum(1)).tolist())
+    queries = run.blocks("held_out").numel()
+    assert metrics["open_links_per_query"] == pytest.approx(opened.sum().item() / (queries * 12))
+    assert allowed[0, 0] == len(run.blocks("held_out")) * 16 * 17 // 2
+    assert metrics["tau"] == pytest.approx(metrics["loss_dense"] + 0.01)
+    assert metrics["constraint_met"] == (metrics["loss_sparse"] <= metrics["tau"])
+    assert metrics["tokens_trained"] == 12 * 4 * 16
+    assert ("NOT met" in verdict(metrics)) != metrics["constraint_met"]
+
+
+def test_every_key_is_documented(metrics: dict) -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert [key for key in metrics if f"`{key}`" not in documented] == []
+
+
+def test_padding_is_not_counted() -> None:
+    gated = gossamer.sparsify(tiny_model("llama"), gate_bias=0.0)
+    ids, length = tokens(1, 9), 9
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * length])
+    tallies = []
+    for batch in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}):
+        tally = LinkTally.empty(3, 4)
+        with torch.no_grad(), gossamer.counted_links(gated) as counts:
+            gated(**batch)
+        tally.add(counts, length)
+        tallies.append(tally)
+    assert torch.equal(tallies[0].allowed_links, tallies[1].allowed_links)
+    assert torch.equal(tallies[0].open_links, tallies[1].open_links)
+    assert tallies[0].open_fraction_per_head[1][2] == tallies[0].open_links[1, 2] / tallies[0].allowed_links[1, 2]

@@ -1,0 +1,254 @@
+"""The command line as a user meets it: real processes, real files, kills, full disks, every bad input."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+
+import gossamer
+from families import tiny_model
+from gossamer.training.checkpoints import checkpoints, fault
+
+COMMAND = [sys.executable, "-m", "gossamer.cli"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+QUICK = ["--seq-len", "16", "--held-out-tokens", "128", "--precision", "fp32"]
+
+
+def gossamer_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    line = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options)
+
+
+def weights(run: Path, part: str = "model/gossamer.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(run / part)
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A run of 60 steps that nothing interrupted, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    arguments = [*QUICK, "--tokens", 60 * 64, "--checkpoint-every", 5]
+    result = gossamer_command("sparsify", saved_llama, "--text", text, "--out", out, *arguments)
+    assert result.returncode == 0, result.stderr
+    return out, result, arguments
+
+
+def test_a_run_leaves_a_sparse_model_and_its_figures(finished) -> None:
+    out, result, _ = finished
+    metrics = json.loads((out / "metrics.json").read_text())
+    for key in ("loss_dense", "loss_sparse", "loss_dense_control", "tau", "kl", "open_fraction",
+                "open_links_per_query", "seq_len", "tokens_trained", "constraint_met"):  # fmt: skip
+        assert metrics[key] is not None
+    assert metrics["tokens_trained"] == 60 * 64
+    assert gossamer.is_gated(gossamer.load(out / "model"))
+    assert f"{metrics['loss_sparse']:.4f}" in result.stdout
+    assert "open" in result.stdout
+    assert "tokens/s" in result.stdout
+    assert "λ" in result.stdout
+    record = json.loads((out / "config.json").read_text())
+    assert record["config"]["training"]["seed"] == 0
+    assert {"torch", "transformers", "gossamer", "python"} <= set(record["versions"])
+    assert [json.loads(line)["step"] for line in (out / "training.jsonl").read_text().splitlines()] == list(
+        range(1, 61)
+    )
+    assert not list(out.glob("*checkpoints*"))
+
+
+def test_evaluate_and_inspect_repeat_the_figures(finished) -> None:
+    out, _, _ = finished
+    before = json.loads((out / "metrics.json").read_text())
+    result = gossamer_command("evaluate", out)
+    assert result.returncode == 0, result.stderr
+    after = json.loads((out / "metrics.json").read_text())
+    assert after == before
+    for target, word in ((out, "Constraint"), (out / "model", "gate bias")):
+        shown = gossamer_command("inspect", target)
+        assert shown.returncode == 0
+        assert word in shown.stdout
+
+
+def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(
+    finished, saved_llama: Path, text: Path, tmp_path: Path
+):
+    whole, _, arguments = finished
+    out = tmp_path / "killed"
+    line = ["sparsify", saved_llama, "--text", text, "--out", out, *arguments, "--resume"]
+    for log, lines in ((None, 0), ("training.jsonl", 7), ("training.jsonl", 33), ("control.jsonl", 21)):
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log is None or ((out / log).exists() and len((out / log).read_text().splitlines()) >= lines):
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, f"{log}: ended before it could be killed: {process.stderr.read().decode()}"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    result = gossamer_command(*line)
+    assert result.returncode == 0, result.stderr
+    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
+        a, b = weights(whole, part), weights(out, part)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    steps = [json.loads(row) for row in (out / "training.jsonl").read_text().splitlines()]
+    known = [json.loads(row) for row in (whole / "training.jsonl").read_text().splitlines()]
+    for a, b in zip(steps, known, strict=True):
+        for key in ("step", "loss", "violation", "multiplier", "open_fraction", "learning_rate"):
+            assert a[key] == b[key]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def begun(saved_llama: Path, text: Path, tmp_path: Path):
+    """A run killed after its second checkpoint."""
+    out = tmp_path / "begun"
+    line = ["sparsify", saved_llama, "--text", text, "--out", out, *QUICK, "--tokens", 4000 * 64,
+            "--checkpoint-every", 3]  # fmt: skip
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(checkpoints(out / "checkpoints")) < 2:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return out, [*line, "--resume"]
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_alone(begun) -> None:
+    """Files over 20 kB cannot be written, as on a disk that fills up in the middle of one."""
+    out, line = begun
+    good = [path for path in checkpoints(out / "checkpoints") if fault(path) is None][-1]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    result = gossamer_command(*line, preexec_fn=limit)
+    assert_refused(result, "cannot write", "checkpoint-", "untouched")
+    assert fault(good) is None
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(begun, saved_llama: Path, text: Path) -> None:
+    out, line = begun
+    older, newest = [path for path in checkpoints(out / "checkpoints") if fault(path) is None][-2:]
+    file = newest / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    process = subprocess.Popen([*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    warning = process.stderr.readline()
+    process.kill()
+    process.communicate()
+    assert newest.name in warning
+    assert "optimizer.pt has 1,000 of" in warning
+    assert older.name in warning
+
+
+def test_resuming_with_other_settings_is_refused(finished, saved_llama: Path, text: Path) -> None:
+    out, _, arguments = finished
+    line = ["sparsify", saved_llama, "--text", text, "--out", out, *arguments]
+    assert_refused(gossamer_command(*line), str(out), "--resume")
+    assert_refused(gossamer_command(*line, "--resume", "--slack", 0.5), "slack=0.01", "0.5")
+
+
+def bad_models(folder: Path) -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 97}
+    BertLMHeadModel(BertConfig(intermediate_size=32, **small)).save_pretrained(folder / "bert")
+    T5ForConditionalGeneration(
+        T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=97)
+    ).save_pretrained(folder / "t5")
+    (folder / "hollow").mkdir()
+
+
+BAD_INPUT = {
+    "no such model": (["nobody/nothing"], ["no model 'nobody/nothing'"]),
+    "directory without a model": (["{folder}/hollow"], ["without config.json"]),
+    "unsupported family": (["{folder}/bert"], ["bert", "supported families"]),
+    "encoder-decoder": (["{folder}/t5"], ["t5", "not a causal language model"]),
+    "no such text": (["{model}", "--text", "missing.txt"], ["missing.txt", "no such file"]),
+    "empty text": (["{model}", "--text", "{folder}/empty.txt"], ["empty.txt", "is empty"]),
+    "short text": (["{model}", "--text", "{folder}/short.txt"], ["short.txt", "shorter than one block of 16"]),
+    "over the context": (["{model}", "--seq-len", "65"], ["--seq-len 65", "context of 64"]),
+    "no length": (["{model}", "--seq-len", "1"], ["--seq-len 1", "at least 2"]),
+    "unwritable": (["{model}", "--out", "{folder}/empty.txt/run"], ["cannot write", "empty.txt/run"]),
+    "read-only": (["{model}", "--out", "/proc/gossamer/run"], ["cannot write", "/proc/gossamer/run"]),
+    "gated already": (["{folder}/gated"], ["gossamer", "dense"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    bad_models(folder)
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_text("one two")
+    gossamer.save(gossamer.sparsify(tiny_model("llama")), folder / "gated")
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(
+    case: str, bad_folder: Path, saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments, words = BAD_INPUT[case]
+    filled = [word.format(folder=bad_folder, model=saved_llama) for word in arguments]
+    defaults = {"--text": text, "--out": tmp_path / "run", "--seq-len": 16}
+    for flag, value in defaults.items():
+        filled += [] if flag in filled else [flag, str(value)]
+    before = sorted(bad_folder.rglob("*"))
+    assert_refused(gossamer_command("sparsify", *filled), *words)
+    assert not list(tmp_path.iterdir())
+    assert sorted(bad_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "inspect"])
+def test_what_is_no_run_is_named(verb: str, tmp_path: Path) -> None:
+    assert_refused(gossamer_command(verb, tmp_path), str(tmp_path))
+
+
+def test_a_bound_below_the_dense_loss_warns_at_once_and_says_so_after(saved_llama: Path, text: Path, tmp_path: Path):
+    result = gossamer_command(
+        "sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 128, "--tau", 0.5,
+        "--no-control",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "tau 0.500 is below the dense model's held-out loss" in result.stderr
+    assert "Constraint NOT met" in result.stdout
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["constraint_met"] is False
+    assert metrics["tau"] == 0.5
+    assert metrics["loss_dense_control"] is None
+
+
+@pytest.mark.parametrize("options", [["--constraint", "kl", "--epsilon", 0.3], ["--train", "lora"], ["--train", "all"],
+                                     ["--text", "self"], ["--gradient-accumulation", 2]])  # fmt: skip
+def test_other_ways_to_train(options: list, saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    chosen = options if "--text" in options else [*options, "--text", text]
+    arguments = [*QUICK, "--tokens", 256, "--checkpoint-every", 1, *chosen]
+    result = gossamer_command("sparsify", saved_llama, "--out", tmp_path / "run", *arguments)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    if "kl" in options:
+        assert metrics["constraint"] == "kl"
+        assert metrics["constraint_met"] == (metrics["kl"] <= 0.3)
+
+
+def test_help_names_every_command() -> None:
+    result = gossamer_command("--help")
+    assert result.returncode == 0
+    assert all(verb in result.stdout for verb in ("sparsify", "evaluate", "inspect"))
