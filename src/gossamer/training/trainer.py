@@ -165,7 +165,7 @@ class PostTrainer(Trainer):
         )
         super().__init__(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
-        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
         self.measured: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
         # Ahead of the other callbacks, so that they see the measurements of the step.
