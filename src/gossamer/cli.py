@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gossamer.errors import GossamerError
@@ -228,9 +229,9 @@ def _inspect_model(target: str) -> None:
 
 
 def _facts(title: str, facts: dict[str, object]) -> Table:
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     for key, value in facts.items():
-        table.add_row(key, str(value))
+        table.add_row(key, escape(str(value)))
     return table
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gossamer
 from families import CONFIGS, tiny_model, tokens
+from safetensors.torch import load_file, save_file
 from gossamer import GossamerError
 from gossamer.models.checkpoint import gate_biases, is_saved_model
 
@@ -79,6 +80,12 @@ def test_damaged_directories_are_named(gated, tmp_path: Path) -> None:
         gossamer.load(tmp_path / "dense")
     gossamer.save(gated, tmp_path / "model")
     weights = tmp_path / "model" / "gossamer.safetensors"
+    tensors = load_file(weights)
+    for missing, message in (("model.norm.weight", "lacks model.norm.weight"),
+                             ("model.layers.1.self_attn.gate_bias", "gates for 2 layers, not for 3")):  # fmt: skip
+        save_file({name: value for name, value in tensors.items() if name != missing}, weights, {"format": "pt"})
+        with pytest.raises(GossamerError, match=message):
+            gossamer.load(tmp_path / "model")
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(GossamerError, match=r"gossamer\.safetensors is missing or cut short"):
         gossamer.load(tmp_path / "model")

@@ -58,6 +58,15 @@ def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenize
     assert all(tuple(row) in rows for row in first.train.tolist())
 
 
+def test_a_short_text_comes_again_once_all_of_it_has_come(text: Path, tokenizer) -> None:
+    packed = pack(split(list(read_documents(text)))[0], tokenizer, 16, name="text")
+    wanted = 2 * len(packed) + 5
+    blocks = load_blocks(str(text), tokenizer, seq_len=16, train_blocks=wanted, held_out_blocks=1, seed=0).train
+    assert len(blocks) == wanted
+    first, second = blocks[: len(packed)], blocks[len(packed) : 2 * len(packed)]
+    assert sorted(first.tolist()) == sorted(packed.tolist()) == sorted(second.tolist())
+
+
 def test_self_sampled_text_is_a_function_of_the_seed_and_leaves_the_global_state(tokenizer) -> None:
     model = tiny_model("llama")
     state = torch.random.get_rng_state()

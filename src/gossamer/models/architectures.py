@@ -84,13 +84,10 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     method = getattr(quantization, "quant_method", None)
     if quantization is not None and method != "gguf":  # transformers dequantises GGUF when it loads
         raise GossamerError(f"{family} with {method} quantisation cannot be trained or saved; load it in full")
-    if getattr(config, "is_causal", True) is False or (family in ("gpt2", "opt") and _bidirectional(model)):
+    directions = [config, *attention_modules(model)]
+    if any(getattr(holder, "is_causal", True) is False for holder in directions):
         raise GossamerError(f"this {family} attends in both directions; gossamer gates causal models only")
     return architecture
-
-
-def _bidirectional(model: PreTrainedModel) -> bool:
-    return any(getattr(module, "is_causal", True) is False for module in model.modules())
 
 
 def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

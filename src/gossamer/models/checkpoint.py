@@ -112,7 +112,11 @@ def load(
     weights = read_weights(folder)
     gates = {name: weights.pop(name) for name in list(weights) if name.endswith(".gate_bias")}
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype or config.dtype)
+    model, found = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype or config.dtype, output_loading_info=True
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise GossamerError(f"{folder} is not whole: it lacks {', '.join(missing[:3])}")
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model = sparsify(model, inplace=True)

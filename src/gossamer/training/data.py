@@ -6,6 +6,7 @@ documents  ->  the last 5 % of the characters held out  ->  tokens, joined by th
 
 import gzip
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,8 @@ def load_blocks(
             a Hub data set with a column ``text``, or ``self``.
         tokenizer: of the model.
         seq_len: tokens in a block.
-        train_blocks: at most so many training blocks, a seeded choice among all there are. A text with fewer
-            is trained on more than once.
+        train_blocks: how many training blocks, a seeded choice among all there are; of a text with fewer,
+            blocks come again once all have come.
         held_out_blocks: at most so many held-out blocks, evenly spaced.
         seed: of the choice, and of the text sampled from the model.
         model: for ``self``.
@@ -95,7 +96,9 @@ def load_blocks(
     train, held_out = split(documents)
     train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)")
     held_out_packed = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, its last {HELD_OUT:.0%})")
-    chosen = torch.randperm(len(train_packed), generator=torch.Generator().manual_seed(seed))[:train_blocks]
+    generator = torch.Generator().manual_seed(seed)
+    rounds = math.ceil(train_blocks / len(train_packed))
+    chosen = torch.cat([torch.randperm(len(train_packed), generator=generator) for _ in range(rounds)])[:train_blocks]
     spaced = torch.linspace(0, len(held_out_packed) - 1, min(held_out_blocks, len(held_out_packed)))
     return Blocks(train_packed[chosen], held_out_packed[spaced.round().long()])
 
