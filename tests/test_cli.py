@@ -248,6 +248,13 @@ def test_other_ways_to_train(options: list, saved_llama: Path, text: Path, tmp_p
         assert metrics["constraint_met"] == (metrics["kl"] <= 0.3)
 
 
+def test_a_loss_that_explodes_stops_the_run_at_its_step(saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    arguments = [*QUICK, "--tokens", 20 * 64, "--checkpoint-every", 1, "--learning-rate", "1e30"]
+    result = gossamer_command("sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *arguments)
+    assert_refused(result, "the loss became nan in step 3", "checkpoint-1", "lower --learning-rate")
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-1"]
+
+
 def test_help_names_every_command() -> None:
     result = gossamer_command("--help")
     assert result.returncode == 0

@@ -70,8 +70,8 @@ def sparsify(
     tau: Annotated[
         float | None, typer.Option(help="Bound on the cross-entropy, nats. [default: dense loss + slack]")
     ] = None,
-    slack: Annotated[float, typer.Option(help="Nats that the loss may be above the dense model's.")] = 0.01,
-    epsilon: Annotated[float, typer.Option(help="Bound on KL(dense || sparse), nats.")] = 0.05,
+    slack: Annotated[float, typer.Option(min=0.0, help="Nats that the loss may be above the dense model's.")] = 0.01,
+    epsilon: Annotated[float, typer.Option(min=0.0, help="Bound on KL(dense || sparse), nats.")] = 0.05,
     train: Annotated[
         Part,
         typer.Option(help="Weights to train besides the gate biases: all, the attention's, or adapters on it."),
@@ -82,8 +82,8 @@ def sparsify(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of the weights.")] = 5e-4,
-    gate_learning_rate: Annotated[float, typer.Option(help="Of the gate biases.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the weights.")] = 5e-4,
+    gate_learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the gate biases.")] = 0.1,
     gate_bias: Annotated[
         float, typer.Option(help="Initial bias of every gate; higher starts with more links open.")
     ] = -2.0,

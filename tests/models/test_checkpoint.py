@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gossamer
 from families import CONFIGS, tiny_model, tokens
-from safetensors.torch import load_file, save_file
 from gossamer import GossamerError
 from gossamer.models.checkpoint import gate_biases, is_saved_model
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from jaxtyping import Int
@@ -200,12 +200,18 @@ class PostTrainer(Trainer):
         """The objective of a batch; stops the run when it is not finite, before the weights are touched."""
         loss, measured = self.batch_objective(model, inputs["input_ids"])
         if not math.isfinite(loss.item()):
-            raise GossamerError(
-                f"the loss became {loss.item()} in step {self.state.global_step + 1}; the run stopped there, the "
-                f"last good checkpoint stays in {self.folder}. Try a lower learning rate"
-            )
+            self._stop_diverged(loss.item())
         self.measured.append(measured)
         return loss
+
+    def _stop_diverged(self, loss: float) -> NoReturn:
+        # A checkpoint of this very step holds the weights that gave this loss.
+        shutil.rmtree(self.folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+        good = checkpoints(self.folder)
+        raise GossamerError(
+            f"the loss became {loss} in step {self.state.global_step + 1} and the run stopped there; last good "
+            f"checkpoint: {good[-1] if good else 'none'}. Begin anew with a lower --learning-rate"
+        )
 
     def finish_step(self) -> None:
         """Leave the means over the forward passes of the last optimiser step in ``last``."""
