@@ -83,20 +83,23 @@ def sparsify(
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
     learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the weights.")] = 5e-4,
-    gate_learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the gate biases.")] = 0.1,
+    gate_learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the gate biases.")] = 0.2,
     gate_bias: Annotated[
         float, typer.Option(help="Initial bias of every gate; higher starts with more links open.")
     ] = -2.0,
     hard_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps, at the end, with hard gates, not sampled.")
-    ] = 0.6,
+    ] = 0.8,
     multiplier_rate: Annotated[
         float, typer.Option(help="How fast lambda follows: change of log lambda per step and nat of violation.")
     ] = 0.5,
     precision: Annotated[
         Precision, typer.Option(help="Of the matrix products; weights stay float32.")
     ] = Precision.bf16,
-    held_out_tokens: Annotated[int, typer.Option(min=1, help="Held-out text to measure on.")] = 32_768,
+    validation_tokens: Annotated[
+        int, typer.Option(min=1, help="Unseen text that the bound is held on during training.")
+    ] = 8_192,
+    held_out_tokens: Annotated[int, typer.Option(min=1, help="Other unseen text, to measure the figures on.")] = 32_768,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 100,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     control: Annotated[
@@ -119,6 +122,7 @@ def sparsify(
         model=model,
         text=text,
         seq_len=seq_len,
+        validation_tokens=validation_tokens,
         held_out_tokens=held_out_tokens,
         tau=tau,
         slack=slack,

@@ -12,6 +12,8 @@ from families import tiny_model
 from gossamer import GossamerError
 from gossamer.training.data import load_blocks, pack, read_documents, sample_blocks, split
 
+SMALL = {"seq_len": 16, "train_blocks": 4, "validation_blocks": 3, "held_out_blocks": 2, "seed": 0}
+
 
 def test_split_holds_out_the_last_twentieth_of_the_characters() -> None:
     documents = [letter * 30 for letter in "abcdefghij"]
@@ -43,7 +45,9 @@ def test_all_kinds_of_files_hold_the_same_documents(tmp_path: Path) -> None:
 
 def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenizer) -> None:
     def load(seed: int):
-        return load_blocks(str(text), tokenizer, seq_len=16, train_blocks=50, held_out_blocks=8, seed=seed)
+        return load_blocks(
+            str(text), tokenizer, seq_len=16, train_blocks=50, validation_blocks=3, held_out_blocks=8, seed=seed
+        )
 
     first, again, other = load(1), load(1), load(2)
     assert torch.equal(first.train, again.train)
@@ -58,10 +62,22 @@ def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenize
     assert all(tuple(row) in rows for row in first.train.tolist())
 
 
+def test_validation_and_held_out_blocks_share_nothing(text: Path, tokenizer) -> None:
+    blocks = load_blocks(
+        str(text), tokenizer, seq_len=16, train_blocks=5, validation_blocks=4, held_out_blocks=99, seed=1
+    )
+    unseen = pack(split(list(read_documents(text)))[1], tokenizer, 16, name="text")
+    assert len(blocks.validation) == 4
+    assert len(blocks.validation) + len(blocks.held_out) == len(unseen)
+    assert sorted([*blocks.validation.tolist(), *blocks.held_out.tolist()]) == sorted(unseen.tolist())
+
+
 def test_a_short_text_comes_again_once_all_of_it_has_come(text: Path, tokenizer) -> None:
     packed = pack(split(list(read_documents(text)))[0], tokenizer, 16, name="text")
     wanted = 2 * len(packed) + 5
-    blocks = load_blocks(str(text), tokenizer, seq_len=16, train_blocks=wanted, held_out_blocks=1, seed=0).train
+    blocks = load_blocks(
+        str(text), tokenizer, seq_len=16, train_blocks=wanted, validation_blocks=3, held_out_blocks=1, seed=0
+    ).train
     assert len(blocks) == wanted
     first, second = blocks[: len(packed)], blocks[len(packed) : 2 * len(packed)]
     assert sorted(first.tolist()) == sorted(packed.tolist()) == sorted(second.tolist())
@@ -76,7 +92,9 @@ def test_self_sampled_text_is_a_function_of_the_seed_and_leaves_the_global_state
     assert (first[:, 0] == tokenizer.bos_token_id).all()
     assert torch.equal(first, sample_blocks(model, tokenizer, 5, 12, seed=3, batch_size=2))
     assert not torch.equal(first, sample_blocks(model, tokenizer, 5, 12, seed=4, batch_size=2))
-    blocks = load_blocks("self", tokenizer, seq_len=12, train_blocks=3, held_out_blocks=2, seed=3, model=model)
+    blocks = load_blocks(
+        "self", tokenizer, seq_len=12, train_blocks=3, validation_blocks=3, held_out_blocks=2, seed=3, model=model
+    )
     assert blocks.train.shape == (3, 12)
     assert blocks.held_out.shape == (2, 12)
 
@@ -109,7 +127,9 @@ def test_faults_of_files_are_named(name: str, tmp_path: Path, tokenizer) -> None
     content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(GossamerError, match=message) as caught:
-        load_blocks(str(tmp_path / name), tokenizer, seq_len=16, train_blocks=4, held_out_blocks=2, seed=0)
+        load_blocks(
+            str(tmp_path / name), tokenizer, seq_len=16, train_blocks=4, validation_blocks=3, held_out_blocks=2, seed=0
+        )
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -120,15 +140,19 @@ def test_faults_of_files_are_named(name: str, tmp_path: Path, tokenizer) -> None
 )
 def test_missing_text_is_named(name: str, message: str, tokenizer) -> None:
     with pytest.raises(GossamerError, match=message):
-        load_blocks(name, tokenizer, seq_len=16, train_blocks=4, held_out_blocks=2, seed=0)
+        load_blocks(name, tokenizer, **SMALL)
 
 
 def test_a_hub_data_set_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch, tokenizer) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(GossamerError, match="no text nobody/nothing"):
-        load_blocks("nobody/nothing", tokenizer, seq_len=16, train_blocks=4, held_out_blocks=2, seed=0)
+        load_blocks(
+            "nobody/nothing", tokenizer, seq_len=16, train_blocks=4, validation_blocks=3, held_out_blocks=2, seed=0
+        )
 
 
 def test_an_empty_directory_is_named(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(GossamerError, match="holds no text"):
-        load_blocks(str(tmp_path), tokenizer, seq_len=16, train_blocks=4, held_out_blocks=2, seed=0)
+        load_blocks(
+            str(tmp_path), tokenizer, seq_len=16, train_blocks=4, validation_blocks=3, held_out_blocks=2, seed=0
+        )

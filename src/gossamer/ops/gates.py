@@ -23,6 +23,7 @@ truncating a sequence changes the noise of the pairs that stay.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,15 +56,18 @@ class GatedAttention:
     allowed_links: Int[Tensor, "batch heads"]
 
 
-def _mix(x: int) -> int:
-    x ^= x >> 16
-    x = x * _MULTIPLIER_1 & _WORD
-    x ^= x >> 15
-    x = x * _MULTIPLIER_2 & _WORD
-    return x ^ x >> 16
+_Word = TypeVar("_Word", int, Tensor)
 
 
-def _absorb(state: int, word: int) -> int:
+def _mix(x: _Word) -> _Word:
+    x = x ^ (x >> 16)
+    x = (x * _MULTIPLIER_1) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * _MULTIPLIER_2) & _WORD
+    return x ^ (x >> 16)
+
+
+def _absorb(state: _Word, word: _Word) -> _Word:
     return _mix(((state ^ word) + _GOLDEN) & _WORD)
 
 
@@ -76,17 +80,15 @@ def fold_seed(seed: int, *words: int) -> int:
     return high << 32 | low
 
 
-def _signed(x: int) -> int:
-    """The int32 with the bits of the unsigned 32-bit ``x``; torch has no arithmetic on uint32."""
-    return x - (1 << 32) if x >> 31 else x
-
-
 def noise_keys(seed: int, batch: int, heads: int, device: torch.device) -> Int[Tensor, "2 batch heads"]:
-    """The keys k0 and k1 of every (batch, head), as int32 with the bits of the unsigned words."""
-    start = _absorb(_absorb(0, seed & _WORD), seed >> 32 & _WORD)
-    streams = [[_absorb(_absorb(start, b), h) for h in range(heads)] for b in range(batch)]
-    keys = [[[_signed(_absorb(state, which)) for state in row] for row in streams] for which in (0, 1)]
-    return torch.tensor(keys, dtype=torch.int32, device=device)
+    """The keys k0 and k1 of every (batch, head), as int32 with the bits of the unsigned words.
+
+    torch has no arithmetic on unsigned 32-bit integers; words are kept in int64 here.
+    """
+    start = torch.tensor(_absorb(_absorb(0, seed & _WORD), seed >> 32 & _WORD))
+    streams = _absorb(_absorb(start, torch.arange(batch)[:, None]), torch.arange(heads)[None])
+    keys = torch.stack([_absorb(streams, torch.tensor(which)) for which in (0, 1)])
+    return keys.to(torch.int32).to(device)
 
 
 def pair_uniforms(
@@ -109,7 +111,7 @@ def pair_uniforms(
     x *= _MULTIPLIER_1
     x += k1
     x ^= (x >> 15) & 0x1FFFF
-    x *= _signed(_MULTIPLIER_2)
+    x *= _MULTIPLIER_2 - (1 << 32)  # the int32 with the same bits
     x ^= (x >> 16) & 0xFFFF
     x >>= 9
     x &= 0x7FFFFF

@@ -36,7 +36,7 @@ class MultiplierConfig:
 
     initial: float = 0.02
     rate: float = 0.5
-    decay: float = 0.9
+    decay: float = 0.5
     largest_violation: float = 0.1
     smallest: float = 1e-4
     largest: float = 1e4

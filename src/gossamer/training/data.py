@@ -33,9 +33,16 @@ _CHARACTERS_PER_TOKEN = 8
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token blocks, ``[blocks, seq_len]``; no held-out token is among the training ones."""
+    """Token blocks, ``[blocks, seq_len]``; no token is in two of the parts.
+
+    Attributes:
+        train: to train on.
+        validation: unseen text that the multiplier is steered by.
+        held_out: unseen text that figures are reported on.
+    """
 
     train: Int[Tensor, "blocks tokens"]
+    validation: Int[Tensor, "blocks tokens"]
     held_out: Int[Tensor, "blocks tokens"]
 
 
@@ -58,6 +65,7 @@ def load_blocks(
     *,
     seq_len: int,
     train_blocks: int,
+    validation_blocks: int,
     held_out_blocks: int,
     seed: int,
     model: PreTrainedModel | None = None,
@@ -71,7 +79,9 @@ def load_blocks(
         seq_len: tokens in a block.
         train_blocks: how many training blocks, a seeded choice among all there are; of a text with fewer,
             blocks come again once all have come.
-        held_out_blocks: at most so many held-out blocks, evenly spaced.
+        validation_blocks: at most so many validation blocks, evenly spaced over the held-out text, and at most
+            a third of it.
+        held_out_blocks: at most so many held-out blocks, evenly spaced over the rest of it.
         seed: of the choice, and of the text sampled from the model.
         model: for ``self``.
 
@@ -81,26 +91,35 @@ def load_blocks(
     if text == SELF:
         if model is None:
             raise ValueError("text 'self' needs the model")
-        sampled = sample_blocks(model, tokenizer, held_out_blocks + train_blocks, seq_len, seed=seed)
-        return Blocks(train=sampled[held_out_blocks:], held_out=sampled[:held_out_blocks])
+        parts = (train_blocks, validation_blocks, held_out_blocks)
+        sampled = sample_blocks(model, tokenizer, sum(parts), seq_len, seed=seed)
+        return Blocks(*sampled.split(parts))
     path = Path(text)
     if text and path.exists():
         documents = list(read_documents(path))
     elif _looks_local(text):
         raise GossamerError(f"no text {text}: there is no such file or directory")
     else:
-        wanted = (train_blocks + held_out_blocks) * seq_len * _CHARACTERS_PER_TOKEN
+        wanted = (train_blocks + validation_blocks + held_out_blocks) * seq_len * _CHARACTERS_PER_TOKEN
         documents = list(_read_hub(text, characters=wanted))
     if not any(document.strip() for document in documents):
         raise GossamerError(f"{text} is empty; give text to train on")
     train, held_out = split(documents)
     train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)")
-    held_out_packed = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, its last {HELD_OUT:.0%})")
+    unseen = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, its last {HELD_OUT:.0%})", least=2)
+    validation = _spaced(len(unseen), min(validation_blocks, max(1, len(unseen) // 3)))
+    rest = torch.ones(len(unseen), dtype=torch.bool).index_fill_(0, validation, False).nonzero().flatten()
+    reported = rest[_spaced(len(rest), held_out_blocks)]
     generator = torch.Generator().manual_seed(seed)
     rounds = math.ceil(train_blocks / len(train_packed))
     chosen = torch.cat([torch.randperm(len(train_packed), generator=generator) for _ in range(rounds)])[:train_blocks]
-    spaced = torch.linspace(0, len(held_out_packed) - 1, min(held_out_blocks, len(held_out_packed)))
-    return Blocks(train_packed[chosen], held_out_packed[spaced.round().long()])
+    return Blocks(train_packed[chosen], unseen[validation], unseen[reported])
+
+
+def _spaced(count: int, chosen: int) -> Int[Tensor, " chosen"]:
+    """At most ``chosen`` of ``count`` indices, evenly spaced, each once."""
+    step = max(1.0, count / chosen)
+    return (torch.arange(min(chosen, count)) * step + step / 2 - 0.5).round().long().clamp(max=count - 1).unique()
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -182,12 +201,12 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def pack(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, *, name: str
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, *, name: str, least: int = 1
 ) -> Int[Tensor, "blocks tokens"]:
     """Documents as blocks of ``seq_len`` tokens, the end-of-text token after each document.
 
     Raises:
-        GossamerError: if there are not enough tokens for one block; ``name`` says of what.
+        GossamerError: if there are not enough tokens for ``least`` blocks; ``name`` says of what.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
     tokens: list[int] = []
@@ -195,9 +214,10 @@ def pack(
         tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         tokens += [] if end is None else [end]
     blocks = len(tokens) // seq_len
-    if not blocks:
+    if blocks < least:
         raise GossamerError(
-            f"{name} has {len(tokens)} tokens, shorter than one block of {seq_len}; "
+            f"{name} has {len(tokens)} tokens, shorter than {'one block' if least == 1 else f'{least} blocks'} "
+            f"of {seq_len}; "
             "give more text or a smaller --seq-len"
         )
     return torch.tensor(tokens[: blocks * seq_len]).view(blocks, seq_len)

@@ -28,7 +28,7 @@ class StepLog(TrainerCallback):
         trainer: whose measurements to take.
         label: what is being trained, in front of the bar.
         file: where to append; lines of steps that a resumed run repeats are dropped.
-        tau: the bound on the loss in nats, shown beside the loss; None if the constraint is another.
+        bound: tau or epsilon, nats; None for the dense control.
         tokens_per_step: over all devices.
         console: where to draw; a plain line now and then where it is not a terminal.
     """
@@ -39,12 +39,12 @@ class StepLog(TrainerCallback):
         label: str,
         file: Path,
         *,
-        tau: float | None,
+        bound: float | None,
         tokens_per_step: int,
         console: Console,
     ) -> None:
         self.trainer, self.label, self.file = trainer, label, file
-        self.tau, self.tokens_per_step, self.console = tau, tokens_per_step, console
+        self.bound, self.tokens_per_step, self.console = bound, tokens_per_step, console
         columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed}/{task.total}"))
         self.progress = Progress(*columns, _Figures(), TimeRemainingColumn(), console=console)
         self.task = self.progress.add_task(label, total=None)
@@ -84,11 +84,12 @@ class StepLog(TrainerCallback):
     def figures(self, speed: float) -> str:
         """The step's figures in one line."""
         last = self.trainer.last
-        parts = [f"loss {last['loss']:.3f}"]
-        if "loss_dense" in last:
-            parts.append(f"dense {last['loss_dense']:.3f}")
-        if self.tau is not None:
-            parts.append(f"τ {self.tau:.3f}")
+        kl = self.trainer.config.constraint == "kl" and self.bound is not None
+        parts = [f"{'KL' if kl else 'loss'} {last['constrained']:.3f}"]
+        if "constrained_held_out" in last:
+            parts.append(f"held-out {last['constrained_held_out']:.3f}")
+        if self.bound is not None:
+            parts.append(f"{'ε' if kl else 'τ'} {self.bound:.3f}")
         if "multiplier" in last:
             parts.append(f"λ {last['multiplier']:.3g}")
             parts.append(f"open {100 * last['open_fraction']:.2f} %")

@@ -51,9 +51,6 @@ from gossamer.training.trainer import (
 
 _CHECKPOINTS = ("checkpoints", "control-checkpoints")
 
-HELD_OUT_BLOCKS_FOR_TAU = 64
-"""At most so many held-out blocks measure tau_dense; the evaluation uses all of them."""
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -63,7 +60,8 @@ class RunConfig:
         model: ``smollm2``, a local directory or a Hub id.
         text: a local file or directory, a Hub data set, or ``self``.
         seq_len: tokens in a block. The open fraction depends on it, and the loss holds up to about twice it.
-        held_out_tokens: how much held-out text the loss is measured on.
+        validation_tokens: how much unseen text steers the multiplier; tau is measured on it.
+        held_out_tokens: how much other unseen text the figures are measured on.
         tau: bound on the cross-entropy in nats; the dense model's held-out loss plus ``slack`` if None.
         slack: nats above the dense model's loss.
         epsilon: bound on KL(dense || sparse) in nats, for the constraint ``kl``.
@@ -77,6 +75,7 @@ class RunConfig:
     model: str
     text: str
     seq_len: int = 256
+    validation_tokens: int = 8_192
     held_out_tokens: int = 32_768
     tau: float | None = None
     slack: float = 0.01
@@ -142,8 +141,8 @@ class Run:
             raise GossamerError(f"{self.folder} is not a run: its config.json is of another kind")
         return RunConfig.from_dict(record["config"])
 
-    def blocks(self, part: Literal["train", "held_out"]) -> Int[Tensor, "blocks tokens"]:
-        """The token blocks the run was trained on, or those held out."""
+    def blocks(self, part: Literal["train", "validation", "held_out"]) -> Int[Tensor, "blocks tokens"]:
+        """The token blocks of one part of the run's text."""
         file = self.folder / "blocks.safetensors"
         if not file.exists():
             raise GossamerError(f"{self.folder} is not a run: it has no blocks.safetensors")
@@ -222,7 +221,7 @@ def post_train(
             "the constraint may be out of reach"
         )
     if not run.model.exists():
-        _train_sparse(run, config, dense, tokenizer, tau - tau_dense, console, warn)
+        _train_sparse(run, config, dense, tokenizer, tau, console, warn)
     if config.control and not run.control.exists():
         _train_control(run, config, dense, console, warn)
     return run
@@ -256,12 +255,12 @@ def _begin(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTr
         tokenizer,
         seq_len=config.seq_len,
         train_blocks=training.steps * training.batch_size * training.gradient_accumulation,
+        validation_blocks=max(1, config.validation_tokens // config.seq_len),
         held_out_blocks=max(1, config.held_out_tokens // config.seq_len),
         seed=training.seed,
         model=dense,
     )
-    step = max(1, len(blocks.held_out) // HELD_OUT_BLOCKS_FOR_TAU)
-    tau_dense = held_out_loss(dense, blocks.held_out[::step], precision=training.precision)
+    tau_dense = held_out_loss(dense, blocks.validation, precision=training.precision)
     tau = config.tau if config.tau is not None else tau_dense + config.slack
     record = {
         "config": asdict(config),
@@ -269,8 +268,8 @@ def _begin(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTr
         "measured": {"loss_dense": tau_dense, "tau": tau},
     }
     with written_beside(run.folder) as staging:
-        tensors = {"train": blocks.train.int().contiguous(), "held_out": blocks.held_out.int().contiguous()}
-        save_file(tensors, staging / "blocks.safetensors")
+        parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
+        save_file(parts, staging / "blocks.safetensors")
         write_text(staging / "config.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -283,28 +282,30 @@ def _train_sparse(
     config: RunConfig,
     dense: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    room: float,
+    tau: float,
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
     training = config.training
     model = sparsify(dense, gate_bias=config.gate_bias)
     _prepare(model, config)
-    reference = copy.deepcopy(dense)
-    if training.precision == "bf16":
-        reference = reference.to(torch.bfloat16)
-    bound = (room if training.constraint == "ce" else config.epsilon) - config.margin
+    reference = None
+    if training.constraint == "kl":
+        reference = copy.deepcopy(dense).to(_device())
+        if training.precision == "bf16":
+            reference = reference.to(torch.bfloat16)
+    bound = tau if training.constraint == "ce" else config.epsilon
     trainer = SparsityTrainer(
         model,
-        reference.to(_device()),
-        bound,
+        reference,
+        bound - config.margin,
         training,
         BlockDataset(run.blocks("train")),
+        run.blocks("validation"),
         run.folder / _CHECKPOINTS[0],
         tokenizer=tokenizer,
     )
-    tau = run.record()["measured"]["tau"] if training.constraint == "ce" else None
-    _train(trainer, run, config, "sparse", "training.jsonl", tau, console, warn)
+    _train(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
     if training.train == "lora":
         merge_adapters(model)
     save(model, run.model, tokenizer)
@@ -341,7 +342,7 @@ def _train(
     config: RunConfig,
     label: str,
     log: str,
-    tau: float | None,
+    bound: float | None,
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
@@ -357,7 +358,7 @@ def _train(
         trainer,
         label,
         run.folder / log,
-        tau=tau,
+        bound=bound,
         tokens_per_step=config.tokens_per_step,
         console=console,
     )
