@@ -75,14 +75,14 @@ def sparsify(
     train: Annotated[
         Part,
         typer.Option(help="Weights to train besides the gate biases: all, the attention's, or adapters on it."),
-    ] = Part.attention,
+    ] = Part.all,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the weights.")] = 5e-4,
+    learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the weights.")] = 3e-4,
     gate_learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the gate biases.")] = 0.2,
     gate_bias: Annotated[
         float, typer.Option(help="Initial bias of every gate; higher starts with more links open.")

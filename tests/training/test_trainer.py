@@ -155,6 +155,18 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-5)
 
 
+def test_recomputed_activations_meet_the_same_gates(tmp_path: Path) -> None:
+    ends = []
+    for recompute in (False, True):
+        trainer = make_trainer(tmp_path / str(recompute), steps=3, hard_fraction=0.0, checkpoint_every=0)
+        if recompute:
+            trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainer.train()
+        ends.append(weights(trainer))
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-4, atol=1e-6)
+
+
 def test_only_the_last_two_checkpoints_stay_and_each_is_a_loadable_model(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.train()

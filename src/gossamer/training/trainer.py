@@ -77,11 +77,11 @@ class TrainingConfig:
         seed: of data order, noise and everything else random.
     """
 
-    train: TrainedPart = "attention"
+    train: TrainedPart = "all"
     steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     gate_learning_rate: float = 0.2
     warmup: float = 0.03
     final_rate: float = 0.05
@@ -295,15 +295,22 @@ class SparsityTrainer(PostTrainer):
         self.multiplier = Multiplier(config.multiplier)
         self.constrained: float | None = None
 
+    @property
+    def hard(self) -> bool:
+        """Whether the step at hand trains with hard gates."""
+        return self.state.global_step >= round((1 - self.config.hard_fraction) * self.config.steps)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward under the gates of the step: activations that are recomputed meet the same gates."""
+        seed = fold_seed(self.config.seed, self.state.global_step, len(self.measured))
+        with nullcontext() if self.hard else sampled_gates(self.model, seed):
+            return cast(Tensor, super().training_step(*args, **kwargs))
+
     def batch_objective(
         self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
     ) -> tuple[Tensor, dict[str, float]]:
         """The Lagrangian on a batch."""
-        gated = self.model
-        step = self.state.global_step
-        hard = step >= round((1 - self.config.hard_fraction) * self.config.steps)
-        seed = fold_seed(self.config.seed, step, len(self.measured))
-        with counted_links(gated) as counts, nullcontext() if hard else sampled_gates(gated, seed):
+        with counted_links(self.model) as counts:
             logits = model(input_ids=input_ids, use_cache=False).logits
         allowed = torch.stack([count.allowed_links.sum() for count in counts.values()]).sum()
         expected = torch.stack([count.expected_open.sum() for count in counts.values()]).sum() / allowed
@@ -313,7 +320,7 @@ class SparsityTrainer(PostTrainer):
             "constrained": constrained.item(),
             "expected_open_fraction": expected.item(),
             "open_fraction": opened.item(),
-            "sampled": float(not hard),
+            "sampled": float(not self.hard),
         }
         return lagrangian(expected, constrained - self.bound, self.multiplier.value), measured
 
