@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from conftest import sentences
 from families import tiny_model
@@ -31,6 +32,29 @@ def test_pack_joins_documents_with_the_end_token_and_drops_the_tail(tokenizer) -
     assert blocks.flatten().tolist() == stream[: len(stream) // 7 * 7]
 
 
+def test_pack_reads_no_more_documents_than_it_needs(tokenizer) -> None:
+    documents = sentences(1000)
+    unread = iter(documents)
+    blocks = pack(unread, tokenizer, 7, name="text", most=3)
+    assert torch.equal(blocks, pack(documents, tokenizer, 7, name="text")[:3])
+    assert len(list(unread)) > 900
+
+
+@pytest.mark.parametrize(
+    "special,end",
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, "</s>"),
+        ({"bos_token": "<s>", "sep_token": "<pad>"}, "<s>"),
+        ({"sep_token": "<pad>"}, "<pad>"),
+        ({}, ""),
+    ],
+)
+def test_documents_are_joined_by_what_the_tokenizer_has(special: dict[str, str], end: str, tokenizer) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **special)
+    expected = [t for text in ("one", "two") for t in [*bare(text)["input_ids"], *bare(end)["input_ids"]]]
+    assert pack(["one", "two"], bare, 1, name="text").flatten().tolist() == expected
+
+
 def test_all_kinds_of_files_hold_the_same_documents(tmp_path: Path) -> None:
     documents = sentences(3)
     rows = "".join(json.dumps({"text": d}) + "\n" for d in documents)
@@ -41,6 +65,19 @@ def test_all_kinds_of_files_hold_the_same_documents(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("one\ntwo")
     (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"drei"))
     assert list(read_documents(tmp_path)) == [*documents, *documents, "one\ntwo", "drei"]
+
+
+def test_only_the_end_of_a_name_says_what_is_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "b.txt" / "c.txt").write_text("two")
+    assert list(read_documents(tmp_path)) == ["one", "two"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n', encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("two", encoding="utf-8-sig")
+    assert list(read_documents(tmp_path)) == ["one", "two"]
 
 
 def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenizer) -> None:
@@ -99,6 +136,25 @@ def test_self_sampled_text_is_a_function_of_the_seed_and_leaves_the_global_state
     assert blocks.held_out.shape == (2, 12)
 
 
+def test_self_sampled_text_is_the_models_whatever_its_generation_settings(tokenizer) -> None:
+    model = tiny_model("llama")
+    expected = sample_blocks(model, tokenizer, 4, 12, seed=3)
+    settings = GenerationConfig(
+        do_sample=True, min_p=0.5, no_repeat_ngram_size=1, suppress_tokens=list(range(9)), eos_token_id=list(range(50))
+    )
+    model.generation_config = settings
+    model.train()
+    assert torch.equal(sample_blocks(model, tokenizer, 4, 12, seed=3), expected)
+    assert model.generation_config is settings
+    assert model.training
+
+
+def test_text_is_not_sampled_without_a_token_to_start_from(tokenizer) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(GossamerError, match="start or end token"):
+        sample_blocks(tiny_model("llama"), bare, 4, 12, seed=3)
+
+
 def test_self_sampled_text_has_the_distribution_of_the_model(tokenizer) -> None:
     model = tiny_model("llama")
     sampled = sample_blocks(model, tokenizer, 2000, 2, seed=0, batch_size=1000)[:, 1]
@@ -119,6 +175,10 @@ BAD_FILES = {
     "latin.txt": ("é".encode("latin-1") * 9, "not UTF-8"),
     "cut.txt.gz": (gzip.compress(b"one two three" * 99)[:-20], "not a whole gzip file"),
     "plain.txt.gz": (b"one two", "not a whole gzip file"),
+    "corrupt.txt.gz": (gzip.compress(b"one two")[:10] + b"\xff" * 20, "not a whole gzip file"),
+    "deep.jsonl": (b"[" * 100_000, "line 1: not valid JSON"),
+    "half.jsonl": (b'{"text": "one"}\n{"text": "\\ud83d"}\n', "line 2: the text holds half a character"),
+    "tail.txt": (b"one two " * 30, "held-out part.*shorter than 2 blocks"),
 }
 
 
@@ -136,19 +196,62 @@ def test_faults_of_files_are_named(name: str, tmp_path: Path, tokenizer) -> None
 
 @pytest.mark.parametrize(
     "name,message",
-    [("missing.txt", "no such file"), ("/no/such/place", "no such file"), ("", "no such file")],
+    [
+        ("missing.txt", "no such file"),
+        ("/no/such/place", "no such file"),
+        ("", "no such file"),
+        ("x" * 300 + ".txt", "no such file"),
+    ],
 )
 def test_missing_text_is_named(name: str, message: str, tokenizer) -> None:
     with pytest.raises(GossamerError, match=message):
         load_blocks(name, tokenizer, **SMALL)
 
 
-def test_a_hub_data_set_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch, tokenizer) -> None:
+@pytest.mark.parametrize("name", ["nobody/nothing", "hub:nobody/nothing:config:split"])
+def test_a_hub_data_set_out_of_reach_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tokenizer) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(GossamerError, match="no text nobody/nothing"):
-        load_blocks(
-            "nobody/nothing", tokenizer, seq_len=16, train_blocks=4, validation_blocks=3, held_out_blocks=2, seed=0
-        )
+    with pytest.raises(GossamerError, match=f"no text {name}"):
+        load_blocks(name, tokenizer, **SMALL)
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """A data set as the Hub lays it out; configuration ``b`` has no text."""
+    for name, key in (("a", "text"), ("b", "body")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({key: s}) + "\n" for s in sentences(400)))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: a\n  data_files:\n  - {split: train, path: a.jsonl}\n  - {split: test, path: a.jsonl}\n"
+        "- config_name: b\n  data_files: b.jsonl\n---\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("choice", [":a", ":a:test"])
+def test_a_hub_data_set_is_read_as_a_file_is(choice: str, data_set: Path, tokenizer) -> None:
+    blocks = load_blocks(f"hub:{data_set}{choice}", tokenizer, **SMALL)
+    again = load_blocks(f"hub:{data_set}{choice}", tokenizer, **SMALL)
+    assert all(torch.equal(getattr(blocks, part), getattr(again, part)) for part in vars(blocks))
+    assert [len(part) for part in vars(blocks).values()] == [4, 3, 2]
+    rows = {tuple(row) for row in pack(sentences(400), tokenizer, 16, name="text").tolist()}
+    assert all(tuple(row) in rows for row in blocks.train.tolist())
+
+
+@pytest.mark.parametrize(
+    "choice,message", [(":b", "no column 'text' of strings, only body"), ("", "Config name is missing"), (":a:c", "c")]
+)
+def test_faults_of_hub_data_sets_are_named(choice: str, message: str, data_set: Path, tokenizer) -> None:
+    with pytest.raises(GossamerError, match=message) as caught:
+        load_blocks(f"hub:{data_set}{choice}", tokenizer, **SMALL)
+    assert str(data_set) + choice in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(GossamerError, match=r"gone\.txt cannot be read: No such file"):
+        load_blocks(str(tmp_path), tokenizer, **SMALL)
 
 
 def test_an_empty_directory_is_named(tmp_path: Path, tokenizer) -> None:

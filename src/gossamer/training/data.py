@@ -7,20 +7,27 @@ documents  ->  the last 5 % of the characters held out  ->  tokens, joined by th
 import gzip
 import json
 import math
+import os
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
 
 SELF = "self"
 """The text that is sampled from the model itself."""
+
+HUB = "hub:"
+"""Before the name of a Hub data set, where a local file has the same name."""
 
 HELD_OUT = 0.05
 """Share of the characters that is held out, at the end."""
@@ -29,6 +36,14 @@ SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 _CHARACTERS_PER_TOKEN = 8
 """More than text in any language needs: how much of a Hub data set is read for a number of tokens."""
+
+_READ_WHOLE = 2**24
+"""Tokens of a text up to which all of its blocks can be chosen."""
+
+_CHOICE = 20
+"""Of a longer text, blocks to choose from for each one wanted."""
+
+_DOCUMENTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -74,11 +89,11 @@ def load_blocks(
 
     Args:
         text: a local file (``.txt``, ``.jsonl``, each also with ``.gz``), a directory of such files, the id of
-            a Hub data set with a column ``text``, or ``self``.
+            a Hub data set with a column ``text`` as ``[hub:]NAME[:CONFIG[:SPLIT]]``, or ``self``.
         tokenizer: of the model.
         seq_len: tokens in a block.
-        train_blocks: how many training blocks, a seeded choice among all there are; of a text with fewer,
-            blocks come again once all have come.
+        train_blocks: how many training blocks, a seeded choice among all there are (of a very long text, among the
+            first 20 times as many); of a text with fewer, blocks come again once all have come.
         validation_blocks: at most so many validation blocks, evenly spaced over the held-out text, and at most
             a third of it.
         held_out_blocks: at most so many held-out blocks, evenly spaced over the rest of it.
@@ -94,18 +109,18 @@ def load_blocks(
         parts = (train_blocks, validation_blocks, held_out_blocks)
         sampled = sample_blocks(model, tokenizer, sum(parts), seq_len, seed=seed)
         return Blocks(*sampled.split(parts))
-    path = Path(text)
-    if text and path.exists():
-        documents = list(read_documents(path))
+    if os.path.exists(text):
+        documents = list(read_documents(Path(text)))
     elif _looks_local(text):
         raise GossamerError(f"no text {text}: there is no such file or directory")
     else:
-        wanted = (train_blocks + validation_blocks + held_out_blocks) * seq_len * _CHARACTERS_PER_TOKEN
-        documents = list(_read_hub(text, characters=wanted))
+        blocks = max(train_blocks / (1 - HELD_OUT), (validation_blocks + held_out_blocks) / HELD_OUT)
+        documents = list(_read_hub(text, characters=math.ceil(blocks * seq_len * _CHARACTERS_PER_TOKEN)))
     if not any(document.strip() for document in documents):
         raise GossamerError(f"{text} is empty; give text to train on")
     train, held_out = split(documents)
-    train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)")
+    most = max(_CHOICE * train_blocks, _READ_WHOLE // seq_len)
+    train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)", most=most)
     unseen = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, its last {HELD_OUT:.0%})", least=2)
     validation = _spaced(len(unseen), min(validation_blocks, max(1, len(unseen) // 3)))
     rest = torch.ones(len(unseen), dtype=torch.bool).index_fill_(0, validation, False).nonzero().flatten()
@@ -129,7 +144,7 @@ def read_documents(path: Path) -> Iterator[str]:
         GossamerError: naming the file, and for JSON the line, that cannot be read.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and not file.is_dir())
         if not files:
             raise GossamerError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")
         for file in files:
@@ -139,42 +154,54 @@ def read_documents(path: Path) -> Iterator[str]:
         raise GossamerError(f"{path} is of an unknown kind; text files end in {', '.join(SUFFIXES)}")
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8") as stream:
-            if ".txt" in path.suffixes[-2:]:
+        with opener(path, "rt", encoding="utf-8-sig") as stream:
+            if path.name.endswith((".txt", ".txt.gz")):
                 yield stream.read()
             else:
                 for number, line in enumerate(stream, start=1):
                     if line.strip():
                         yield _document(line, path, number)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise GossamerError(f"{path} is not a whole gzip file: {error}") from error
     except UnicodeDecodeError as error:
         raise GossamerError(f"{path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise GossamerError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _document(line: str, path: Path, number: int) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GossamerError(f"{path}, line {number}: not valid JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise GossamerError(f"{path}, line {number}: no string under the key 'text'")
-    return str(row["text"])
+    text: str = row["text"]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GossamerError(
+            f"{path}, line {number}: the text holds half a character ({text[error.start]!a})"
+        ) from error
+    return text
 
 
 def _looks_local(text: str) -> bool:
+    if text.startswith(HUB):
+        return False
     return text.endswith(SUFFIXES) or text.count("/") > 1 or text.startswith(("/", ".", "~")) or not text
 
 
-def _read_hub(name: str, *, characters: int) -> Iterator[str]:
-    """The first documents of a Hub data set's training split, until there are enough characters."""
+def _read_hub(text: str, *, characters: int) -> Iterator[str]:
+    """The first documents of the Hub data set ``[hub:]NAME[:CONFIG[:SPLIT]]``, until there are enough characters."""
     from datasets import load_dataset
 
+    name, config, part = (*text.removeprefix(HUB).split(":", 2), "", "")[:3]
     try:
-        for row in load_dataset(name, split="train", streaming=True):
+        for row in load_dataset(name, config or None, split=part or "train", streaming=True):
             if not isinstance(row.get("text"), str):
                 columns = ", ".join(row)
-                raise GossamerError(f"the data set {name} has no column 'text' of strings, only {columns}")
+                raise GossamerError(f"the data set {text} has no column 'text' of strings, only {columns}")
             yield row["text"]
             characters -= len(row["text"])
             if characters <= 0:
@@ -184,7 +211,7 @@ def _read_hub(name: str, *, characters: int) -> Iterator[str]:
     except Exception as error:  # the Hub client raises dozens of kinds, all of them a data set out of reach
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GossamerError(
-            f"no text {name}: there is no such file, and as a Hub data set it cannot be read ({reason})"
+            f"no text {text}: there is no such file, and as a Hub data set it cannot be read ({reason})"
         ) from error
 
 
@@ -201,26 +228,36 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def pack(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, seq_len: int, *, name: str, least: int = 1
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    *,
+    name: str,
+    least: int = 1,
+    most: int | None = None,
 ) -> Int[Tensor, "blocks tokens"]:
     """Documents as blocks of ``seq_len`` tokens, the end-of-text token after each document.
+
+    No more documents are read than ``most`` blocks need, give or take a batch.
 
     Raises:
         GossamerError: if there are not enough tokens for ``least`` blocks; ``name`` says of what.
     """
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    tokens: list[int] = []
-    for document in documents:
-        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens += [] if end is None else [end]
-    blocks = len(tokens) // seq_len
+    special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
+    end = [token for token in special if token is not None][:1]
+    wanted = math.inf if most is None else most * seq_len
+    documents, parts, count = iter(documents), [torch.empty(0, dtype=torch.int32)], 0
+    while count < wanted and (batch := list(islice(documents, _DOCUMENTS_AT_ONCE))):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            parts.append(torch.tensor(ids + end, dtype=torch.int32))
+            count += len(parts[-1])
+    blocks = int(min(count, wanted)) // seq_len
     if blocks < least:
         raise GossamerError(
-            f"{name} has {len(tokens)} tokens, shorter than {'one block' if least == 1 else f'{least} blocks'} "
-            f"of {seq_len}; "
-            "give more text or a smaller --seq-len"
+            f"{name} has {count} tokens, shorter than {'one block' if least == 1 else f'{least} blocks'} "
+            f"of {seq_len}; give more text or a smaller --seq-len"
         )
-    return torch.tensor(tokens[: blocks * seq_len]).view(blocks, seq_len)
+    return torch.cat(parts)[: blocks * seq_len].long().view(blocks, seq_len)
 
 
 def sample_blocks(
@@ -234,8 +271,8 @@ def sample_blocks(
 ) -> Int[Tensor, "blocks tokens"]:
     """Text sampled from the model at temperature 1, each block starting with the start-of-text token.
 
-    The end-of-text token does not end a block: what the model says after it belongs to the text. The global
-    random state is left as it was.
+    The end-of-text token does not end a block: what the model says after it belongs to the text. The model's
+    own generation settings are set aside, and the global random state is left as it was.
 
     Raises:
         GossamerError: if the tokenizer has no token to start from.
@@ -245,7 +282,7 @@ def sample_blocks(
         raise GossamerError("text 'self' needs a tokenizer with a start or end token; give a text instead")
     device = next(model.parameters()).device
     rows = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _unadorned(model):
         torch.manual_seed(seed)
         for first in range(0, blocks, batch_size):
             count = min(batch_size, blocks - first)
@@ -255,12 +292,23 @@ def sample_blocks(
                     attention_mask=torch.ones(count, 1, dtype=torch.long, device=device),
                     do_sample=True,
                     top_k=0,
-                    top_p=1.0,
-                    temperature=1.0,
-                    repetition_penalty=1.0,
                     max_new_tokens=seq_len - 1,
-                    eos_token_id=-1,
-                    pad_token_id=start,
                 ).cpu()
             )
     return torch.cat(rows)
+
+
+@contextmanager
+def _unadorned(model: PreTrainedModel) -> Iterator[None]:
+    """The model without dropout and without the generation settings it was published with.
+
+    Those would be merged into every call of ``generate``: an end token, penalties, suppressed tokens.
+    """
+    settings, training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+        model.train(training)
