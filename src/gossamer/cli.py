@@ -56,8 +56,9 @@ def sparsify(
     text: Annotated[
         str,
         typer.Option(
-            help="Training text: a .txt, .jsonl or .jsonl.gz file (documents under 'text'), a directory of such "
-            "files, a Hub data set, or 'self' to sample text from the model itself."
+            help="Training text: a .txt, .jsonl, .txt.gz or .jsonl.gz file (documents under 'text'), a directory of "
+            "such files, a Hub data set (org/name, or hub:NAME:CONFIG:SPLIT), or 'self' to sample text from the "
+            "model itself."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")],
