@@ -134,7 +134,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(settings: dict, t
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(weights(whole), weights(resumed))
     assert resumed.multiplier.state_dict() == whole.multiplier.state_dict()
-    assert resumed.constrained == whole.constrained
+    assert resumed.validation_result == whole.validation_result
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
@@ -195,6 +195,37 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(harm, message: str, tmp_p
     assert checkpoint.name == "checkpoint-4"
     assert len(faults) == 1
     assert message in faults[0]
+
+
+def test_the_sparsest_weights_that_held_the_bound_are_kept(tmp_path: Path) -> None:
+    """The bound is set between what two checkpoints measured, so that only the denser one held it."""
+    settings = {"steps": 24, "checkpoint_every": 4, "validate_every": 4, "gate_learning_rate": 0.5}
+    probe = make_trainer(tmp_path / "probe", bound=100.0, **settings)
+    seen = []
+    validate = probe.validate
+    probe.validate = lambda: seen.append(validate()) or seen[-1]
+    probe.train()
+    assert [result.step for result in seen] == [4, 8, 12, 16, 20, 24]
+    assert seen[-1].open_fraction < seen[1].open_fraction
+    assert probe.select_weights() == min(seen, key=lambda result: result.open_fraction)
+
+    trainer = make_trainer(tmp_path / "run", bound=100.0, **settings)
+    original, calls = trainer.holds_bound, []
+    trainer.holds_bound = lambda result: calls.append(result) or (original(result) and result.step <= 8)
+    trainer.train()
+    kept = {path.name for path in checkpoints(tmp_path / "run")}
+    best = min(seen[:2], key=lambda result: result.open_fraction)
+    assert kept == {f"checkpoint-{best.step}", "checkpoint-20", "checkpoint-24"}
+    assert trainer.select_weights() == best
+    assert trainer.validate().constrained == pytest.approx(best.constrained, rel=1e-6)
+
+
+def test_without_weights_that_held_the_bound_the_last_ones_stay(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, bound=-1.0)
+    trainer.train()
+    before = weights(trainer)
+    assert trainer.select_weights().step == 6
+    assert same(before, weights(trainer))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def evaluate_run(
         "seq_len": config.seq_len,
         "seed": config.training.seed,
         "tokens_trained": config.training.steps * config.tokens_per_step,
+        "selected_step": record["measured"].get("selected", {}).get("step"),
         "tokens_evaluated": sparse_figures.tokens,
         "precision_evaluated": precision,
         "loss_dense": loss_dense,

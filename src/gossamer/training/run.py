@@ -306,10 +306,21 @@ def _train_sparse(
         tokenizer=tokenizer,
     )
     _train(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
+    selected = trainer.select_weights()
+    if selected is not None:
+        _record_selection(run, asdict(selected))
+        if selected.step != training.steps:
+            warn(f"the last step missed the bound or was less sparse; the model kept is that of step {selected.step}")
     if training.train == "lora":
         merge_adapters(model)
     save(model, run.model, tokenizer)
     shutil.rmtree(run.folder / _CHECKPOINTS[0], ignore_errors=True)
+
+
+def _record_selection(run: Run, selected: dict[str, Any]) -> None:
+    record = run.record()
+    record["measured"]["selected"] = selected
+    write_text(run.folder / "config.json", json.dumps(record, indent=2) + "\n")
 
 
 def _train_control(

@@ -7,6 +7,9 @@ The multiplier does not follow the training batches: what it has to hold is the 
 and a batch's loss says more about the batch than about the model. So every ``validate_every`` steps the constrained
 quantity is measured with hard gates on a fixed set of validation blocks, the same on which tau was measured; the
 violation found there moves lambda until the next measurement. Figures are reported on yet other blocks.
+
+The last step need not hold the bound. A run therefore ends with the sparsest of its last weights and its checkpoints
+that held the bound on the validation blocks; such a checkpoint is kept until there is a sparser one.
 """
 
 import json
@@ -15,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -41,7 +44,7 @@ from gossamer.models.attention import counted_links, sampled_gates
 from gossamer.models.checkpoint import read_weights, write_model
 from gossamer.models.convert import is_gated
 from gossamer.ops import fold_seed
-from gossamer.training.checkpoints import checkpoints, seal
+from gossamer.training.checkpoints import checkpoints, fault, seal
 from gossamer.training.constraint import (
     ConstraintKind,
     Multiplier,
@@ -246,8 +249,12 @@ class PostTrainer(Trainer):
         finally:
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging = None
-        for old in checkpoints(self.folder)[:-2]:
+        for old in self.superfluous_checkpoints():
             shutil.rmtree(old)
+
+    def superfluous_checkpoints(self) -> list[Path]:
+        """Checkpoints that need not be kept: all but the last two."""
+        return checkpoints(self.folder)[:-2]
 
     def write_extra_state(self, folder: Path) -> None:
         """Write what a subclass keeps besides weights, optimiser and schedule."""
@@ -265,6 +272,21 @@ class _StepEnd(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.finish_step()
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was measured on the validation blocks with hard gates.
+
+    Attributes:
+        step: after which step.
+        constrained: cross-entropy or KL, nats.
+        open_fraction: open links / allowed links.
+    """
+
+    step: int
+    constrained: float
+    open_fraction: float
 
 
 class SparsityTrainer(PostTrainer):
@@ -293,7 +315,7 @@ class SparsityTrainer(PostTrainer):
         self.bound = bound
         self.validation = validation
         self.multiplier = Multiplier(config.multiplier)
-        self.constrained: float | None = None
+        self.validation_result: Validation | None = None
 
     @property
     def hard(self) -> bool:
@@ -336,37 +358,83 @@ class SparsityTrainer(PostTrainer):
         return kl_divergence(dense_logits, logits)
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """The constrained quantity on the validation blocks, with hard gates."""
+    def validate(self) -> Validation:
+        """Measure the constrained quantity and the open fraction on the validation blocks, with hard gates."""
         self.model.eval()
-        total = 0.0
+        total, opened, allowed = 0.0, 0, 0
         for batch in self.validation.split(2 * self.config.batch_size):
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), counted_links(self.model) as counts:
                 ids = batch.to(self.args.device)
                 logits = self.model(input_ids=ids, use_cache=False).logits
                 total += self.constrained_quantity(logits, ids).item() * len(batch)
-        return total / len(self.validation)
+            opened += sum(int(count.open_links.sum()) for count in counts.values())
+            allowed += sum(int(count.allowed_links.sum()) for count in counts.values())
+        return Validation(self.state.global_step, total / len(self.validation), opened / allowed)
 
     def finish_step(self) -> None:
         """Take the dual step, with a new measurement of the violation if it is time for one."""
         super().finish_step()
         self.last["multiplier"] = self.multiplier.value
-        if self.state.global_step % self.config.validate_every == 0:
-            self.constrained = self.validate()
-        if self.constrained is not None:
-            self.last["constrained_held_out"] = self.constrained
-            self.multiplier.update(self.constrained - self.bound)
+        step = self.state.global_step
+        if step % self.config.validate_every == 0 or step == self.config.steps:
+            self.validation_result = self.validate()
+        if self.validation_result is not None:
+            self.last["constrained_held_out"] = self.validation_result.constrained
+            self.multiplier.update(self.validation_result.constrained - self.bound)
+
+    def holds_bound(self, result: Validation | None) -> bool:
+        """Whether weights that were measured so hold the bound."""
+        return result is not None and result.constrained <= self.bound
+
+    def best_checkpoint(self) -> tuple[Path, Validation] | None:
+        """The sparsest whole checkpoint that was measured at its own step and held the bound."""
+        held = []
+        for path in checkpoints(self.folder):
+            result = None if fault(path) else _read_state(path)[1]
+            if result is not None and self.holds_bound(result) and path.name == f"checkpoint-{result.step}":
+                held.append((path, result))
+        return min(held, key=lambda pair: pair[1].open_fraction, default=None)
+
+    def superfluous_checkpoints(self) -> list[Path]:
+        """Checkpoints that are neither among the last two nor the best."""
+        best = self.best_checkpoint()
+        return [path for path in super().superfluous_checkpoints() if best is None or path != best[0]]
+
+    def select_weights(self) -> Validation | None:
+        """After training: put the best checkpoint's weights into the model if the last ones are not better.
+
+        Returns:
+            What was measured of the weights the model now has.
+        """
+        last, best = self.validation_result, self.best_checkpoint()
+        if best is None:
+            return last
+        if last is not None and self.holds_bound(last) and last.open_fraction <= best[1].open_fraction:
+            return last
+        super()._load_from_checkpoint(str(best[0]))
+        return best[1]
 
     def write_extra_state(self, folder: Path) -> None:
         """Write the multiplier and the last measurement."""
-        state = {"multiplier": self.multiplier.state_dict(), "constrained": self.constrained}
-        (folder / "multiplier.json").write_text(json.dumps(state))
+        result = self.validation_result
+        state = {
+            "multiplier": self.multiplier.state_dict(),
+            "validation": None if result is None else asdict(result),
+        }
+        (folder / _STATE).write_text(json.dumps(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = json.loads((Path(resume_from_checkpoint) / "multiplier.json").read_text())
-        self.multiplier.load_state_dict(state["multiplier"])
-        self.constrained = state["constrained"]
+        multiplier, self.validation_result = _read_state(Path(resume_from_checkpoint))
+        self.multiplier.load_state_dict(multiplier)
+
+
+_STATE = "multiplier.json"
+
+
+def _read_state(checkpoint: Path) -> tuple[dict[str, float | None], Validation | None]:
+    state = json.loads((checkpoint / _STATE).read_text())
+    return state["multiplier"], Validation(**state["validation"]) if state["validation"] else None
 
 
 def _first_line(error: BaseException) -> str:
