@@ -2,10 +2,17 @@
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
+import torch
+
+# Before Triton is imported, which transformers may do: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

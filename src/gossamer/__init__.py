@@ -8,19 +8,21 @@ from gossamer.errors import GossamerError
 from gossamer.models.attention import counted_links, forced_open, sampled_gates
 from gossamer.models.checkpoint import load, save
 from gossamer.models.convert import densify, is_gated, sparsify
-from gossamer.ops import GatedAttention, gated_attention
+from gossamer.ops import GatedAttention, OpenLinks, gated_attention, open_links
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GatedAttention",
     "GossamerError",
+    "OpenLinks",
     "counted_links",
     "densify",
     "forced_open",
     "gated_attention",
     "is_gated",
     "load",
+    "open_links",
     "sampled_gates",
     "save",
     "sparsify",

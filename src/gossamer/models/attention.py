@@ -132,8 +132,10 @@ def gated_attention_forward(
         softcap=softcap,
         sample=state.sampled,
         seed=fold_seed(state.seed, layer),
+        expect=state.counts is not None,
     )
     if state.counts is not None:
+        assert result.expected_open is not None
         state.counts[layer] = LinkCounts(result.expected_open, result.open_links, result.allowed_links)
     return result.output.transpose(1, 2), None
 

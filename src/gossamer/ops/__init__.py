@@ -1,15 +1,24 @@
 """Gated attention: one door, :func:`gated_attention`, and the implementations behind it."""
 
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gossamer.ops.chunked import gated_attention_chunked
-from gossamer.ops.gates import MAX_POSITIONS, GatedAttention, fold_seed, make_pairs, noise_keys
-from gossamer.ops.naive import gated_attention_naive
+from gossamer.ops import chunked, naive
+from gossamer.ops.gates import MAX_POSITIONS, GatedAttention, OpenLinks, Pairs, fold_seed, make_pairs, noise_keys
 
-__all__ = ["GatedAttention", "fold_seed", "gated_attention"]
+__all__ = ["GatedAttention", "Implementation", "OpenLinks", "fold_seed", "gated_attention", "open_links"]
+
+Implementation = Literal["naive", "chunked", "triton"]
+"""``naive`` is the definition; ``chunked`` and ``triton`` take memory linear in the length."""
+
+MAX_FEATURES = 256
+"""Largest head size that the Triton kernels take."""
 
 
 def gated_attention(
@@ -26,7 +35,8 @@ def gated_attention(
     softcap: float | None = None,
     sample: bool = False,
     seed: int = 0,
-    implementation: Literal["naive", "chunked"] = "chunked",
+    expect: bool = True,
+    implementation: Implementation | None = None,
 ) -> GatedAttention:
     """Attention with a hard on/off gate on every link (arXiv 2512.05865): out_i = sum_j A_ij P_ij v_j.
 
@@ -40,7 +50,7 @@ def gated_attention(
         k, v: keys and values; ``heads`` is a multiple of ``kv_heads`` (grouped queries), and gates belong
             to query heads.
         gate_bias: b per query head; ``inf`` forces a head's gates open, ``-inf`` shut.
-        scale: of the logits; 1/sqrt(d_head) if None.
+        scale: of the logits, positive; 1/sqrt(d_head) if None.
         causal: forbid keys after the query.
         mask: True where allowed; either ``[batch, keys]`` for padding or ``[batch, 1, queries, keys]``.
             ``causal`` and ``window`` hold besides.
@@ -49,7 +59,8 @@ def gated_attention(
         softcap: c in ``S = c tanh(S / c)`` (Gemma 2).
         sample: sampled gates (training) rather than hard ones (evaluation).
         seed: of the noise; see :mod:`gossamer.ops.gates` for its formula.
-        implementation: ``naive`` is the definition, ``chunked`` takes memory linear in the length.
+        expect: sum up the expected open links; evaluation that does not need them is faster without.
+        implementation: None picks ``triton`` on an NVIDIA GPU for head sizes up to 256, ``chunked`` elsewhere.
 
     Returns:
         A :class:`GatedAttention`.
@@ -57,10 +68,69 @@ def gated_attention(
     Raises:
         ValueError: on shapes or arguments that do not fit.
     """
+    batch, heads, _, _ = q.shape
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    pairs = _pairs(q, k, gate_bias, causal, mask, lengths, window)
+    if sample and pairs.keys > MAX_POSITIONS:
+        raise ValueError(f"{pairs.keys} keys: sampled gates tell at most {MAX_POSITIONS} positions apart")
+    result = _module(implementation, q, v.shape[-1]).gated_attention(
+        q,
+        k,
+        v,
+        gate_bias,
+        pairs,
+        scale=_scale(scale, q),
+        softcap=softcap,
+        noise_keys=noise_keys(seed, batch, heads, q.device) if sample else None,
+        expect=expect,
+    )
+    assert isinstance(result, GatedAttention)
+    return result
+
+
+@torch.no_grad()
+def open_links(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    gate_bias: Float[Tensor, " heads"],
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    mask: Bool[Tensor, "batch keys"] | Bool[Tensor, "batch 1 queries keys"] | None = None,
+    lengths: Int[Tensor, " batch"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    implementation: Implementation | None = None,
+) -> OpenLinks:
+    """The links that the hard gates leave open, with their attention weights, without forming queries x keys.
+
+    Arguments as those of :func:`gated_attention`. The same input gives the same bits.
+
+    Raises:
+        ValueError: on shapes or arguments that do not fit; on more than 65,536 keys.
+    """
+    pairs = _pairs(q, k, gate_bias, causal, mask, lengths, window)
+    if pairs.keys > MAX_POSITIONS:
+        raise ValueError(f"{pairs.keys} keys: links are written down for at most {MAX_POSITIONS}")
+    result = _module(implementation, q).open_links(q, k, gate_bias, pairs, scale=_scale(scale, q), softcap=softcap)
+    assert isinstance(result, OpenLinks)
+    return result
+
+
+def _pairs(
+    q: Tensor,
+    k: Tensor,
+    gate_bias: Tensor,
+    causal: bool,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    window: int | None,
+) -> Pairs:
     batch, heads, queries, d_head = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    if k.shape[0] != batch or v.shape[:3] != k.shape[:3] or k.shape[3] != d_head:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if k.shape[0] != batch or k.shape[3] != d_head:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit together")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
     if gate_bias.shape != (heads,):
@@ -73,17 +143,29 @@ def gated_attention(
         raise ValueError(f"mask has shape {tuple(mask.shape)}, not {(batch, keys)} or {(batch, 1, queries, keys)}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, must be at least 1")
-    if sample and keys > MAX_POSITIONS:
-        raise ValueError(f"{keys} keys: sampled gates tell at most {MAX_POSITIONS} positions apart")
-    pairs = make_pairs(batch, queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device)
-    implementations = {"naive": gated_attention_naive, "chunked": gated_attention_chunked}
-    return implementations[implementation](
-        q,
-        k,
-        v,
-        gate_bias,
-        pairs,
-        scale=d_head**-0.5 if scale is None else scale,
-        softcap=softcap,
-        noise_keys=noise_keys(seed, batch, heads, q.device) if sample else None,
-    )
+    return make_pairs(batch, queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device)
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
+    if scale <= 0:
+        raise ValueError(f"scale is {scale}, must be positive")
+    return scale
+
+
+@cache
+def _triton_runs() -> bool:
+    return find_spec("triton") is not None and torch.version.cuda is not None
+
+
+def _module(implementation: Implementation | None, q: Tensor, value_size: int = 0) -> ModuleType:
+    """The module of the implementation; Triton is imported only where it is used."""
+    if implementation is None:
+        fits = q.dtype != torch.float64 and max(q.shape[-1], value_size) <= MAX_FEATURES
+        implementation = "triton" if q.is_cuda and fits and _triton_runs() else "chunked"
+    if implementation == "triton":
+        from gossamer.ops import triton
+
+        return triton
+    return {"naive": naive, "chunked": chunked}[implementation]

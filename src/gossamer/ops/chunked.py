@@ -1,13 +1,8 @@
 """Gated attention over blocks of queries: memory linear in the length, the backward pass recomputes.
 
-With g = sigma(G + n), A = 1[g > 1/2], dA = P * (dO v^T) and Delta_i = dO_i . O_i, the gradient of the
-attention logits is (derivation: docs/derivations.md)
-
-    dS = P * (A * (dO v^T) - Delta) + dG
-    dG = P * (dO v^T) * g (1 - g) + dE * sigma(G) (1 - sigma(G))
-
-where dE is the gradient of the expected open links. From p = sigma(G) and the uniform number u,
-g = p u / (p u + (1 - p)(1 - u)) needs neither a logarithm nor a second exponential.
+Matrix products in blocks of :data:`BLOCK` queries by all the keys that they reach; what happens to each pair in
+between is in :mod:`gossamer.ops.elements`. The gradients are those of docs/derivations.md. Works on any device;
+accumulates in float32 at least. Grouped queries are rows of one product, so keys and values are not expanded.
 """
 
 from typing import Any
@@ -16,13 +11,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gossamer.ops.gates import GatedAttention, Pairs
+from gossamer.ops.elements import (
+    Allowed,
+    BackwardElements,
+    ForwardElements,
+    Noise,
+    backward_elements,
+    forward_elements,
+    run_elements,
+    soft_capped,
+)
+from gossamer.ops.gates import GatedAttention, OpenLinks, Pairs
 
 BLOCK = 64
 """Queries worked on at once."""
 
+_FAR = 1e30
+"""Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
 
-def gated_attention_chunked(
+
+def gated_attention(
     q: Float[Tensor, "batch heads queries d_head"],
     k: Float[Tensor, "batch kv_heads keys d_head"],
     v: Float[Tensor, "batch kv_heads keys d_value"],
@@ -32,40 +40,143 @@ def gated_attention_chunked(
     scale: float,
     softcap: float | None,
     noise_keys: Int[Tensor, "2 batch heads"] | None,
+    expect: bool,
 ) -> GatedAttention:
-    """The same as :func:`gossamer.ops.naive.gated_attention_naive`, in blocks; accumulates in float32 at least."""
+    """The same as :func:`gossamer.ops.naive.gated_attention`, in blocks."""
     with torch.autocast(q.device.type, enabled=False):
-        output, expected, opened, allowed = _Chunked.apply(q, k, v, gate_bias, pairs, scale, softcap, noise_keys)
-    return GatedAttention(output, expected, opened, allowed)
+        output, expected, opened = _Chunked.apply(q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect)
+    return GatedAttention(output, expected, opened, pairs.allowed_links(q.shape[1]))
+
+
+def open_links(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> OpenLinks:
+    """The same as :func:`gossamer.ops.naive.open_links`, in blocks."""
+    call = _Call(q, k, gate_bias, pairs, scale, softcap, None)
+    counts = torch.zeros_like(call.bias, dtype=torch.long)
+    streams, found, weights = [], [], []
+    for start in range(0, pairs.queries, BLOCK):
+        block = _Block(call, start)
+        logits = block.allowed.fill(soft_capped(block.logits, softcap))
+        opened = logits + call.bias[:, None, None] > 0
+        counts += opened.sum((-1, -2))
+        stream, query, key = opened.nonzero(as_tuple=True)
+        streams.append(stream)
+        found.append((query + block.rows.start << 16 | key + block.columns.start).to(torch.int32))
+        weights.append(torch.softmax(logits, dim=-1)[opened].float())
+    order = torch.argsort(torch.cat(streams), stable=True)
+    return OpenLinks(counts.view(call.batch, call.heads), torch.cat(found)[order], torch.cat(weights)[order])
+
+
+class _Call:
+    """What all blocks of one call share. A stream is one head of one sequence."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        gate_bias: Tensor,
+        pairs: Pairs,
+        scale: float,
+        softcap: float | None,
+        noise_keys: Tensor | None,
+    ) -> None:
+        self.batch, self.heads, self.queries, _ = q.shape
+        self.kv_heads = k.shape[1]
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.stored = torch.bfloat16 if q.dtype == torch.bfloat16 else self.dtype
+        self.q, self.key = q, k.to(self.dtype)
+        self.bias = gate_bias.to(self.dtype).clamp(-_FAR, _FAR).repeat(self.batch)
+        self.pairs, self.scale, self.softcap = pairs, scale, softcap
+        self.noise_keys = None if noise_keys is None else noise_keys.flatten(1)
+        self.places = torch.arange(pairs.keys, dtype=torch.int32, device=q.device)
+        self.real, self.words = None, self.places[None]
+        if not pairs.plain:
+            # Counted from the first real token.
+            self.words = self.by_stream(self.places - pairs.first_real[:, None].to(torch.int32) & 0xFFFF)
+        if pairs.real is not None:
+            self.real = self.by_stream(pairs.real)
+
+    @property
+    def work(self) -> int:
+        """Pairs in all."""
+        return self.batch * self.heads * self.queries * self.pairs.keys
+
+    def by_stream(self, x: Tensor) -> Tensor:
+        """[batch, ...] as [streams, ...], the same for all heads."""
+        return x.repeat_interleave(self.heads, dim=0)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """The same with strides that tell nothing of where it was cut from: compiled code depends on them."""
+    return x.reshape(-1).view(x.shape)
 
 
 class _Block:
-    """One block of queries: what forward and backward both compute of it."""
+    """One block of queries."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, bias: Tensor, pairs: Pairs, scale: float, softcap: float | None, start: int
-    ) -> None:
-        batch, heads, _, _ = q.shape
+    def __init__(self, call: _Call, start: int) -> None:
+        pairs = call.pairs
         stop = min(start + BLOCK, pairs.queries)
-        first, last = pairs.key_range(start, stop)
-        self.rows, self.columns = slice(start, stop), slice(first, max(first, last))
-        self.shape = (batch, heads, stop - start, max(first, last) - first)
-        self.grouped = (batch, k.shape[1], heads // k.shape[1] * (stop - start), -1)
-        self.q = q[:, :, self.rows].to(bias.dtype).reshape(self.grouped) * scale
-        self.logits = (self.q @ k[:, :, self.columns].transpose(-1, -2)).view(self.shape)
-        if softcap is not None:
-            self.logits.div_(softcap).tanh_().mul_(softcap)
-        self.closed = ~pairs.allowed(self.rows, self.columns)
-        self.probability = torch.sigmoid(self.logits + bias[:, None, None]).masked_fill_(self.closed, 0.0)
+        self.call = call
+        self.rows, self.columns = slice(start, stop), slice(*pairs.key_range(start, stop))
+        at = slice(start + pairs.offset, stop + pairs.offset)
+        self.allowed = Allowed(
+            call.places[at],
+            call.places[self.columns],
+            pairs.causal,
+            pairs.window,
+            None if call.real is None else _packed(call.real[:, at]),
+            None if call.real is None else _packed(call.real[:, self.columns]),
+            None if pairs.mask is None else call.by_stream(pairs.mask[:, 0, self.rows, self.columns]),
+        )
+        self.noise = None
+        if call.noise_keys is not None:
+            words = call.words
+            self.noise = Noise(call.noise_keys, _packed(words[:, at] << 16), _packed(words[:, self.columns]))
+        self.logits = self.pairwise(self.grouped(call.q).to(call.dtype) * call.scale, call.key)
 
-    def soft_gates(self, pairs: Pairs, noise_keys: Tensor | None) -> Tensor:
-        """g = sigma(G + n); without noise the probability itself."""
-        if noise_keys is None:
-            return self.probability
-        u = pairs.uniforms(noise_keys, self.rows, self.columns).to(self.probability.dtype)
-        opening = self.probability * u
-        closing = torch.mul(1 - self.probability, u.neg_().add_(1), out=u)
-        return torch.div(opening, closing.add_(opening), out=closing)
+    def grouped(self, x: Tensor) -> Tensor:
+        """The block's rows of [batch, heads, queries, n] as [batch, kv_heads, group * rows, n]."""
+        x = x[:, :, self.rows]
+        return x.reshape(self.call.batch, self.call.kv_heads, -1, x.shape[-1])
+
+    def by_group(self, x: Tensor) -> Tensor:
+        """[streams, rows, n] as [batch, kv_heads, group * rows, n]."""
+        return x.view(self.call.batch, self.call.kv_heads, -1, x.shape[-1])
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[..., n], all rows of the block, as [batch, heads, rows, n]."""
+        return x.view(self.call.batch, self.call.heads, -1, x.shape[-1])
+
+    def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
+        """Products of the block's rows x with its keys or values of y, [streams, rows, columns]."""
+        products = x @ y[:, :, self.columns].mT
+        return products.view(self.call.batch * self.call.heads, -1, products.shape[-1])
+
+    def forward(self, expect: bool) -> ForwardElements:
+        """The forward pass of the block's pairs."""
+        call = self.call
+        result: ForwardElements = run_elements(
+            forward_elements, call.work, self.logits, call.bias, self.allowed, call.softcap, self.noise, expect,
+            call.stored,
+        )  # fmt: skip
+        return result
+
+    def backward(self, products: Tensor, normaliser: Tensor, delta: Tensor, d_expected: Tensor) -> BackwardElements:
+        """The backward pass of the block's pairs."""
+        call = self.call
+        result: BackwardElements = run_elements(
+            backward_elements, call.work, self.logits, products, normaliser, delta, d_expected,
+            call.bias, self.allowed, call.softcap, self.noise, call.stored,
+        )  # fmt: skip
+        return result
 
 
 class _Chunked(torch.autograd.Function):
@@ -80,69 +191,55 @@ class _Chunked(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         noise_keys: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        exact = torch.promote_types(q.dtype, torch.float32)
-        bias, key, value = (x.to(exact) for x in (gate_bias, k, v))
-        batch, heads, queries, _ = q.shape
-        output = q.new_empty(batch, heads, queries, v.shape[-1])
-        normaliser = q.new_empty(batch, heads, queries, dtype=exact)
-        expected = q.new_zeros(batch, heads, dtype=exact)
-        opened = torch.zeros(batch, heads, dtype=torch.long, device=q.device)
-        allowed = torch.zeros_like(opened)
-        for start in range(0, queries, BLOCK):
-            block = _Block(q, key, bias, pairs, scale, softcap, start)
-            expected += block.probability.sum((-1, -2))
-            opened += (block.probability > 0.5).sum((-1, -2))
-            allowed += (~block.closed).sum((-1, -2))
-            gates = block.soft_gates(pairs, noise_keys) > 0.5
-            scores = block.logits.masked_fill_(block.closed, float("-inf"))
-            if scores.shape[-1]:
-                # A row without any allowed key has normaliser -inf; +inf makes its pattern zero.
-                total = torch.logsumexp(scores, dim=-1)
-                total = total.masked_fill_(total == float("-inf"), float("inf"))
-            else:
-                total = scores.new_full(scores.shape[:-1], float("inf"))
-            weights = scores.sub_(total[..., None]).exp_().mul_(gates)
-            part = weights.view(block.grouped) @ value[:, :, block.columns]
-            output[:, :, block.rows] = part.view(batch, heads, -1, v.shape[-1]).to(q.dtype)
-            normaliser[:, :, block.rows] = total
+        expect: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)
+        value = v.to(call.stored)
+        # Laid out as the projections around attention have it.
+        output = q.new_empty(call.batch, call.queries, call.heads, v.shape[-1]).transpose(1, 2)
+        normaliser = q.new_empty(call.batch * call.heads, call.queries, dtype=call.dtype)
+        expected = torch.zeros_like(call.bias)
+        opened = torch.zeros_like(call.bias, dtype=torch.long)
+        for start in range(0, call.queries, BLOCK):
+            block = _Block(call, start)
+            elements = block.forward(expect)
+            closed = elements.total == 0
+            total = torch.where(closed, 1.0, elements.total)
+            sums = block.by_group(elements.weights) @ value[:, :, block.columns]
+            output[:, :, block.rows] = block.by_head(sums) / block.by_head(total[..., None])
+            normaliser[:, block.rows] = torch.where(closed, float("inf"), elements.top + total.log())
+            opened += elements.opened.sum(-1)
+            if elements.expected is not None:
+                expected += elements.expected.sum(-1)
         ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
         ctx.settings = (pairs, scale, softcap, noise_keys)
-        ctx.mark_non_differentiable(opened, allowed)
-        return output, expected, opened, allowed
+        opened, expected = opened.view(call.batch, call.heads), expected.view(call.batch, call.heads)
+        ctx.mark_non_differentiable(opened)
+        return output, expected if expect else None, opened
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
         pairs, scale, softcap, noise_keys = ctx.settings
-        exact = normaliser.dtype
-        bias, key, value = (x.to(exact) for x in (gate_bias, k, v))
-        batch, heads, queries, _ = q.shape
+        call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)
+        key, value = k.to(call.stored), v.to(call.stored)
+        price = torch.zeros_like(call.bias) if d_expected is None else d_expected.flatten().to(call.dtype)
         dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(key), torch.zeros_like(value)
-        d_bias = torch.zeros_like(bias)
-        for start in range(0, queries, BLOCK):
-            block = _Block(q, key, bias, pairs, scale, softcap, start)
-            d_out = d_output[:, :, block.rows].to(exact)
-            delta = (d_out * output[:, :, block.rows]).sum(-1, keepdim=True)
-            d_out = d_out.reshape(block.grouped)
-            soft = block.soft_gates(pairs, noise_keys)
-            gates = soft > 0.5
-            slope = 1 - block.logits.div(softcap).square_() if softcap is not None else None
-            pattern = block.logits.sub_(normaliser[:, :, block.rows, None]).exp_().masked_fill_(block.closed, 0.0)
-            weights = pattern * gates
-            dv[:, :, block.columns] += weights.view(block.grouped).transpose(-1, -2) @ d_out
-            d_weights = (d_out @ value[:, :, block.columns].transpose(-1, -2)).view(block.shape)
-            d_logits = weights.mul_(d_weights).sub_(delta * pattern)
-            d_gates = d_weights.mul_(pattern).mul_(soft * (1 - soft))
-            open_slope = block.probability.mul_(1 - block.probability)
-            d_gates.add_(open_slope.mul_(d_expected[:, :, None, None].to(exact)))
-            d_bias += d_gates.sum((0, 2, 3))
-            d_logits += d_gates
-            if slope is not None:
-                d_logits *= slope
-            d_logits = d_logits.view(block.grouped)
-            part = (d_logits @ key[:, :, block.columns]).mul_(scale)
-            dq[:, :, block.rows] = part.view(batch, heads, -1, q.shape[-1]).to(q.dtype)
-            dk[:, :, block.columns] += d_logits.transpose(-1, -2) @ block.q
-        return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias.to(gate_bias.dtype), None, None, None, None
+        # Transposed, [batch, kv_heads, features, keys]: that product is faster by a third than its transpose.
+        d_key, d_value = (torch.zeros(x.mT.shape, dtype=call.dtype, device=x.device) for x in (k, v))
+        d_bias = torch.zeros_like(call.bias)
+        for start in range(0, call.queries, BLOCK):
+            block = _Block(call, start)
+            columns = block.columns
+            d_out = block.grouped(d_output)
+            delta = (d_out.to(call.dtype) * block.grouped(output)).sum(-1).view(len(call.bias), -1)
+            d_out = d_out.to(call.stored)
+            elements = block.backward(block.pairwise(d_out, value), _packed(normaliser[:, block.rows]), delta, price)
+            d_bias += elements.d_bias.sum(-1)
+            d_logits = block.by_group(elements.d_logits)
+            d_value[..., columns] += d_out.mT @ block.by_group(elements.weights)
+            d_key[..., columns] += block.grouped(q).to(call.stored).mT @ d_logits
+            dq[:, :, block.rows] = block.by_head(d_logits @ key[:, :, columns]).mul_(scale)
+        dk, dv = d_key.mT.mul(scale).to(k.dtype), d_value.mT.to(v.dtype)
+        d_bias = d_bias.view(call.batch, call.heads).sum(0).to(gate_bias.dtype)
+        return dq, dk, dv, d_bias, None, None, None, None, None

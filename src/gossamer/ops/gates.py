@@ -45,15 +45,55 @@ class GatedAttention:
     Attributes:
         output: ``[batch, heads, queries, d_head]``, in the dtype of the queries.
         expected_open: ``[batch, heads]``, float; the sum of sigma(G) over the allowed pairs. Differentiable.
+            None if it was not asked for.
         open_links: ``[batch, heads]``, int64; allowed pairs with G > 0, the gates of evaluation, even
             when the output was made with sampled ones.
         allowed_links: ``[batch, heads]``, int64; pairs that causality, padding and window allow.
     """
 
     output: Float[Tensor, "batch heads queries d_head"]
-    expected_open: Float[Tensor, "batch heads"]
+    expected_open: Float[Tensor, "batch heads"] | None
     open_links: Int[Tensor, "batch heads"]
     allowed_links: Int[Tensor, "batch heads"]
+
+
+@dataclass(frozen=True)
+class OpenLinks:
+    """What :func:`gossamer.open_links` returns: the open links in coordinates, sorted by batch, head, query, key.
+
+    Attributes:
+        counts: ``[batch, heads]``, int64; open links of each head.
+        pairs: ``[links]``, int32; ``query << 16 | key``, the bits unsigned. Indices into the queries and the keys.
+        weights: ``[links]``, float32; the attention weight P of each link, not renormalised.
+    """
+
+    counts: Int[Tensor, "batch heads"]
+    pairs: Int[Tensor, " links"]
+    weights: Float[Tensor, " links"]
+
+    @property
+    def query(self) -> Int[Tensor, " links"]:
+        """Index of each link's query, int64."""
+        return (self.pairs >> 16 & 0xFFFF).long()
+
+    @property
+    def key(self) -> Int[Tensor, " links"]:
+        """Index of each link's key, int64."""
+        return (self.pairs & 0xFFFF).long()
+
+    @property
+    def head(self) -> Int[Tensor, " links"]:
+        """``batch * heads + head`` of each link, int64."""
+        counts = self.counts.flatten()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+    def of(self, batch: int, head: int) -> "OpenLinks":
+        """The links of one head of one sequence; ``counts`` stays two-dimensional, [1, 1]."""
+        stops = self.counts.flatten().cumsum(0)
+        index = batch * self.counts.shape[1] + head
+        stop = int(stops[index])
+        own = slice(stop - int(self.counts[batch, head]), stop)
+        return OpenLinks(self.counts[batch, head].view(1, 1), self.pairs[own], self.weights[own])
 
 
 _Word = TypeVar("_Word", int, Tensor)
@@ -104,9 +144,16 @@ def pair_uniforms(
         key_positions: position j of each key, counted likewise. Pairs with a negative position are padding;
             their value is defined by the same formula but means nothing.
     """
-    pairs = (queries[:, :, None] << 16 | key_positions[:, None, :] & 0xFFFF).to(torch.int32)
+    words = (queries[:, :, None] << 16 | key_positions[:, None, :] & 0xFFFF).to(torch.int32)
+    return uniforms_of_words(words[:, None], keys)
+
+
+def uniforms_of_words(
+    words: Int[Tensor, "... rows columns"], keys: Int[Tensor, "2 ..."]
+) -> Float[Tensor, "... rows columns"]:
+    """u of the pair words ``i << 16 | j``, int32 with the bits of the unsigned words."""
     k0, k1 = keys[..., None, None]
-    x = pairs[:, None] ^ k0
+    x = words ^ k0
     x ^= (x >> 16) & 0xFFFF
     x *= _MULTIPLIER_1
     x += k1
@@ -127,6 +174,8 @@ class Pairs:
             keys query i stands at key ``i + keys - queries``.
         causal: keys after the query are not allowed.
         window: only the last ``window`` keys, the query's own included, are allowed.
+        real: ``[batch, keys]``, the tokens that are not padding, or None where all are real. Padding queries get
+            no allowed pairs, so that they are neither computed nor counted.
         mask: ``[batch, 1, queries, keys]``, further pairs that are not allowed, or None.
         first_real: ``[batch]``, index of each row's first real token.
     """
@@ -135,6 +184,7 @@ class Pairs:
     keys: int
     causal: bool
     window: int | None
+    real: Bool[Tensor, "batch keys"] | None
     mask: Bool[Tensor, "batch 1 queries keys"] | None
     first_real: Int[Tensor, " batch"]
 
@@ -143,14 +193,19 @@ class Pairs:
         """Index of the key at which the first query stands."""
         return self.keys - self.queries
 
+    @property
+    def plain(self) -> bool:
+        """Whether causality and window alone decide what is allowed."""
+        return self.real is None and self.mask is None
+
     def key_range(self, start: int, stop: int) -> tuple[int, int]:
-        """The keys that queries ``start`` to ``stop`` can reach by causality and window, mask aside."""
+        """The keys that queries ``start`` to ``stop`` can reach by causality and window, padding and mask aside."""
         first, last = 0, self.keys
         if self.causal:
             last = min(last, stop + self.offset)
         if self.window is not None:
             first = max(0, start + self.offset - self.window + 1)
-        return first, last
+        return first, max(first, last)
 
     def allowed(self, rows: slice, columns: slice) -> Bool[Tensor, "batch_or_1 1 rows columns"]:
         """The allowed pairs among the queries ``rows`` and the keys ``columns``."""
@@ -161,7 +216,24 @@ class Pairs:
         if self.window is not None:
             allowed &= i - j < self.window
         allowed = allowed[None, None]
+        if self.real is not None:
+            real_queries = self.real[:, rows.start + self.offset : rows.stop + self.offset]
+            allowed = allowed & real_queries[:, None, :, None] & self.real[:, None, None, columns]
         return allowed if self.mask is None else allowed & self.mask[:, :, rows, columns]
+
+    def allowed_links(self, heads: int) -> Int[Tensor, "batch heads"]:
+        """How many pairs are allowed; without a mask in memory linear in the length."""
+        if self.mask is not None:
+            counts = self.allowed(slice(0, self.queries), slice(0, self.keys)).sum((-1, -2, -3))
+        else:
+            device = self.first_real.device
+            real = torch.ones(1, self.keys, dtype=torch.bool, device=device) if self.real is None else self.real
+            before = torch.nn.functional.pad(real.cumsum(-1), (1, 0))
+            i = torch.arange(self.offset, self.keys, device=device)
+            stop = i + 1 if self.causal else torch.full_like(i, self.keys)
+            start = torch.zeros_like(i) if self.window is None else (i + 1 - self.window).clamp(min=0)
+            counts = ((before[:, stop] - before[:, start]) * real[:, i]).sum(-1)
+        return counts[:, None].expand(len(self.first_real), heads)
 
     def uniforms(
         self, keys: Int[Tensor, "2 batch heads"], rows: slice, columns: slice
@@ -184,16 +256,14 @@ def make_pairs(
     lengths: Int[Tensor, " batch"] | None,
     device: torch.device,
 ) -> Pairs:
-    """Bring padding lengths, a padding mask or a full mask into the one form that implementations read.
-
-    Padding queries get no allowed pairs, so that they are neither computed nor counted.
-    """
+    """Bring padding lengths, a padding mask or a full mask into the one form that implementations read."""
     first_real = torch.zeros(batch, dtype=torch.long, device=device)
+    real = None
     if lengths is not None:
-        mask = torch.arange(keys, device=device) < lengths[:, None]
+        real = torch.arange(keys, device=device) < lengths[:, None]
     if mask is not None and mask.ndim == 2:
-        first_real = mask.int().argmax(-1)
-        mask = mask[:, None, keys - queries :, None] & mask[:, None, None, :]
+        real, mask = mask, None
+        first_real = real.int().argmax(-1)
     elif mask is not None:
         first_real = mask[:, 0].any(-2).int().argmax(-1)
-    return Pairs(queries, keys, causal, window, mask, first_real)
+    return Pairs(queries, keys, causal, window, real, mask, first_real)

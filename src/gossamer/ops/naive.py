@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gossamer.ops.gates import GatedAttention, Pairs
+from gossamer.ops.gates import GatedAttention, OpenLinks, Pairs
 
 
-def gated_attention_naive(
+def gated_attention(
     q: Float[Tensor, "batch heads queries d_head"],
     k: Float[Tensor, "batch kv_heads keys d_head"],
     v: Float[Tensor, "batch kv_heads keys d_value"],
@@ -24,30 +24,53 @@ def gated_attention_naive(
     scale: float,
     softcap: float | None,
     noise_keys: Int[Tensor, "2 batch heads"] | None,
+    expect: bool,
 ) -> GatedAttention:
     """Gated attention of the given pairs; sampled where ``noise_keys`` are given. Computed in float32 at least."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]
-    key, value = (x.to(exact).repeat_interleave(groups, dim=1) for x in (k, v))
-    rows, columns = slice(0, pairs.queries), slice(0, pairs.keys)
-    allowed = pairs.allowed(rows, columns).expand(q.shape[0], q.shape[1], -1, -1)
-
-    logits = q.to(exact) @ key.transpose(-1, -2) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    pattern = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1)
-    pattern = torch.where(allowed, pattern, 0.0)
-
-    gate_logits = logits + gate_bias.to(exact)[:, None, None]
+    value = v.to(exact).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    gate_logits, pattern, allowed = _links(q, k, gate_bias, pairs, scale, softcap)
     noisy = gate_logits
     if noise_keys is not None:
-        noisy = gate_logits + torch.logit(pairs.uniforms(noise_keys, rows, columns).to(exact))
+        uniforms = pairs.uniforms(noise_keys, slice(0, pairs.queries), slice(0, pairs.keys))
+        noisy = gate_logits + torch.logit(uniforms.to(exact))
     soft = torch.sigmoid(noisy)
     gates = (noisy > 0).to(exact) + soft - soft.detach()
 
     return GatedAttention(
         output=((gates * pattern) @ value).to(q.dtype),
-        expected_open=torch.where(allowed, torch.sigmoid(gate_logits), 0.0).sum((-1, -2)),
+        expected_open=torch.where(allowed, torch.sigmoid(gate_logits), 0.0).sum((-1, -2)) if expect else None,
         open_links=((gate_logits > 0) & allowed).sum((-1, -2)),
         allowed_links=allowed.sum((-1, -2)),
     )
+
+
+def open_links(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> OpenLinks:
+    """The open links and their attention weights."""
+    gate_logits, pattern, allowed = _links(q, k, gate_bias, pairs, scale, softcap)
+    opened = (gate_logits > 0) & allowed
+    _, _, query, key = opened.nonzero(as_tuple=True)
+    return OpenLinks(opened.sum((-1, -2)), (query << 16 | key).to(torch.int32), pattern[opened].float())
+
+
+def _links(
+    q: Tensor, k: Tensor, gate_bias: Tensor, pairs: Pairs, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G, P and which pairs are allowed, each ``[batch, heads, queries, keys]``."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    key = k.to(exact).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    allowed = pairs.allowed(slice(0, pairs.queries), slice(0, pairs.keys))
+    allowed = allowed.expand(q.shape[0], q.shape[1], -1, -1)
+    logits = q.to(exact) @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    pattern = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1)
+    return logits + gate_bias.to(exact)[:, None, None], torch.where(allowed, pattern, 0.0), allowed

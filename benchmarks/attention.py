@@ -1,0 +1,202 @@
+"""Gated attention beside PyTorch's scaled_dot_product_attention: time and memory, in one run.
+
+    python benchmarks/attention.py [--dtype float32] [--tokens 512 1024] [--record FILE]
+
+On a GPU where there is one, else on the CPU. Per length: evaluation forward (hard gates, nothing counted, no gradient),
+training forward and training backward (sampled gates, expected links), each as a ratio to the peer's in the same run,
+causal. The peers take turns call by call and their medians are compared, so that a slow moment hits all of them.
+
+On a CPU freed memory is kept for all of them (glibc's mallopt): without it, page faults of the peer's own buffers
+make up much of its time, and the ratio flatters the op. On a GPU the peer is pinned to its flash backend.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from gossamer import gated_attention
+from gossamer.training.memory import keep_freed_memory
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+PHASES = ("evaluation", "forward", "backward", "forward+backward")
+
+
+def inputs(arguments: argparse.Namespace, tokens: int) -> list[torch.Tensor]:
+    """q, k, v and the gate bias; the bias opens about as many gates as a sparse model has."""
+    dtype = getattr(torch, arguments.dtype)
+    shapes = [(arguments.batch, heads, tokens, arguments.features) for heads in (arguments.heads, *2 * [arguments.kv])]
+    tensors = [torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes]
+    return [x.requires_grad_() for x in (*tensors, torch.full((arguments.heads,), -4.0, device=DEVICE))]
+
+
+def contenders(names: list[str]) -> dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]]:
+    """Functions of (q, k, v, bias, evaluation) that return the output and the expected open links."""
+
+    def sdpa(q, k, v, bias, evaluation):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]), None
+
+    def gated(implementation):
+        def call(q, k, v, bias, evaluation):
+            result = gated_attention(
+                q, k, v, bias, sample=not evaluation, seed=1, expect=not evaluation, implementation=implementation
+            )
+            return result.output, result.expected_open
+
+        return call
+
+    found = {"sdpa": sdpa, **{name: gated(name) for name in ("naive", "chunked")}}
+    if GPU and find_spec("triton"):
+        found["triton"] = gated("triton")
+    if GPU:
+        found["naive, compiled"] = torch.compile(gated("naive"))
+    return {name: found[name] for name in found if name in names or name == "sdpa"}
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], object]) -> tuple[float, object]:
+    synchronize()
+    start = time.perf_counter()
+    result = work()
+    synchronize()
+    return time.perf_counter() - start, result
+
+
+def measure(arguments: argparse.Namespace, tokens: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds by contender and phase."""
+    names = [name for name in arguments.implementations if name == "sdpa" or tokens <= arguments.quadratic_up_to
+             or not name.startswith("naive")]  # fmt: skip
+    functions = contenders(names)
+    times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in functions}
+    tensors = inputs(arguments, tokens)
+    d_output = torch.randn_like(tensors[0])
+    price = torch.full((arguments.batch, arguments.heads), 1e-6, device=DEVICE)
+    for repeat in range(arguments.warm_up + arguments.repeats):
+        for name, function in functions.items():
+            with torch.no_grad():
+                evaluation, _ = timed(lambda function=function: function(*tensors, True))
+            forward, (output, expected) = timed(lambda function=function: function(*tensors, False))
+            ends = [output] if expected is None else [output, expected]
+            starts = [d_output] if expected is None else [d_output, price.to(expected.dtype)]
+            backward, _ = timed(
+                lambda ends=ends, starts=starts: torch.autograd.grad(ends, tensors[: 3 + (len(ends) > 1)], starts)
+            )
+            if repeat >= arguments.warm_up:
+                for phase, seconds in zip(PHASES, (evaluation, forward, backward, forward + backward), strict=True):
+                    times[name][phase].append(1e3 * seconds)
+    return {name: {phase: statistics.median(rows) for phase, rows in of.items()} for name, of in times.items()}
+
+
+def peak_megabytes(arguments: argparse.Namespace, name: str, tokens: int) -> float:
+    """Memory that one forward and backward pass takes beyond its inputs and gradients, in a process of its own."""
+    command = [sys.executable, __file__, "--one-pass", name, "--tokens", str(tokens), "--dtype", arguments.dtype]
+    for option in ("batch", "heads", "kv", "features"):
+        command += [f"--{option}", str(getattr(arguments, option))]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def one_pass(arguments: argparse.Namespace) -> None:
+    """Print the peak of one pass; twice at a small length before, so that libraries are loaded and code is compiled."""
+    function = contenders([arguments.one_pass])[arguments.one_pass]
+
+    def work(tokens: int) -> float:
+        tensors = inputs(arguments, tokens)
+        for x in tensors:
+            x.grad = torch.zeros_like(x)
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before = _resident("VmRSS")
+        output, expected = function(*tensors, False)
+        (output.float().sum() + (0 if expected is None else expected.sum())).backward()
+        after = torch.cuda.max_memory_allocated() if GPU else _resident("VmHWM")
+        return (after - before) / 2**20
+
+    work(1024)
+    work(1024)
+    print(work(arguments.tokens[0]))
+
+
+def _resident(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{key}:")[1].split()[0])
+
+
+def record(arguments: argparse.Namespace) -> dict[str, object]:
+    """Everything that says where and how the figures came about."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     **({"triton": __import__("triton").__version__} if find_spec("triton") else {})},
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 2048, 4096, 8192] if GPU else [256, 512, 1024])
+    parser.add_argument("--dtype", default="bfloat16" if GPU else "float32")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=32 if GPU else 9)
+    parser.add_argument("--kv", type=int, default=32 if GPU else 9, help="key/value heads")
+    parser.add_argument("--features", type=int, default=64)
+    parser.add_argument("--implementations", nargs="*", default=["naive", "chunked", "triton", "naive, compiled"])
+    parser.add_argument("--quadratic-up-to", type=int, default=2048, help="longest T for the plain op")
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--memory", type=int, nargs="*", default=[], help="lengths at which to measure peak memory")
+    parser.add_argument("--record", type=Path, help="write the figures here")
+    parser.add_argument("--one-pass", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    keep_freed_memory()
+    if arguments.one_pass:
+        return one_pass(arguments)
+    result = record(arguments)
+    print(result["device"], result["versions"], arguments.dtype, flush=True)
+    rows: dict[int, dict[str, dict[str, float]]] = {}
+    pinned = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    with pinned:
+        for tokens in arguments.tokens:
+            rows[tokens] = measure(arguments, tokens)
+            for name, of in rows[tokens].items():
+                print(f"T={tokens:<6} {name:16}", *(
+                    f"{phase} {of[phase]:8.2f} ms ({of[phase] / rows[tokens]['sdpa'][phase]:5.2f})" for phase in PHASES
+                ), flush=True)  # fmt: skip
+    result["milliseconds"] = rows
+    if arguments.memory:
+        result["peak_megabytes"] = {}
+        for name in (x for x in contenders(arguments.implementations) if "," not in x):
+            peaks = {}
+            for tokens in arguments.memory:
+                if not name.startswith("naive") or tokens <= arguments.quadratic_up_to:
+                    peaks[tokens] = peak_megabytes(arguments, name, tokens)
+            result["peak_megabytes"][name] = peaks
+            print(f"peak MB, {name}:", *(f"T={tokens} {peak:.0f}" for tokens, peak in peaks.items()), flush=True)
+    if arguments.record:
+        arguments.record.parent.mkdir(parents=True, exist_ok=True)
+        arguments.record.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

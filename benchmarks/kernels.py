@@ -1,0 +1,151 @@
+"""Compiles the Triton kernels for sm_80 and sm_90, without a GPU, and reports what became of them.
+
+    python benchmarks/kernels.py [--features 64] [--kernel forward] [--json FILE]
+
+One row a kernel, head size, target and kind of gates: registers and shared memory, bytes spilled, and the
+instructions per pair (query, key) in the inner loop, the one over tiles that need no mask. bf16, causal, three query
+heads to a key/value head. ``cuobjdump`` comes with Triton.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gossamer.ops import triton_kernels
+from gossamer.ops.triton import Kernel, launch
+
+KERNELS: tuple[Kernel, ...] = ("forward", "query_gradients", "key_value_gradients", "write_links")
+POINTERS = {
+    "BIAS": "*fp32", "NOISE": "*i32", "NORMALISER": "*fp32", "EXPECTED": "*fp32", "OPENED": "*i32",
+    "D_EXPECTED": "*fp32", "DELTA": "*fp32", "D_BIAS": "*fp32", "STARTS": "*i64", "PAIRS": "*i32", "WEIGHTS": "*fp32",
+}  # fmt: skip
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel needs.
+
+    Attributes:
+        gates: ``sampled``, ``hard`` (training with hard gates) or ``evaluation`` (no expected links).
+        registers: of a thread.
+        shared_bytes: of a program.
+        spilled_bytes: of a thread's stack and local memory.
+        instructions_per_pair: of the inner loop, of one thread, over the pairs that it works on.
+    """
+
+    kernel: str
+    features: int
+    target: str
+    gates: str
+    tile: str
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    instructions_per_pair: float
+
+
+def compile_kernel(kernel: Kernel, features: int, capability: int, gates: str) -> Report:
+    """Compile one kernel and take its machine code apart."""
+    function = getattr(triton_kernels, kernel)
+    sizes = launch(kernel, features, 2, 4096)
+    padded = max(16, triton.next_power_of_2(features))
+    constants = {
+        "REAL": None, "BOUNDS": None, "MASK": None, "GROUPS": 3, "D": features, "DV": features, "PD": padded,
+        "PDV": padded, "M": sizes.M, "N": sizes.N, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False,
+        "HAS_REAL": False, "HAS_MASK": False, "SAMPLE": gates == "sampled", "EXPECT": gates != "evaluation",
+        "VALUES": True, "PRECISION": "ieee", "mask_batch": 0, "mask_row": 0, "mask_key": 0,
+    }  # fmt: skip
+    if gates != "sampled":
+        constants["NOISE"] = None
+    if gates == "evaluation":
+        constants["EXPECTED"] = None
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature, aligned = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name.isupper():
+            signature[name] = POINTERS.get(name, "*bf16")
+        else:
+            signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
+        if name.isupper() or name.endswith(("_batch", "_head", "_row")):
+            aligned[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, constants, aligned)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={name: value for name, value in sizes.options().items() if name not in "MN"},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("cuobjdump", "-sass", file.name)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    pairs = sizes.M * sizes.N / (32 * sizes.num_warps)
+    return Report(
+        kernel,
+        features,
+        f"sm_{capability}",
+        gates,
+        f"{sizes.M}x{sizes.N}, {sizes.num_warps} warps, {sizes.num_stages} stages",
+        found["REG"],
+        compiled.metadata.shared,
+        found["STACK"] + found["LOCAL"],
+        round(inner_loop(code) / pairs, 1),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def inner_loop(code: str) -> int:
+    """Instructions of the shortest loop with matrix products in it."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    loops = []
+    for address, text in instructions:
+        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address:
+            body = [other for place, other in instructions if int(branch[1], 16) <= place <= address]
+            if any("MMA" in other for other in body):
+                loops.append(sum("NOP" not in other for other in body))
+    return min(loops)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", type=int, nargs="*", default=[32, 64, 80, 128, 256])
+    parser.add_argument("--kernel", choices=KERNELS, nargs="*", default=KERNELS)
+    parser.add_argument("--capability", type=int, nargs="*", default=[80, 90])
+    parser.add_argument("--gates", nargs="*", default=["sampled", "hard", "evaluation"])
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    arguments = parser.parse_args()
+    reports = []
+    for kernel in arguments.kernel:
+        kinds = {"forward": ["sampled", "hard", "evaluation"], "write_links": ["evaluation"]}
+        for gates in kinds.get(kernel, ["sampled", "hard"]):
+            if gates not in arguments.gates:
+                continue
+            for features in arguments.features:
+                for capability in arguments.capability:
+                    report = compile_kernel(kernel, features, capability, gates)
+                    reports.append(report)
+                    print(*(f"{key}={value}" for key, value in asdict(report).items()), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""What gated attention does to each pair of a block of queries, between the matrix products; compiled if possible.
+
+Two functions, one a direction, that read the logits of a block once and leave what the products after them need.
+``torch.compile`` makes one C++ loop of each. That takes some seconds in the first call (less in later processes:
+torch caches the code) and a C++ compiler, so small inputs, and machines without a compiler, run the same functions
+op by op.
+
+A stream is one head of one sequence; streams, and not batch and heads, are the first dimension of everything here, so
+that all of it is one loop nest.
+
+From p = sigma(G) and the uniform number u, A = 1[u > 1 - p] and the soft gate is
+g = sigma(G + n) = p u / (p u + (1 - p)(1 - u)): neither a logarithm nor a second exponential.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.fx.experimental import _config as fx_config
+
+from gossamer.ops.gates import uniforms_of_words
+
+COMPILED_FROM = 1 << 20
+"""Pairs in a call from which on compiling pays."""
+
+
+class Allowed(NamedTuple):
+    """Which pairs of a block are allowed; what is None does not restrict.
+
+    Attributes:
+        queries, keys: ``[rows]`` and ``[columns]``, int32, where they stand; given if causality or window restrict.
+        window: how many last keys a query may read.
+        causal: whether keys after the query are forbidden.
+        real_queries, real_keys: ``[streams, rows]`` and ``[streams, columns]``, the tokens that are not padding.
+        mask: ``[streams, rows, columns]``, True where allowed.
+    """
+
+    queries: Int[Tensor, " rows"]
+    keys: Int[Tensor, " columns"]
+    causal: bool
+    window: int | None
+    real_queries: Bool[Tensor, "streams rows"] | None
+    real_keys: Bool[Tensor, "streams columns"] | None
+    mask: Bool[Tensor, "streams rows columns"] | None
+
+    def fill(self, logits: Tensor) -> Tensor:
+        """The logits with -inf where a pair is not allowed."""
+        closed = float("-inf")
+        if self.causal:
+            logits = logits.masked_fill(self.keys > self.queries[:, None], closed)
+        if self.window is not None:
+            logits = logits.masked_fill(self.queries[:, None] - self.keys >= self.window, closed)
+        if self.real_queries is not None and self.real_keys is not None:
+            logits = logits.masked_fill(~self.real_queries[:, :, None], closed)
+            logits = logits.masked_fill(~self.real_keys[:, None, :], closed)
+        if self.mask is not None:
+            logits = logits.masked_fill(~self.mask, closed)
+        return logits
+
+
+class Noise(NamedTuple):
+    """The parts of the noise of a block; see :mod:`gossamer.ops.gates`.
+
+    Attributes:
+        keys: ``[2, streams]``.
+        query_words: ``[streams_or_1, rows]``, int32, ``i << 16``.
+        key_words: ``[streams_or_1, columns]``, int32, ``j``.
+    """
+
+    keys: Int[Tensor, "2 streams"]
+    query_words: Int[Tensor, "streams_or_1 rows"]
+    key_words: Int[Tensor, "streams_or_1 columns"]
+
+    def uniforms(self) -> Float[Tensor, "streams rows columns"]:
+        """u of every pair."""
+        return uniforms_of_words(self.query_words[:, :, None] | self.key_words[:, None, :], self.keys)
+
+
+class ForwardElements(NamedTuple):
+    """What :func:`forward_elements` leaves of a block.
+
+    Attributes:
+        weights: exp(S - top) where the gate is open, else 0.
+        top: largest allowed logit of each query; 0 where there is none.
+        total: sum of exp(S - top) over the allowed keys, closed gates included.
+        opened: allowed keys with G > 0.
+        expected: sum of sigma(G), or None.
+    """
+
+    weights: Float[Tensor, "streams rows columns"]
+    top: Float[Tensor, "streams rows"]
+    total: Float[Tensor, "streams rows"]
+    opened: Int[Tensor, "streams rows"]
+    expected: Float[Tensor, "streams rows"] | None
+
+
+def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap); the logits themselves without a cap."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def forward_elements(
+    logits: Tensor,
+    bias: Tensor,
+    allowed: Allowed,
+    softcap: float | None,
+    noise: Noise | None,
+    expect: bool,
+    stored: torch.dtype,
+) -> ForwardElements:
+    """One block forward; ``logits`` are q k^T times the scale, ``bias`` is finite and ``[streams]``.
+
+    ``stored`` is the dtype of the weights, for the product that comes after.
+    """
+    logits = allowed.fill(soft_capped(logits, softcap))
+    top = logits.amax(-1)
+    top = torch.where(top == float("-inf"), 0.0, top)
+    weights = torch.exp(logits - top[..., None])
+    total = weights.sum(-1)
+    gate_logits = logits + bias[:, None, None]
+    gates = gate_logits > 0
+    opened = gates.sum(-1, dtype=torch.int32)
+    expected = None
+    if expect or noise is not None:
+        probability = torch.sigmoid(gate_logits)
+        if expect:
+            expected = probability.sum(-1)
+        if noise is not None:
+            gates = noise.uniforms().to(logits.dtype) > 1 - probability
+    return ForwardElements(torch.where(gates, weights, 0.0).to(stored), top, total, opened, expected)
+
+
+class BackwardElements(NamedTuple):
+    """What :func:`backward_elements` leaves of a block.
+
+    Attributes:
+        weights: A P.
+        d_logits: gradient of q k^T times the scale.
+        d_bias: gradient of the bias, by query.
+    """
+
+    weights: Float[Tensor, "streams rows columns"]
+    d_logits: Float[Tensor, "streams rows columns"]
+    d_bias: Float[Tensor, "streams rows"]
+
+
+def backward_elements(
+    logits: Tensor,
+    products: Tensor,
+    normaliser: Tensor,
+    delta: Tensor,
+    d_expected: Tensor,
+    bias: Tensor,
+    allowed: Allowed,
+    softcap: float | None,
+    noise: Noise | None,
+    stored: torch.dtype,
+) -> BackwardElements:
+    """One block backward; ``products`` are dO v^T, ``delta`` is dO . O by query (docs/derivations.md).
+
+    ``d_expected`` and ``bias`` are ``[streams]``, ``normaliser`` and ``delta`` ``[streams, rows]``; ``stored`` is the
+    dtype of the results that products come after.
+    """
+    capped = soft_capped(logits, softcap)
+    logits = allowed.fill(capped)
+    pattern = torch.exp(logits - normaliser[..., None])
+    gate_logits = logits + bias[:, None, None]
+    probability = torch.sigmoid(gate_logits)
+    weighted = pattern * products
+    if noise is None:
+        gates, soft = gate_logits > 0, probability
+    else:
+        u = noise.uniforms().to(logits.dtype)
+        gates = u > 1 - probability
+        opening = probability * u
+        soft = opening / (opening + (1 - probability) * (1 - u))
+    d_gates = weighted * (soft * (1 - soft)) + d_expected[:, None, None] * (probability * (1 - probability))
+    d_logits = torch.where(gates, weighted, 0.0) - pattern * delta[..., None] + d_gates
+    if softcap is not None:
+        d_logits = d_logits * (1 - (capped / softcap) ** 2)
+    return BackwardElements(torch.where(gates, pattern, 0.0).to(stored), d_logits.to(stored), d_gates.sum(-1))
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Without the thresholds inductor writes intermediate results of a block to memory and reads them again.
+    options: dict[str, Any] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 10_000}
+    return torch.compile(function, dynamic=True, options=options)
+
+
+_failed = False
+
+
+def run_elements(function: Callable[..., Any], pairs: int, *arguments: Any) -> Any:
+    """Call one of the functions above, compiled if the call it belongs to has enough pairs."""
+    global _failed
+    if pairs < COMPILED_FROM or _failed or torch.compiler.is_compiling():
+        return function(*arguments)
+    try:
+        # Each combination of mask, softcap and noise is a compiled variant of its own; two sizes that happen to be
+        # equal are not to make another one.
+        with torch._dynamo.config.patch(recompile_limit=64), fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return _compiled(function)(*arguments)
+    except (torch._dynamo.exc.BackendCompilerFailed, OSError) as error:
+        _failed = True
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logging.getLogger(__name__).warning("gated attention runs uncompiled and slower: %s", first_line)
+        return function(*arguments)

@@ -1,0 +1,243 @@
+"""Gated attention on NVIDIA GPUs: Triton kernels in the manner of FlashAttention-2 (arXiv 2307.08691).
+
+forward   one program a block of queries: online softmax over the tiles of keys; a closed link's weight is left out
+          of the product with v but not of the normaliser. Sums sigma(G) and counts G > 0 per query on the way.
+dq        one program a block of queries: recomputes the tiles, leaves dq and the block's part of the bias gradient.
+dk, dv    one program a block of keys and key/value head: goes through its query heads and their queries.
+links     the forward kernel without values counts; a second kernel writes each query's links from its own start.
+
+So every number is written by one program, once: no atomics, no read-modify-write, the same bits in every run. The
+gradients are those of docs/derivations.md. Tiles whose pairs are all allowed are not masked, and tiles without any
+are not visited. The kernels are in :mod:`gossamer.ops.triton_kernels`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gossamer.ops import triton_kernels as kernels
+from gossamer.ops.gates import GatedAttention, OpenLinks, Pairs
+
+_FAR = 1e30
+"""Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
+
+Kernel = Literal["forward", "query_gradients", "key_value_gradients", "write_links"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile of ``M`` queries by ``N`` keys, warps a program, and stages of the software pipeline."""
+
+    M: int
+    N: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int | bool]:
+        """As the kernels take them. Fused multiply-add is asked for because Triton's default changes in 3.10."""
+        return {**asdict(self), "enable_fp_fusion": True}
+
+
+def launch(kernel: Kernel, features: int, element_size: int, queries: int) -> Launch:
+    """Tile sizes that spill no registers on sm_80 and sm_90 (tests/ops/test_triton_compiled.py).
+
+    Args:
+        features: head size, rounded up to a power of two.
+        element_size: bytes of an element of q, k and v.
+        queries: how many there are; few (generation) get a small tile.
+    """
+    if element_size > 2:
+        return Launch(32, 32, 4, 1) if features > 128 else Launch(64, 32, 4, 1)
+    if queries <= 16:
+        return Launch(16, 64 if features <= 128 else 32, 4, 2)
+    size = min(size for size in (64, 128, 256) if features <= size)
+    return {
+        "forward": {64: Launch(128, 64, 8, 3), 128: Launch(128, 32, 8, 2), 256: Launch(64, 32, 8, 2)},
+        "query_gradients": {64: Launch(128, 32, 8, 2), 128: Launch(128, 32, 8, 2), 256: Launch(32, 32, 4, 1)},
+        "key_value_gradients": {64: Launch(32, 128, 8, 1), 128: Launch(32, 32, 4, 1), 256: Launch(32, 32, 8, 1)},
+        "write_links": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(32, 32, 4, 1)},
+    }[kernel][size]
+
+
+class _Call:
+    """The arguments that all kernels share, for one call."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, gate_bias: Tensor, pairs: Pairs, scale: float, softcap: float | None
+    ) -> None:
+        self.batch, self.heads, self.queries, self.d = q.shape
+        self.q, self.k, self.pairs = q, k, pairs
+        self.bias = gate_bias.float().clamp(-_FAR, _FAR)
+        self.real = None if pairs.real is None else pairs.real.contiguous().view(torch.uint8)
+        self.bounds = None
+        if pairs.real is not None:
+            last_real = pairs.keys - 1 - pairs.real.flip(-1).int().argmax(-1)
+            self.bounds = torch.stack([pairs.first_real, last_real + 1], -1).int()
+        elif pairs.mask is not None:
+            self.real = torch.ones(self.batch, pairs.keys, dtype=torch.uint8, device=q.device)
+            self.bounds = torch.stack([pairs.first_real, torch.full_like(pairs.first_real, pairs.keys)], -1).int()
+        self.mask = None if pairs.mask is None else pairs.mask.view(torch.uint8)
+        self.mask_strides = (0, 0, 0) if self.mask is None else (self.mask.stride(0), *self.mask.stride()[2:])
+        self.sizes = (self.heads, pairs.queries, pairs.keys, pairs.window or 0, scale, softcap or 1.0)
+        self.flags = {
+            "GROUPS": self.heads // k.shape[1],
+            "D": self.d,
+            "PD": padded(self.d),
+            "CAUSAL": pairs.causal,
+            "WINDOW": pairs.window is not None,
+            "SOFTCAP": softcap is not None,
+            "HAS_REAL": self.real is not None,
+            "HAS_MASK": self.mask is not None,
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        }
+
+    def launch(self, kernel: Kernel, value_size: int = 0) -> Launch:
+        return launch(kernel, padded(max(self.d, value_size)), self.q.element_size(), self.queries)
+
+    def by_query(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A number for each query of each head, not set."""
+        return self.q.new_empty(self.batch, self.heads, self.queries, dtype=dtype)
+
+
+def padded(features: int) -> int:
+    """The head size that the kernels work with: the next power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(features))
+
+
+def _dense_rows(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def _strides(*tensors: Tensor) -> Sequence[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _empty_rows(like: Tensor, features: int) -> Tensor:
+    """``[batch, heads, tokens, features]``, laid out as the projections around attention have it."""
+    batch, heads, tokens, _ = like.shape
+    return like.new_empty(batch, tokens, heads, features).transpose(1, 2)
+
+
+def _forward(
+    call: _Call, v: Tensor | None, noise_keys: Tensor | None, expect: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+    """Output, base-2 normaliser, and expected and hard open links, the last three by query."""
+    output = None if v is None else _empty_rows(call.q, v.shape[-1])
+    normaliser, opened = call.by_query(), call.by_query(torch.int32)
+    expected = call.by_query() if expect else None
+    values = 0 if v is None else v.shape[-1]
+    sizes = call.launch("forward", values)
+    kernels.forward[(triton.cdiv(call.queries, sizes.M), call.heads, call.batch)](
+        call.q, call.k, v, call.bias, noise_keys, call.real, call.bounds, call.mask, output, normaliser, expected,
+        opened, *_strides(call.q, call.k), *((0, 0, 0) if v is None else _strides(v)),
+        *((0, 0, 0) if output is None else _strides(output)), *call.mask_strides, call.batch, *call.sizes,
+        **call.flags, **sizes.options(), DV=values, PDV=padded(values), SAMPLE=noise_keys is not None, EXPECT=expect,
+        VALUES=v is not None,
+    )  # fmt: skip
+    return output, normaliser, expected, opened
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate_bias: Tensor,
+        pairs: Pairs,
+        scale: float,
+        softcap: float | None,
+        noise_keys: Tensor | None,
+        expect: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        q, k, v = _dense_rows(q, k, v)
+        call = _Call(q, k, gate_bias, pairs, scale, softcap)
+        output, normaliser, expected, opened = _forward(call, v, noise_keys, expect)
+        assert output is not None
+        ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
+        ctx.settings = (pairs, scale, softcap, noise_keys)
+        opened = opened.sum(-1)
+        ctx.mark_non_differentiable(opened)
+        return output, None if expected is None else expected.sum(-1), opened
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
+        pairs, scale, softcap, noise_keys = ctx.settings
+        call = _Call(q, k, gate_bias, pairs, scale, softcap)
+        (d_output,) = _dense_rows(d_output)
+        if d_expected is None:
+            d_expected = q.new_zeros(call.batch, call.heads)
+        d_expected = d_expected.float().contiguous()
+        features = v.shape[-1]
+        flags = {**call.flags, "DV": features, "PDV": padded(features), "SAMPLE": noise_keys is not None}
+        dq, dk, dv = _empty_rows(q, q.shape[-1]), _empty_rows(k, k.shape[-1]), _empty_rows(v, features)
+        delta = call.by_query()
+        sizes = call.launch("query_gradients", features)
+        blocks = triton.cdiv(call.queries, sizes.M)
+        d_bias = torch.empty(call.batch, call.heads, blocks, dtype=torch.float32, device=q.device)
+        shared = (call.bias, noise_keys, call.real, call.bounds, call.mask)
+        kernels.query_gradients[(blocks, call.heads, call.batch)](
+            q, k, v, *shared, output, d_output, normaliser, d_expected, delta, dq, d_bias,
+            *_strides(q, k, v, output, d_output, dq), *call.mask_strides, call.batch, *call.sizes,
+            **flags, **sizes.options(),
+        )  # fmt: skip
+        sizes = call.launch("key_value_gradients", features)
+        kernels.key_value_gradients[(triton.cdiv(pairs.keys, sizes.N), k.shape[1], call.batch)](
+            q, k, v, *shared, d_output, normaliser, d_expected, delta, dk, dv,
+            *_strides(q, k, v, d_output, dk, dv), *call.mask_strides, call.batch, *call.sizes,
+            **flags, **sizes.options(),
+        )  # fmt: skip
+        return dq, dk, dv, d_bias.sum((0, 2)).to(gate_bias.dtype), None, None, None, None, None
+
+
+def gated_attention(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    v: Float[Tensor, "batch kv_heads keys d_value"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    *,
+    scale: float,
+    softcap: float | None,
+    noise_keys: Int[Tensor, "2 batch heads"] | None,
+    expect: bool,
+) -> GatedAttention:
+    """The same as :func:`gossamer.ops.naive.gated_attention`, on the GPU; accumulates in float32."""
+    with torch.autocast(q.device.type, enabled=False):
+        output, expected, opened = _Triton.apply(q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect)
+    return GatedAttention(output, expected, opened, pairs.allowed_links(q.shape[1]))
+
+
+@torch.no_grad()
+def open_links(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> OpenLinks:
+    """The same as :func:`gossamer.ops.naive.open_links`, on the GPU: one pass counts, a second writes."""
+    q, k = _dense_rows(q, k)
+    call = _Call(q, k, gate_bias, pairs, scale, softcap)
+    _, normaliser, _, opened = _forward(call, None, None, expect=False)
+    starts = opened.flatten().cumsum(0).sub_(opened.flatten())
+    counts = opened.sum(-1)
+    links = int(counts.sum())
+    found = torch.empty(links, dtype=torch.int32, device=q.device)
+    weights = torch.empty(links, dtype=torch.float32, device=q.device)
+    if links:
+        sizes = call.launch("write_links")
+        kernels.write_links[(triton.cdiv(call.queries, sizes.M), call.heads, call.batch)](
+            q, k, call.bias, call.real, call.bounds, call.mask, normaliser, starts, found, weights,
+            *_strides(q, k), *call.mask_strides, *call.sizes, **call.flags, **sizes.options(),
+        )  # fmt: skip
+    return OpenLinks(counts, found, weights)

@@ -1,0 +1,529 @@
+"""The kernels behind :mod:`gossamer.ops.triton`, which holds their launches and the method as a whole.
+
+Names: ``raw`` are logits before the factor that takes them to base 2 (the scale is in the factor, or, where there is
+a soft cap, already in ``raw``); ``odds`` is exp(-G), so sigma(G) = 1 / (1 + odds); ``words`` are the parts of the
+noise's pair word. Shapes of tiles: [M, N] is queries by keys, [N, M] in :func:`key_value_gradients`.
+
+A pair that is not allowed gets raw = -inf, hence weight 0, odds inf, gate 0 and gradient 0 without further ado.
+"""
+
+import math
+import os
+
+import triton
+import triton.language as tl
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_ALMOST_ONE = tl.constexpr(1 - 2.0**-24)
+_INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _reciprocal(x):
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _exp2(x):
+    if _INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _soft_capped(products, scale, softcap):
+    """softcap * tanh(scale * products / softcap)."""
+    return softcap * (1 - 2 * _reciprocal(1 + _exp2(products * (2 * _LOG2_E * scale / softcap))))
+
+
+@triton.jit
+def _noise(query_words, key_words, k1):
+    """(1 + u - 2^-24) / 2 with u by the formula of gates.py: exact, in [1/2, 1). Query words are (i << 16) ^ k0."""
+    x = query_words ^ key_words
+    x ^= x >> 16
+    x = x * 0x7FEB352D + k1
+    x ^= x >> 15
+    x *= 0x846CA68B
+    # The formula's last two shifts at once; the top 23 bits become a float's mantissa.
+    return ((x >> 9) ^ (x >> 25) | 0x3F000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _opens(noise, probability):
+    """1[u > 1 - probability]. In units of 2^-24, rounding 1 - probability / 2 to nearest makes > of it >=."""
+    return noise >= 1 - 0.5 * probability
+
+
+@triton.jit
+def _query_words(query_places, k0):
+    return (query_places << 16).to(tl.uint32, bitcast=True) ^ k0
+
+
+@triton.jit
+def _key_words(key_places):
+    return (key_places & 0xFFFF).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _allowed(
+    i, j, offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of queries i and keys j, broadcast against each other, are allowed."""
+    inside = (i < queries) & (j < keys)
+    allowed = inside
+    if CAUSAL:
+        allowed &= j <= i + offset
+    if WINDOW:
+        allowed &= i + offset - j < window
+    if HAS_REAL:
+        allowed &= tl.load(REAL + i + offset, mask=i < queries, other=0) != 0
+        allowed &= tl.load(REAL + j, mask=j < keys, other=0) != 0
+    if HAS_MASK:
+        allowed &= tl.load(MASK + i.to(tl.int64) * mask_row + j * mask_key, mask=inside, other=0) != 0
+    return allowed
+
+
+@triton.jit
+def _key_range(
+    first, last, offset, keys, window, real_start, real_stop,
+    N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys that the queries first .. last - 1 can reach: (low, whole_low, whole_high, high).
+
+    Tiles of N keys are visited from low to high; those from whole_low to whole_high need no mask.
+    """
+    low, high = real_start, real_stop
+    whole_low, whole_high = real_start, keys
+    if CAUSAL:
+        high = tl.minimum(high, last + offset)
+        whole_high = tl.minimum(whole_high, first + offset + 1)
+    if WINDOW:
+        low = tl.maximum(low, first + offset - window + 1)
+        whole_low = tl.maximum(low, last + offset - window)
+    low = low // N * N
+    if MASKED:
+        return low, low, low, high
+    else:
+        whole_low = tl.minimum((whole_low + N - 1) // N * N, high)
+        return low, whole_low, tl.maximum(whole_high // N * N, whole_low), high
+
+
+@triton.jit
+def forward(
+    Q, K, V, BIAS, NOISE, REAL, BOUNDS, MASK, OUT, NORMALISER, EXPECTED, OPENED,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    mask_batch, mask_row, mask_key, batch_size, heads, queries, keys, window, scale, softcap,
+    GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr, EXPECT: tl.constexpr,
+    VALUES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output, base-2 normaliser, and per query the expected and the hard open links, of M queries of one head."""
+    # The longest rows first: they are the last blocks.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    offset = keys - queries
+    rows = first + tl.arange(0, M)
+    row_inside = rows < queries
+    features, value_features = tl.arange(0, PD), tl.arange(0, PDV)
+    Q += batch * q_batch + head.to(tl.int64) * q_head
+    K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
+    if VALUES:
+        V += batch * v_batch + (head // GROUPS).to(tl.int64) * v_head
+    q = tl.load(
+        Q + rows[:, None] * q_row + features[None, :], mask=row_inside[:, None] & (features < D)[None, :], other=0.0
+    )
+    factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
+    bias = tl.load(BIAS + head)
+    threshold = -bias if SOFTCAP else -bias / scale
+    bias *= _LOG2_E
+    real_start, real_stop = 0, keys
+    if HAS_REAL:
+        REAL += batch * keys
+        real_start, real_stop = tl.load(BOUNDS + 2 * batch), tl.load(BOUNDS + 2 * batch + 1)
+    if HAS_MASK:
+        MASK += batch * mask_batch
+    if SAMPLE:
+        stream = batch * heads + head
+        k0 = tl.load(NOISE + stream).to(tl.uint32, bitcast=True)
+        k1 = tl.load(NOISE + batch_size * heads + stream).to(tl.uint32, bitcast=True)
+        query_words = _query_words(rows + offset - real_start, k0)
+
+    accumulated = tl.zeros([M, PDV], tl.float32)
+    top = tl.full([M], -_INFINITY, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    expected = tl.zeros([M], tl.float32)
+    opened = tl.zeros([M], tl.int32)
+    low, whole_low, whole_high, high = _key_range(
+        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop,
+        N, CAUSAL, WINDOW, HAS_REAL or HAS_MASK,
+    )  # fmt: skip
+    for phase in tl.static_range(0 if WINDOW else 1, 3):
+        if phase == 0:
+            begin, end = low, whole_low
+        elif phase == 1:
+            begin, end = whole_low if WINDOW else low, whole_high
+        else:
+            begin, end = whole_high, high
+        for start in range(begin, end, N):
+            columns = start + tl.arange(0, N)
+            key_mask = (features < D)[None, :]
+            value_mask = (value_features < DV)[None, :]
+            if phase != 1:
+                key_mask &= (columns < keys)[:, None]
+                value_mask &= (columns < keys)[:, None]
+            k = tl.load(K + columns[:, None] * k_row + features[None, :], mask=key_mask, other=0.0)
+            raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if SOFTCAP:
+                raw = _soft_capped(raw, scale, softcap)
+            if phase != 1:
+                allowed = _allowed(
+                    rows[:, None], columns[None, :], offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
+                    CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
+                )  # fmt: skip
+                raw = tl.where(allowed, raw, -_INFINITY)
+            higher = tl.maximum(top, tl.max(raw, 1))
+            shift = higher * factor
+            if phase != 1:
+                shift = tl.where(higher == -_INFINITY, 0.0, shift)
+            weights = _exp2(raw * factor - shift[:, None])
+            rescale = _exp2(top * factor - shift)
+            total = total * rescale + tl.sum(weights, 1)
+            top = higher
+            open_gates = raw > threshold
+            opened += tl.sum(open_gates.to(tl.int32), 1)
+            if EXPECT or SAMPLE:
+                probability = _reciprocal(1 + _exp2(-raw * factor - bias))
+                if EXPECT:
+                    expected += tl.sum(probability, 1)
+                if SAMPLE:
+                    noise = _noise(query_words[:, None], _key_words(columns - real_start)[None, :], k1)
+                    open_gates = _opens(noise, probability)
+            if VALUES:
+                v = tl.load(V + columns[:, None] * v_row + value_features[None, :], mask=value_mask, other=0.0)
+                kept = tl.where(open_gates, weights, 0.0).to(v.dtype)
+                accumulated = tl.dot(kept, v, accumulated * rescale[:, None], input_precision=PRECISION)
+
+    closed = total == 0.0
+    lines = (batch * heads + head) * queries + rows
+    if VALUES:
+        OUT += batch * o_batch + head.to(tl.int64) * o_head
+        output = accumulated / tl.where(closed, 1.0, total)[:, None]
+        tl.store(
+            OUT + rows[:, None] * o_row + value_features[None, :],
+            output.to(OUT.dtype.element_ty),
+            mask=row_inside[:, None] & (value_features < DV)[None, :],
+        )
+    normaliser = tl.where(closed, _INFINITY, top * factor + tl.log2(tl.where(closed, 1.0, total)))
+    tl.store(NORMALISER + lines, normaliser, mask=row_inside)
+    tl.store(OPENED + lines, opened, mask=row_inside)
+    if EXPECT:
+        tl.store(EXPECTED + lines, expected, mask=row_inside)
+
+
+@triton.jit
+def _logit_gradients(
+    raw, products, query_words, key_words, k1, normaliser, delta, factor, bias, threshold, d_expected,
+    SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """Of one tile: the weights left by the gates, the gradients of the gate logits and of the logits.
+
+    ``products`` are dO v^T; ``normaliser`` and ``delta`` broadcast along the keys.
+    """
+    pattern = _exp2(raw * factor - normaliser)
+    odds = _exp2(-raw * factor - bias)
+    probability = _reciprocal(1 + odds)
+    slope = probability - probability * probability
+    weighted = pattern * products
+    if SAMPLE:
+        noise = _noise(query_words, key_words, k1)
+        open_gates = _opens(noise, probability)
+        u = 2 * noise - _ALMOST_ONE
+        soft = u * _reciprocal(odds * (1 - u) + u)
+        d_gates = weighted * (soft - soft * soft) + d_expected * slope
+    else:
+        open_gates = raw > threshold
+        d_gates = (weighted + d_expected) * slope
+    kept = tl.where(open_gates, pattern, 0.0)
+    return kept, d_gates, tl.where(open_gates, weighted, 0.0) - pattern * delta + d_gates
+
+
+@triton.jit
+def query_gradients(
+    Q, K, V, BIAS, NOISE, REAL, BOUNDS, MASK, OUT, D_OUT, NORMALISER, D_EXPECTED, DELTA, D_Q, D_BIAS,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
+    mask_batch, mask_row, mask_key, batch_size, heads, queries, keys, window, scale, softcap,
+    GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of M queries of one head, their part of the bias gradient, and Delta = dO . O for the other kernel."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    first = block * M
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    offset = keys - queries
+    rows = first + tl.arange(0, M)
+    row_inside = rows < queries
+    features, value_features = tl.arange(0, PD), tl.arange(0, PDV)
+    inside = row_inside[:, None] & (features < D)[None, :]
+    value_inside = row_inside[:, None] & (value_features < DV)[None, :]
+    Q += batch * q_batch + head.to(tl.int64) * q_head
+    K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
+    V += batch * v_batch + (head // GROUPS).to(tl.int64) * v_head
+    OUT += batch * o_batch + head.to(tl.int64) * o_head
+    D_OUT += batch * do_batch + head.to(tl.int64) * do_head
+    q = tl.load(Q + rows[:, None] * q_row + features[None, :], mask=inside, other=0.0)
+    d_out = tl.load(D_OUT + rows[:, None] * do_row + value_features[None, :], mask=value_inside, other=0.0)
+    output = tl.load(OUT + rows[:, None] * o_row + value_features[None, :], mask=value_inside, other=0.0)
+    lines = (batch * heads + head) * queries + rows
+    delta = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), 1)
+    tl.store(DELTA + lines, delta, mask=row_inside)
+    normaliser = tl.load(NORMALISER + lines, mask=row_inside, other=_INFINITY)
+    d_expected = tl.load(D_EXPECTED + batch * heads + head)
+    factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
+    bias = tl.load(BIAS + head)
+    threshold = -bias if SOFTCAP else -bias / scale
+    bias *= _LOG2_E
+    real_start, real_stop = 0, keys
+    if HAS_REAL:
+        REAL += batch * keys
+        real_start, real_stop = tl.load(BOUNDS + 2 * batch), tl.load(BOUNDS + 2 * batch + 1)
+    if HAS_MASK:
+        MASK += batch * mask_batch
+    k1 = 0
+    query_words = rows
+    if SAMPLE:
+        stream = batch * heads + head
+        k0 = tl.load(NOISE + stream).to(tl.uint32, bitcast=True)
+        k1 = tl.load(NOISE + batch_size * heads + stream).to(tl.uint32, bitcast=True)
+        query_words = _query_words(rows + offset - real_start, k0)
+
+    d_q = tl.zeros([M, PD], tl.float32)
+    d_bias = tl.zeros([M], tl.float32)
+    low, whole_low, whole_high, high = _key_range(
+        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop,
+        N, CAUSAL, WINDOW, HAS_REAL or HAS_MASK,
+    )  # fmt: skip
+    for phase in tl.static_range(0 if WINDOW else 1, 3):
+        if phase == 0:
+            begin, end = low, whole_low
+        elif phase == 1:
+            begin, end = whole_low if WINDOW else low, whole_high
+        else:
+            begin, end = whole_high, high
+        for start in range(begin, end, N):
+            columns = start + tl.arange(0, N)
+            key_mask = (features < D)[None, :]
+            value_mask = (value_features < DV)[None, :]
+            if phase != 1:
+                key_mask &= (columns < keys)[:, None]
+                value_mask &= (columns < keys)[:, None]
+            k = tl.load(K + columns[:, None] * k_row + features[None, :], mask=key_mask, other=0.0)
+            v = tl.load(V + columns[:, None] * v_row + value_features[None, :], mask=value_mask, other=0.0)
+            raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            products = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+            if SOFTCAP:
+                raw = _soft_capped(raw, scale, softcap)
+                cap_slope = 1 - (raw / softcap) * (raw / softcap)
+            if phase != 1:
+                allowed = _allowed(
+                    rows[:, None], columns[None, :], offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
+                    CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
+                )  # fmt: skip
+                raw = tl.where(allowed, raw, -_INFINITY)
+            _, d_gates, d_logits = _logit_gradients(
+                raw, products, query_words[:, None], _key_words(columns - real_start)[None, :], k1,
+                normaliser[:, None], delta[:, None], factor, bias, threshold, d_expected, SAMPLE,
+            )  # fmt: skip
+            d_bias += tl.sum(d_gates, 1)
+            if SOFTCAP:
+                d_logits *= cap_slope
+            d_q = tl.dot(d_logits.to(k.dtype), k, d_q, input_precision=PRECISION)
+
+    D_Q += batch * dq_batch + head.to(tl.int64) * dq_head
+    tl.store(D_Q + rows[:, None] * dq_row + features[None, :], (d_q * scale).to(D_Q.dtype.element_ty), mask=inside)
+    total = tl.sum(tl.where(row_inside, d_bias, 0.0), 0)
+    tl.store(D_BIAS + (batch * heads + head) * tl.num_programs(0) + block, total)
+
+
+@triton.jit
+def key_value_gradients(
+    Q, K, V, BIAS, NOISE, REAL, BOUNDS, MASK, D_OUT, NORMALISER, D_EXPECTED, DELTA, D_K, D_V,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    mask_batch, mask_row, mask_key, batch_size, heads, queries, keys, window, scale, softcap,
+    GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of N keys of one key/value head, summed over its query heads. Tiles are [N, M]."""
+    first = tl.program_id(0) * N
+    last = tl.minimum(first + N, keys)
+    kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    offset = keys - queries
+    columns = first + tl.arange(0, N)
+    features, value_features = tl.arange(0, PD), tl.arange(0, PDV)
+    inside = (columns < keys)[:, None] & (features < D)[None, :]
+    value_inside = (columns < keys)[:, None] & (value_features < DV)[None, :]
+    K += batch * k_batch + kv_head.to(tl.int64) * k_head
+    V += batch * v_batch + kv_head.to(tl.int64) * v_head
+    k = tl.load(K + columns[:, None] * k_row + features[None, :], mask=inside, other=0.0)
+    v = tl.load(V + columns[:, None] * v_row + value_features[None, :], mask=value_inside, other=0.0)
+    factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
+    real_start, real_stop = 0, keys
+    if HAS_REAL:
+        REAL += batch * keys
+        real_start, real_stop = tl.load(BOUNDS + 2 * batch), tl.load(BOUNDS + 2 * batch + 1)
+    if HAS_MASK:
+        MASK += batch * mask_batch
+    key_words = _key_words(columns - real_start)
+
+    # Queries that reach these keys, and among them those that reach all of them. Rows past the end need no mask:
+    # their q and dO are zero and their normaliser is infinite.
+    low, high = tl.maximum(real_start - offset, 0), real_stop - offset
+    whole_low, whole_high = low, queries
+    if CAUSAL:
+        low = tl.maximum(low, first - offset)
+        whole_low = tl.maximum(low, last - 1 - offset)
+    if WINDOW:
+        high = tl.minimum(high, last - 1 + window - offset)
+        whole_high = tl.minimum(whole_high, first + window - offset) // M * M
+    low = low // M * M
+    if HAS_REAL or HAS_MASK:
+        whole_low, whole_high = low, low
+    else:
+        whole_low = tl.minimum((whole_low + M - 1) // M * M, high)
+        whole_high = tl.maximum(whole_high, whole_low)
+
+    d_k = tl.zeros([N, PD], tl.float32)
+    d_v = tl.zeros([N, PDV], tl.float32)
+    for member in range(GROUPS):
+        head = kv_head * GROUPS + member
+        queries_of_head = Q + batch * q_batch + head.to(tl.int64) * q_head
+        d_out_of_head = D_OUT + batch * do_batch + head.to(tl.int64) * do_head
+        line = (batch * heads + head) * queries
+        d_expected = tl.load(D_EXPECTED + batch * heads + head)
+        bias = tl.load(BIAS + head)
+        threshold = -bias if SOFTCAP else -bias / scale
+        bias *= _LOG2_E
+        k0 = tl.full([], 0, tl.uint32)
+        k1 = tl.full([], 0, tl.uint32)
+        if SAMPLE:
+            stream = batch * heads + head
+            k0 = tl.load(NOISE + stream).to(tl.uint32, bitcast=True)
+            k1 = tl.load(NOISE + batch_size * heads + stream).to(tl.uint32, bitcast=True)
+        for phase in tl.static_range(0, 3 if WINDOW or HAS_REAL or HAS_MASK else 2):
+            if phase == 0:
+                begin, end = low, whole_low
+            elif phase == 1:
+                begin, end = whole_low, whole_high
+            else:
+                begin, end = whole_high, high
+            for start in range(begin, end, M):
+                rows = start + tl.arange(0, M)
+                row_inside = rows < queries
+                q = tl.load(
+                    queries_of_head + rows[:, None] * q_row + features[None, :],
+                    mask=row_inside[:, None] & (features < D)[None, :],
+                    other=0.0,
+                )
+                d_out = tl.load(
+                    d_out_of_head + rows[:, None] * do_row + value_features[None, :],
+                    mask=row_inside[:, None] & (value_features < DV)[None, :],
+                    other=0.0,
+                )
+                normaliser = tl.load(NORMALISER + line + rows, mask=row_inside, other=_INFINITY)
+                delta = tl.load(DELTA + line + rows, mask=row_inside, other=0.0)
+                raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                products = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+                if SOFTCAP:
+                    raw = _soft_capped(raw, scale, softcap)
+                    cap_slope = 1 - (raw / softcap) * (raw / softcap)
+                if phase != 1:
+                    allowed = _allowed(
+                        rows[None, :], columns[:, None], offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
+                        CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
+                    )  # fmt: skip
+                    raw = tl.where(allowed, raw, -_INFINITY)
+                kept, _, d_logits = _logit_gradients(
+                    raw, products, _query_words(rows + offset - real_start, k0)[None, :], key_words[:, None], k1,
+                    normaliser[None, :], delta[None, :], factor, bias, threshold, d_expected, SAMPLE,
+                )  # fmt: skip
+                d_v = tl.dot(kept.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+                if SOFTCAP:
+                    d_logits *= cap_slope
+                d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision=PRECISION)
+
+    D_K += batch * dk_batch + kv_head.to(tl.int64) * dk_head
+    D_V += batch * dv_batch + kv_head.to(tl.int64) * dv_head
+    tl.store(D_K + columns[:, None] * dk_row + features[None, :], (d_k * scale).to(D_K.dtype.element_ty), mask=inside)
+    tl.store(D_V + columns[:, None] * dv_row + value_features[None, :], d_v.to(D_V.dtype.element_ty), mask=value_inside)
+
+
+@triton.jit
+def write_links(
+    Q, K, BIAS, REAL, BOUNDS, MASK, NORMALISER, STARTS, PAIRS, WEIGHTS,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, mask_batch, mask_row, mask_key,
+    heads, queries, keys, window, scale, softcap,
+    GROUPS: tl.constexpr, D: tl.constexpr, PD: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The open links of M queries of one head, each query's from its own start, in the order of the keys."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    offset = keys - queries
+    rows = first + tl.arange(0, M)
+    row_inside = rows < queries
+    features = tl.arange(0, PD)
+    Q += batch * q_batch + head.to(tl.int64) * q_head
+    K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
+    q = tl.load(
+        Q + rows[:, None] * q_row + features[None, :], mask=row_inside[:, None] & (features < D)[None, :], other=0.0
+    )
+    factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
+    bias = tl.load(BIAS + head)
+    threshold = -bias if SOFTCAP else -bias / scale
+    real_start, real_stop = 0, keys
+    if HAS_REAL:
+        REAL += batch * keys
+        real_start, real_stop = tl.load(BOUNDS + 2 * batch), tl.load(BOUNDS + 2 * batch + 1)
+    if HAS_MASK:
+        MASK += batch * mask_batch
+    lines = (batch * heads + head) * queries + rows
+    normaliser = tl.load(NORMALISER + lines, mask=row_inside, other=_INFINITY)
+    place = tl.load(STARTS + lines, mask=row_inside, other=0)
+    low, _, _, high = _key_range(
+        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop, N, CAUSAL, WINDOW, True
+    )
+    for start in range(low, high, N):
+        columns = start + tl.arange(0, N)
+        k = tl.load(
+            K + columns[:, None] * k_row + features[None, :],
+            mask=(columns < keys)[:, None] & (features < D)[None, :],
+            other=0.0,
+        )
+        raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP:
+            raw = _soft_capped(raw, scale, softcap)
+        allowed = _allowed(
+            rows[:, None], columns[None, :], offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
+            CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
+        )  # fmt: skip
+        open_gates = allowed & (raw > threshold)
+        counted = open_gates.to(tl.int32)
+        target = place[:, None] + tl.cumsum(counted, 1) - counted
+        tl.store(PAIRS + target, (rows << 16)[:, None] | columns[None, :], mask=open_gates)
+        tl.store(WEIGHTS + target, _exp2(raw * factor - normaliser[:, None]), mask=open_gates)
+        place += tl.sum(counted, 1)

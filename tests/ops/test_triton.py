@@ -1,0 +1,66 @@
+"""The kernels' noise bit for bit, and what the compiler makes of the kernels: no GPU needed for either."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from attention_cases import GPU, TRITON
+from gossamer.ops.gates import noise_keys, pair_uniforms
+from gossamer.ops.triton_kernels import _key_words, _noise, _query_words
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@triton.jit
+def _write_noise(NOISE, OUT, stream, streams, first_query, first_key, N: tl.constexpr):
+    k0 = tl.load(NOISE + stream).to(tl.uint32, bitcast=True)
+    k1 = tl.load(NOISE + streams + stream).to(tl.uint32, bitcast=True)
+    i = tl.arange(0, N)
+    words = _query_words(first_query + i, k0)
+    noise = _noise(words[:, None], _key_words(first_key + i)[None, :], k1)
+    tl.store(OUT + i[:, None] * N + i[None, :], 2 * noise - (1 - 2.0**-24))
+
+
+@pytest.mark.parametrize("implementation", [TRITON])
+@pytest.mark.parametrize("first_query,first_key", [(0, 0), (500, 3), (65_472, 65_472)])
+def test_noise_is_the_documented_one_bit_for_bit(implementation: str, first_query: int, first_key: int) -> None:
+    device = "cuda" if GPU else "cpu"
+    keys = noise_keys(2**63 + 5, 2, 3, torch.device(device))
+    places = torch.arange(64, device=device).expand(2, -1)
+    wanted = pair_uniforms(keys, places + first_query, places + first_key)
+    for stream in range(6):
+        found = torch.empty(64, 64, device=device)
+        _write_noise[(1,)](keys, found, stream, 6, first_query, first_key, N=64)
+        assert torch.equal(found, wanted[stream // 3, stream % 3])
+
+
+def reports(tmp_path: Path, *arguments: str) -> list[dict]:
+    """The rows of ``benchmarks/kernels.py``, which compiles the kernels in a process of its own."""
+    pytest.importorskip("triton.backends.nvidia")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/kernels.py", "--json", str(tmp_path / "rows.json"), *arguments]
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows
+    return rows
+
+
+def test_kernels_compile_without_spills_and_within_budget(tmp_path: Path) -> None:
+    rows = reports(tmp_path, "--features", "64")
+    assert {row["kernel"] for row in rows} == {"forward", "query_gradients", "key_value_gradients", "write_links"}
+    assert {row["target"] for row in rows} == {"sm_80", "sm_90"}
+    assert not [row for row in rows if row["spilled_bytes"]]
+    training = [row for row in rows if (row["kernel"], row["gates"], row["target"]) == ("forward", "sampled", "sm_90")]
+    assert training[0]["instructions_per_pair"] <= 30
+
+
+@pytest.mark.slow
+def test_all_head_sizes_compile_without_spills(tmp_path: Path) -> None:
+    assert not [row for row in reports(tmp_path, "--features", "32", "80", "128", "256") if row["spilled_bytes"]]
