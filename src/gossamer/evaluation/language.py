@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.training.constraint import cross_entropy, kl_divergence
+from gossamer.training.losses import cross_entropy, kl_divergence
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 ConstraintKind = Literal["ce", "kl"]
 
@@ -82,19 +80,3 @@ class Multiplier:
 def lagrangian(open_fraction: Float[Tensor, ""], violation: Float[Tensor, ""], multiplier: float) -> Float[Tensor, ""]:
     """(E / allowed + lambda * violation) / (1 + lambda)."""
     return (open_fraction + multiplier * violation) / (1 + multiplier)
-
-
-def cross_entropy(
-    logits: Float[Tensor, "batch tokens vocab"], input_ids: Int[Tensor, "batch tokens"]
-) -> Float[Tensor, ""]:
-    """Mean next-token cross-entropy in nats, over all positions but the last of each row."""
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
-
-
-def kl_divergence(
-    dense_logits: Float[Tensor, "batch tokens vocab"], sparse_logits: Float[Tensor, "batch tokens vocab"]
-) -> Float[Tensor, ""]:
-    """Mean KL(dense || sparse) of the next-token distributions in nats, over the positions of :func:`cross_entropy`."""
-    dense = torch.log_softmax(dense_logits[:, :-1].float(), dim=-1)
-    sparse = torch.log_softmax(sparse_logits[:, :-1].float(), dim=-1)
-    return functional.kl_div(sparse, dense, log_target=True, reduction="none").sum(-1).mean()

@@ -37,9 +37,10 @@ from gossamer.models.checkpoint import load, save
 from gossamer.models.convert import sparsify
 from gossamer.models.pretrained import load_dense
 from gossamer.training.checkpoints import checkpoints, last_sound
-from gossamer.training.constraint import MultiplierConfig, cross_entropy
+from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import BlockDataset, load_blocks
 from gossamer.training.lora import add_adapters, merge_adapters
+from gossamer.training.losses import cross_entropy
 from gossamer.training.progress import StepLog
 from gossamer.training.trainer import (
     PostTrainer,

@@ -49,10 +49,9 @@ from gossamer.training.constraint import (
     ConstraintKind,
     Multiplier,
     MultiplierConfig,
-    cross_entropy,
-    kl_divergence,
     lagrangian,
 )
+from gossamer.training.losses import cross_entropy, kl_divergence
 
 TrainedPart = Literal["all", "attention", "lora"]
 

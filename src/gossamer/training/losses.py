@@ -1,0 +1,80 @@
+"""The two losses that the constraint can be about, over some positions at a time.
+
+A vocabulary of 50,000 makes the logits the largest tensor of a training step, and log-softmax in float32 makes several
+more of their size. Here only :data:`POSITIONS` rows are float32 at once, forward and backward; what is kept between the
+two are the logits themselves. The gradient of both losses by the logits is softmax(logits) minus a distribution: the
+next token's, or the dense model's.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+POSITIONS = 256
+"""Rows of logits worked on at once."""
+
+_NONE = -100
+"""Target of a position whose next token is not in the block."""
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch tokens vocab"], input_ids: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, ""]:
+    """Mean next-token cross-entropy in nats, over all positions but the last of each row."""
+    return _TokenLoss.apply(logits.flatten(0, 1), _next_tokens(input_ids), None)
+
+
+def kl_divergence(
+    dense_logits: Float[Tensor, "batch tokens vocab"], sparse_logits: Float[Tensor, "batch tokens vocab"]
+) -> Float[Tensor, ""]:
+    """Mean KL(dense || sparse) of the next-token distributions in nats, over the positions of :func:`cross_entropy`.
+
+    No gradient flows to ``dense_logits``.
+    """
+    places = torch.zeros(sparse_logits.shape[:2], dtype=torch.long, device=sparse_logits.device)
+    return _TokenLoss.apply(sparse_logits.flatten(0, 1), _next_tokens(places), dense_logits.detach().flatten(0, 1))
+
+
+def _next_tokens(input_ids: Tensor) -> Tensor:
+    return functional.pad(input_ids[:, 1:], (0, 1), value=_NONE).flatten()
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross-entropy with the targets, or KL from ``dense`` where it is given; targets of _NONE do not count."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
+        ctx.save_for_backward(logits, targets, dense)
+        total = torch.zeros((), device=logits.device)
+        for rows in _chunks(len(targets)):
+            log_probabilities = torch.log_softmax(logits[rows].float(), dim=-1)
+            if dense is None:
+                total += functional.nll_loss(log_probabilities, targets[rows], reduction="sum", ignore_index=_NONE)
+            else:
+                wanted = torch.log_softmax(dense[rows].float(), dim=-1)
+                each = functional.kl_div(log_probabilities, wanted, log_target=True, reduction="none").sum(-1)
+                total += each[targets[rows] != _NONE].sum()
+        return total / (targets != _NONE).sum()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, dense = ctx.saved_tensors
+        counted = targets != _NONE
+        share = d_loss / counted.sum()
+        d_logits = torch.empty_like(logits)
+        for rows in _chunks(len(targets)):
+            difference = torch.softmax(logits[rows].float(), dim=-1)
+            if dense is None:
+                own = targets[rows].clamp(min=0)[:, None]
+                difference.scatter_add_(1, own, torch.full_like(own, -1, dtype=difference.dtype))
+            else:
+                difference -= torch.softmax(dense[rows].float(), dim=-1)
+            d_logits[rows] = difference.mul_((share * counted[rows])[:, None])
+        return d_logits, None, None
+
+
+def _chunks(rows: int) -> list[slice]:
+    return [slice(start, start + POSITIONS) for start in range(0, rows, POSITIONS)]
