@@ -180,6 +180,68 @@ def _evaluate(run: "Run", precision: Precision, batch_size: int) -> None:  # typ
 
 
 @app.command()
+def task(
+    name: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file with examples of one's own.")],
+    model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
+    examples: Annotated[int, typer.Option(min=1, help="How many examples the model is asked.")] = 100,
+    show: Annotated[int, typer.Option(min=0, help="How many of them are printed.")] = 3,
+    corruption: Annotated[
+        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+) -> None:
+    """Show examples of a task, and how well MODEL does it."""
+    from collections import Counter
+
+    from gossamer.circuits.ability import measure_ability
+    from gossamer.circuits.tasks import find_task
+
+    chosen = find_task(name)
+    network, tokenizer = _load(model)
+    prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    table = Table(title=escape(f"{chosen.name}: {chosen.summary}"))
+    for column in ("clean", "corrupted", "right", "wrong"):
+        table.add_column(column)
+    for tokens in prompts.kept[:show]:
+        example = tokens.example
+        table.add_row(*map(escape, (example.clean, example.corrupted, _some(example.answers), _some(example.wrong))))
+    console.print(table)
+    for reason, times in Counter(dropped.reason for dropped in prompts.dropped).most_common():
+        console.print(f"{times} dropped: {reason}", markup=False)
+    ability = measure_ability(network, prompts)
+    facts = {
+        "prompts": ability.prompts,
+        "right": f"{100 * ability.accuracy:.1f} %",
+        f"{prompts.metric.replace('_', ' ')}, clean": f"{ability.clean:.3f}",
+        f"{prompts.metric.replace('_', ' ')}, corrupted": f"{ability.corrupted:.3f}",
+    }
+    console.print(_facts(model, facts))
+
+
+def _some(texts: tuple[str, ...]) -> str:
+    shown = " ".join(repr(text) for text in texts[:4])
+    return shown if len(texts) <= 4 else f"{shown} and {len(texts) - 4} more"
+
+
+def _load(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
+    """The model and tokenizer of a run, a saved sparse model, or a dense model by name."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    from gossamer.models.checkpoint import is_saved_model, load
+    from gossamer.models.pretrained import load_dense
+    from gossamer.training.run import Run, load_sparse
+
+    logging.disable_progress_bar()
+    run = Run(Path(target))
+    if (run.folder / "blocks.safetensors").exists():
+        return load_sparse(run), PreTrainedTokenizerFast.from_pretrained(run.model)
+    if is_saved_model(Path(target)):
+        return load(target), PreTrainedTokenizerFast.from_pretrained(target)
+    return load_dense(target)
+
+
+@app.command()
 def inspect(
     target: Annotated[str, typer.Argument(help="A run, a saved sparse model, or a dense model as for sparsify.")],
 ) -> None:

@@ -1,0 +1,1 @@
+"""Circuits: tasks, scores, interventions and how well a circuit explains a behaviour."""

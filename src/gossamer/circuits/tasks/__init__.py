@@ -1,0 +1,59 @@
+"""The tasks by name. One's own is a :class:`Task` given to :func:`register`, or a JSONL file.
+
+def examples(source, tokenizer, corruption):    # endless, random only through source
+    while True:
+        yield Example("two plus two is", "two plus three is", answers=(" four",), wrong=(" five",))
+
+register(Task("sums", "small sums", "logit_difference", ("other",), examples))
+"""
+
+from gossamer.circuits.tasks.agreement import AGREEMENT
+from gossamer.circuits.tasks.base import Batch, Dropped, Example, Prompts, Task, Tokens
+from gossamer.circuits.tasks.custom import task_from_jsonl
+from gossamer.circuits.tasks.docstring import DOCSTRING
+from gossamer.circuits.tasks.gendered_pronoun import GENDERED_PRONOUN
+from gossamer.circuits.tasks.greater_than import GREATER_THAN
+from gossamer.circuits.tasks.induction import INDUCTION
+from gossamer.circuits.tasks.ioi import IOI
+from gossamer.errors import GossamerError
+
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Dropped",
+    "Example",
+    "Prompts",
+    "Task",
+    "Tokens",
+    "find_task",
+    "register",
+    "task_from_jsonl",
+]
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (IOI, GREATER_THAN, GENDERED_PRONOUN, DOCSTRING, AGREEMENT, INDUCTION)
+}
+
+
+def register(task: Task) -> None:
+    """Make a task known by its name.
+
+    Raises:
+        GossamerError: if the name is taken.
+    """
+    if task.name in TASKS:
+        raise GossamerError(f"there is a task {task.name} already")
+    TASKS[task.name] = task
+
+
+def find_task(name: str) -> Task:
+    """The task of that name, or of that JSONL file.
+
+    Raises:
+        GossamerError: if there is none.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    if name.endswith(".jsonl"):
+        return task_from_jsonl(name)
+    raise GossamerError(f"there is no task {name!r}; there are {', '.join(TASKS)}, or give a .jsonl file")

@@ -1,0 +1,37 @@
+"""Subject-verb agreement: the number of the subject decides the verb, not the noun that stands nearer.
+
+The corrupted prompt has the subject in the other number. (Linzen et al. 2016, arXiv 1611.01368, for the task.)
+"""
+
+import random
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from gossamer.circuits.tasks.base import Example, Task
+
+NOUNS = ("author", "boy", "brother", "cousin", "customer", "doctor", "farmer", "friend", "girl", "guard", "lawyer",
+         "manager", "neighbor", "parent", "pilot", "player", "senator", "student", "teacher", "worker")  # fmt: skip
+RELATIONS = ("behind", "beside", "in front of", "near", "next to", "across from")
+SINGULAR = (" is", " was", " has")
+PLURAL = (" are", " were", " have")
+
+
+def _examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:
+    while True:
+        (subject, other), relation = source.sample(NOUNS, 2), source.choice(RELATIONS)
+        endings = ["", "s"]
+        source.shuffle(endings)
+        other_ending = source.choice(endings)
+        clean, corrupted = (f"The {subject}{ending} {relation} the {other}{other_ending}" for ending in endings)
+        verbs = (PLURAL, SINGULAR) if endings[0] else (SINGULAR, PLURAL)
+        yield Example(clean, corrupted, *verbs)
+
+
+AGREEMENT = Task(
+    "agreement",
+    "the verb agrees with its subject, not with the nearest noun",
+    "logit_difference",
+    ("other_number",),
+    _examples,
+)

@@ -1,0 +1,209 @@
+"""What a task is: pairs of prompts of equal token length that differ in what decides the answer.
+
+A task writes text; here it meets a tokenizer. Answers are continuations of the prompt: the tokens of prompt + answer
+have to be those of the prompt and one more. An example that does not fit is dropped, with the reason, and another one
+is drawn in its place.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gossamer.errors import GossamerError
+
+MetricKind = Literal["logit_difference", "probability_difference"]
+
+ATTEMPTS = 50
+"""Examples drawn for each one asked for, before a task is given up."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair of prompts.
+
+    Attributes:
+        clean: the prompt.
+        corrupted: the same with what decides the answer changed.
+        answers: continuations of ``clean`` that are right.
+        wrong: continuations that are wrong.
+    """
+
+    clean: str
+    corrupted: str
+    answers: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An example that was left out, and why."""
+
+    example: Example
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An example in tokens.
+
+    Attributes:
+        clean, corrupted: ``[tokens]``, of equal length.
+        answers, wrong: token ids of the continuations.
+    """
+
+    example: Example
+    clean: Int[Tensor, " tokens"]
+    corrupted: Int[Tensor, " tokens"]
+    answers: Int[Tensor, " answers"]
+    wrong: Int[Tensor, " wrong"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one length.
+
+    Attributes:
+        clean, corrupted: ``[prompts, tokens]``.
+        answers, wrong: of each prompt.
+        metric: what is measured at the last position.
+    """
+
+    clean: Int[Tensor, "prompts tokens"]
+    corrupted: Int[Tensor, "prompts tokens"]
+    answers: tuple[Int[Tensor, " answers"], ...]
+    wrong: tuple[Int[Tensor, " wrong"], ...]
+    metric: MetricKind
+
+    def measure(self, logits: Float[Tensor, "prompts vocab"]) -> Float[Tensor, " prompts"]:
+        """The task's metric by prompt, from the logits at the last position; differentiable.
+
+        ``logit_difference``: mean logit of the answers less that of the wrong ones. ``probability_difference``: the
+        summed probabilities instead.
+        """
+        if self.metric == "logit_difference":
+            rows = [row[a].mean() - row[w].mean() for row, a, w in zip(logits, self.answers, self.wrong, strict=True)]
+        else:
+            probabilities = torch.softmax(logits.float(), dim=-1)
+            rows = [p[a].sum() - p[w].sum() for p, a, w in zip(probabilities, self.answers, self.wrong, strict=True)]
+        return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A task's examples for one tokenizer."""
+
+    metric: MetricKind
+    kept: tuple[Tokens, ...]
+    dropped: tuple[Dropped, ...]
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The examples in batches of one length each, in a fixed order."""
+        ordered = sorted(self.kept, key=lambda tokens: len(tokens.clean))
+        for _, same in groupby(ordered, key=lambda tokens: len(tokens.clean)):
+            group = list(same)
+            for start in range(0, len(group), size):
+                part = group[start : start + size]
+                yield Batch(
+                    torch.stack([tokens.clean for tokens in part]),
+                    torch.stack([tokens.corrupted for tokens in part]),
+                    tuple(tokens.answers for tokens in part),
+                    tuple(tokens.wrong for tokens in part),
+                    self.metric,
+                )
+
+
+@dataclass(frozen=True)
+class Task:
+    """How to make examples.
+
+    Attributes:
+        name: as the command line has it.
+        summary: one line.
+        metric: what is measured.
+        corruptions: names that ``examples`` understands, the default first.
+        examples: endless examples from a random source, for a tokenizer and a corruption.
+    """
+
+    name: str
+    summary: str
+    metric: MetricKind
+    corruptions: tuple[str, ...]
+    examples: Callable[[random.Random, PreTrainedTokenizerBase, str], Iterator[Example]]
+
+    def prompts(
+        self, tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int = 0, corruption: str | None = None
+    ) -> Prompts:
+        """``count`` different examples.
+
+        Raises:
+            GossamerError: on an unknown corruption; if the tokenizer leaves too few examples.
+        """
+        corruption = corruption or self.corruptions[0]
+        if corruption not in self.corruptions:
+            raise GossamerError(
+                f"task {self.name} has no corruption {corruption!r}; there are {', '.join(self.corruptions)}"
+            )
+        kept: list[Tokens] = []
+        dropped: list[Dropped] = []
+        seen: set[Example] = set()
+        source = self.examples(random.Random(seed), tokenizer, corruption)
+        for _, example in zip(range(ATTEMPTS * count), source, strict=False):
+            if example in seen:
+                continue
+            seen.add(example)
+            tokens = tokenize(example, tokenizer)
+            if isinstance(tokens, Dropped):
+                dropped.append(tokens)
+            else:
+                kept.append(tokens)
+            if len(kept) == count:
+                return Prompts(self.metric, tuple(kept), tuple(dropped))
+        raise GossamerError(
+            f"task {self.name} gives only {len(kept)} of {count} examples with this tokenizer; {_most_common(dropped)}"
+        )
+
+
+def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens | Dropped:
+    """The example in tokens, or why it cannot be used."""
+    clean, corrupted = (_ids(tokenizer, text) for text in (example.clean, example.corrupted))
+    if len(clean) != len(corrupted):
+        return Dropped(example, f"the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}")
+    continuations: dict[str, list[int]] = {}
+    for kind, texts in (("answers", example.answers), ("wrong", example.wrong)):
+        found = next_tokens(example.clean, texts, tokenizer)
+        for text in texts:
+            if text not in found:
+                return Dropped(example, f"{text!r} does not continue the prompt by exactly one token")
+        continuations[kind] = [found[text] for text in texts]
+    if not continuations["answers"] or not continuations["wrong"]:
+        return Dropped(example, "there is no right answer" if continuations["wrong"] else "there is no wrong answer")
+    if set(continuations["answers"]) & set(continuations["wrong"]):
+        return Dropped(example, "the same token is right and wrong")
+    parts = (clean, corrupted, continuations["answers"], continuations["wrong"])
+    return Tokens(example, *(torch.tensor(part) for part in parts))
+
+
+def next_tokens(prompt: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Those of the texts that continue the prompt by exactly one token, each with that token."""
+    ids = _ids(tokenizer, prompt)
+    wholes = {text: _ids(tokenizer, prompt + text) for text in texts}
+    return {text: whole[-1] for text, whole in wholes.items() if whole[:-1] == ids}
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text)["input_ids"])
+
+
+def _most_common(dropped: Sequence[Dropped]) -> str:
+    if not dropped:
+        return "there are no more different ones"
+    reason, times = Counter(each.reason for each in dropped).most_common(1)[0]
+    return f"{len(dropped)} were dropped, {times} of them because {reason}"

@@ -1,0 +1,58 @@
+"""A task of one's own from a JSONL file: one object a line with the keys of :class:`Example`.
+
+    {"clean": "The capital of France is", "corrupted": "The capital of Italy is",
+     "answers": [" Paris"], "wrong": [" Rome"]}
+
+(on one line). ``metric`` may stand in the first line: ``logit_difference``, the default, or ``probability_difference``.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from gossamer.circuits.tasks.base import Example, MetricKind, Task
+from gossamer.errors import GossamerError
+
+_KEYS = {"clean": str, "corrupted": str, "answers": list, "wrong": list}
+
+
+def task_from_jsonl(file: str | Path) -> Task:
+    """The task whose examples are the lines of a file; a seed chooses their order.
+
+    Raises:
+        GossamerError: naming the file, the line and what is wrong with it.
+    """
+    file = Path(file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GossamerError(f"{file} cannot be read: {error}") from error
+    rows = [_row(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise GossamerError(f"{file} holds no example")
+    metric: MetricKind = rows[0].get("metric", "logit_difference")
+    if metric not in get_args(MetricKind):
+        raise GossamerError(f"{file}, line 1: metric is {metric!r}, must be one of {', '.join(get_args(MetricKind))}")
+    found = [Example(row["clean"], row["corrupted"], tuple(row["answers"]), tuple(row["wrong"])) for row in rows]
+
+    def examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:
+        yield from source.sample(found, len(found))
+
+    return Task(file.stem, f"the examples of {file}", metric, ("file",), examples)
+
+
+def _row(file: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise GossamerError(f"{file}, line {number}: not valid JSON: {error}") from error
+    for key, kind in _KEYS.items():
+        fits = isinstance(row, dict) and isinstance(row.get(key), kind)
+        if not fits or (kind is list and not all(isinstance(text, str) for text in row[key])):
+            wanted = "a list of texts" if kind is list else "a text"
+            raise GossamerError(f"{file}, line {number}: {key!r} must be {wanted}")
+    return dict(row)

@@ -1,0 +1,75 @@
+"""Greater-than (Hanna et al. 2023, arXiv 2305.00586): a war that began in 1732 ends in a later year of the century.
+
+The corrupted prompt begins in year 01, after which every year is later. Tokenizers write years differently, and the
+form is found by trying:
+
+- two digits a token (GPT-2, for some years): the next token is the year of the century, right if it is greater;
+- one digit a token (SmolLM2, Qwen, Gemma): the next token is the tens digit, right if greater than the first year's,
+  wrong if smaller; the same digit would be decided by the one after it, and does not count;
+- three digits and one (Llama 3): the next token is century and tens digit, judged likewise.
+"""
+
+import random
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from gossamer.circuits.tasks.base import Example, Task, next_tokens
+from gossamer.errors import GossamerError
+
+NOUNS = (
+    "alliance", "argument", "campaign", "ceremony", "conflict", "crisis", "custom", "debate", "decline", "dispute",
+    "drought", "dynasty", "empire", "expedition", "experiment", "famine", "fashion", "festival", "journey", "lawsuit",
+    "marriage", "mission", "occupation", "peace", "plague", "project", "rebellion", "reform", "reign", "revolt",
+    "search", "siege", "strike", "struggle", "tournament", "tradition", "treaty", "truce", "voyage", "war",
+)  # fmt: skip
+CENTURIES = range(11, 18)
+YEARS = range(2, 99)
+
+
+def _years(form: str, century: int) -> list[str]:
+    """What may come next, in ascending order."""
+    return {
+        "years": [f"{year:02}" for year in range(100)],
+        "tens": [str(tens) for tens in range(10)],
+        "century and tens": [f"{century}{tens}" for tens in range(10)],
+    }[form]
+
+
+def _prompt(form: str, noun: str, century: int, year: int) -> str:
+    end = "" if form == "century and tens" else str(century)
+    return f"The {noun} lasted from the year {century}{year:02} to the year {end}"
+
+
+def _form(tokenizer: PreTrainedTokenizerBase) -> str:
+    for form in ("years", "tens", "century and tens"):
+        for century in CENTURIES:
+            options = _years(form, century)
+            found = next_tokens(_prompt(form, "war", century, 32), options, tokenizer)
+            if len(set(found.values())) > len(options) // 2:
+                return form
+    raise GossamerError(
+        "greater-than cannot be asked with this tokenizer: it writes no year in tokens of one to three digits"
+    )
+
+
+def _examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:
+    form = _form(tokenizer)
+    while True:
+        noun, century, year = source.choice(NOUNS), source.choice(CENTURIES), source.choice(YEARS)
+        clean, corrupted = (_prompt(form, noun, century, y) for y in (year, 1))
+        own = year if form == "years" else year // 10
+        options = _years(form, century)
+        possible = next_tokens(clean, options, tokenizer)
+        right = tuple(text for text in options[own + 1 :] if text in possible)
+        wrong = tuple(text for text in options[: own + 1 if form == "years" else own] if text in possible)
+        yield Example(clean, corrupted, right, wrong)
+
+
+GREATER_THAN = Task(
+    "greater-than",
+    "a span of years ends after it began",
+    "probability_difference",
+    ("first_year",),
+    _examples,
+)
