@@ -13,6 +13,8 @@ make up much of its time, and the ratio flatters the op. On a GPU the peer is pi
 import argparse
 import datetime
 import json
+import math
+import os
 import platform
 import statistics
 import subprocess
@@ -122,7 +124,17 @@ def peak_megabytes(arguments: argparse.Namespace, name: str, tokens: int) -> flo
     command = [sys.executable, __file__, "--one-pass", name, "--tokens", str(tokens), "--dtype", arguments.dtype]
     for option in ("batch", "heads", "kv", "features"):
         command += [f"--{option}", str(getattr(arguments, option))]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    # Large blocks are mapped one by one, and so given back as soon as they are freed.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1]
+    )
+
+
+def growth(peaks: dict[int, float]) -> float:
+    """The exponent p of the least-squares fit peak = c T^p."""
+    x, y = ([math.log(value) for value in values] for values in (peaks.keys(), peaks.values()))
+    return statistics.linear_regression(x, y).slope
 
 
 def one_pass(arguments: argparse.Namespace) -> None:
@@ -144,8 +156,8 @@ def one_pass(arguments: argparse.Namespace) -> None:
         after = torch.cuda.max_memory_allocated() if GPU else _resident("VmHWM")
         return (after - before) / 2**20
 
-    work(1024)
-    work(1024)
+    work(256)
+    work(256)
     print(work(arguments.tokens[0]))
 
 
@@ -183,9 +195,9 @@ def main() -> None:
     parser.add_argument("--one-pass", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    keep_freed_memory()
     if arguments.one_pass:
         return one_pass(arguments)
+    keep_freed_memory()
     result = record(arguments)
     print(result["device"], result["versions"], arguments.dtype, flush=True)
     rows: dict[int, dict[str, dict[str, float]]] = {}
@@ -206,7 +218,8 @@ def main() -> None:
                 if not name.startswith("naive") or tokens <= arguments.quadratic_up_to:
                     peaks[tokens] = peak_megabytes(arguments, name, tokens)
             result["peak_megabytes"][name] = peaks
-            print(f"peak MB, {name}:", *(f"T={tokens} {peak:.0f}" for tokens, peak in peaks.items()), flush=True)
+            each = (f"T={tokens} {peak:.0f}" for tokens, peak in peaks.items())
+            print(f"peak MB, {name}:", *each, f"~ T^{growth(peaks):.2f}", flush=True)
     if arguments.record:
         arguments.record.parent.mkdir(parents=True, exist_ok=True)
         arguments.record.write_text(json.dumps(result, indent=1) + "\n")
