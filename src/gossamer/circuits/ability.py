@@ -32,7 +32,8 @@ class Ability:
 def measure_ability(model: PreTrainedModel, prompts: Prompts, *, batch_size: int = 16) -> Ability:
     """Run the model on both kinds of prompts, with hard gates if it has any; it is left in ``eval()`` mode."""
     model.eval()
-    clean, corrupted = [], []
+    clean: list[torch.Tensor] = []
+    corrupted: list[torch.Tensor] = []
     for batch in prompts.batches(batch_size):
         for ids, found in ((batch.clean, clean), (batch.corrupted, corrupted)):
             logits = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1).logits

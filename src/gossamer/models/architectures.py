@@ -4,7 +4,7 @@ To add a family: one entry in ``ARCHITECTURES`` and one tiny random config in ``
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,40 +14,90 @@ from gossamer.errors import GossamerError
 
 
 @dataclass(frozen=True)
+class Branches:
+    """The modules of a layer that first read the residual stream, and those whose output is added to it.
+
+    Attributes:
+        attention_in, attention_out: of attention; a norm, or the attention module itself.
+        mlp_in, mlp_out: of the MLP.
+        parallel: config field that, when true, lets the MLP read what attention reads, without its output.
+        multiplier: config field by which both outputs are multiplied.
+    """
+
+    attention_in: str
+    attention_out: str
+    mlp_in: str
+    mlp_out: str
+    parallel: str | None = None
+    multiplier: str | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where one model family keeps its attention.
 
     Attributes:
         layers: path of the list of decoder layers, from the causal language model.
         attention: name of the attention module within a layer.
-        projections: names of the linear maps within the attention module.
+        projections: names of the linear maps within the attention module, that of the output last.
+        branches: where the residual stream is read and written.
+        final_norm: path of the norm before the unembedding, from the causal language model.
         refused: config fields that change attention in a way the gates do not know; refused when truthy.
     """
 
     layers: str
     attention: str
     projections: tuple[str, ...]
+    branches: Branches
+    final_norm: str = "model.norm"
     refused: tuple[str, ...] = ()
 
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
-_LLAMA_LIKE = Architecture("model.layers", "self_attn", _SEPARATE)
+_PRE_NORM = Branches("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_POST_NORM = Branches("self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm")
+_BOTH_NORMS = Branches(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+_LLAMA_LIKE = Architecture("model.layers", "self_attn", _SEPARATE, _PRE_NORM)
+_ONE_WAY = ("use_bidirectional_attention",)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture("transformer.h", "attn", ("c_attn", "c_proj"), refused=("add_cross_attention",)),
-    "gpt_neox": Architecture("gpt_neox.layers", "attention", ("query_key_value", "dense")),
-    "opt": Architecture("model.decoder.layers", "self_attn", ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "gpt2": Architecture(
+        "transformer.h",
+        "attn",
+        ("c_attn", "c_proj"),
+        Branches("ln_1", "attn", "ln_2", "mlp"),
+        "transformer.ln_f",
+        refused=("add_cross_attention",),
+    ),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers",
+        "attention",
+        ("query_key_value", "dense"),
+        Branches("input_layernorm", "attention", "post_attention_layernorm", "mlp", parallel="use_parallel_residual"),
+        "gpt_neox.final_layer_norm",
+    ),
+    "opt": Architecture(
+        "model.decoder.layers",
+        "self_attn",
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        Branches("self_attn_layer_norm", "self_attn", "final_layer_norm", "fc2"),
+        "model.decoder.final_layer_norm",
+    ),
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
-    "gemma": Architecture("model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)),
-    "gemma2": Architecture("model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)),
-    "gemma3_text": Architecture("model.layers", "self_attn", _SEPARATE, refused=("use_bidirectional_attention",)),
-    "olmo2": _LLAMA_LIKE,
-    "phi3": Architecture("model.layers", "self_attn", ("qkv_proj", "o_proj")),
+    "gemma": Architecture("model.layers", "self_attn", _SEPARATE, _PRE_NORM, refused=_ONE_WAY),
+    "gemma2": Architecture("model.layers", "self_attn", _SEPARATE, _BOTH_NORMS, refused=_ONE_WAY),
+    "gemma3_text": Architecture("model.layers", "self_attn", _SEPARATE, _BOTH_NORMS, refused=_ONE_WAY),
+    "olmo2": Architecture("model.layers", "self_attn", _SEPARATE, _POST_NORM),
+    "phi3": Architecture("model.layers", "self_attn", ("qkv_proj", "o_proj"), _PRE_NORM),
     "smollm3": _LLAMA_LIKE,
-    "granite": _LLAMA_LIKE,
+    "granite": Architecture(
+        "model.layers", "self_attn", _SEPARATE, replace(_PRE_NORM, multiplier="residual_multiplier")
+    ),
 }
 
 # Families whose modelling code never calls the attention interface: their gates would silently do nothing.

@@ -1,0 +1,89 @@
+"""One run of a model with what every unit wrote and every destination read."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gossamer.circuits.graph import Graph
+from gossamer.circuits.streams import Pattern, Visitor, graph_of, visited
+
+
+@dataclass
+class Recording:
+    """A run without gradients.
+
+    Attributes:
+        written: what each source added to the stream.
+        read: the whole stream before attention and MLP of each layer, and before the logits; by (kind, layer).
+        weights, values: attention weights and values of each layer, keys and values once for each query head;
+            empty unless they were asked for.
+        logits: at the last position.
+    """
+
+    written: Float[Tensor, "sources batch tokens d_model"]
+    read: dict[tuple[str, int], Float[Tensor, "batch tokens d_model"]]
+    weights: list[Float[Tensor, "batch heads tokens tokens"]]
+    values: list[Float[Tensor, "batch heads tokens d_value"]]
+    logits: Float[Tensor, "batch vocab"]
+
+    def constant(self, graph: Graph, kind: str, layer: int) -> Tensor:
+        """The part of a read stream that no source wrote: output biases."""
+        sources = graph.sources_of(graph.logits if kind == "logits" else graph.read(layer, kind))
+        return self.read[kind, layer] - self.written[:sources].sum(0)
+
+
+@dataclass
+class _Recorder(Visitor):
+    graph: Graph
+    links: bool
+    written: Tensor | None = None
+    read: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    weights: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def read_input(self, x: Tensor) -> Tensor:
+        self.written = x.new_empty(self.graph.sources, *x.shape)
+        self.written[0] = x
+        return x
+
+    def read_attention(self, layer: int, x: Tensor) -> Tensor:
+        self.read["q", layer] = x
+        return x
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        values = v.repeat_interleave(groups, 1)
+        weights = pattern(q, k.repeat_interleave(groups, 1))
+        if self.links:
+            self.weights.append(weights)
+            self.values.append(values)
+        return weights @ values
+
+    def write_heads(self, layer: int, contributions: Tensor) -> None:
+        assert self.written is not None
+        self.written[self.graph.head(layer, 0) : self.graph.mlp(layer)] = contributions
+
+    def read_mlp(self, layer: int, x: Tensor) -> Tensor:
+        self.read["mlp", layer] = x
+        return x
+
+    def write_mlp(self, layer: int, contribution: Tensor) -> None:
+        assert self.written is not None
+        self.written[self.graph.mlp(layer)] = contribution
+
+    def read_logits(self, x: Tensor) -> Tensor:
+        self.read["logits", 0] = x
+        return x
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, links: bool = False) -> Recording:
+    """Run the model and record it; ``links`` keeps attention weights and values too."""
+    recorder = _Recorder(graph_of(model), links)
+    with visited(model, recorder):
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+    assert recorder.written is not None
+    return Recording(recorder.written, recorder.read, recorder.weights, recorder.values, logits)

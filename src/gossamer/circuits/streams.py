@@ -1,0 +1,237 @@
+"""A model's residual stream taken apart, through hooks on its own modules.
+
+While :func:`visited` lasts, a :class:`Visitor` sees, and may change, what every part of a model reads and writes:
+
+    read_input(x)              the stream as it begins: token and position embeddings
+    read_attention(layer, x)   the stream that a layer's attention reads, before any norm; may return several streams
+                               stacked along the batch, then attend() gets queries, keys and values of all of them
+    attend(layer, ...)         queries, keys (positions applied) and values; returns the heads' outputs
+    read_mlp(layer, x)         the stream that a layer's MLP reads, before any norm
+    write_heads(layer, c)      what each head adds to the stream, norms after attention included
+    write_mlp(layer, c)        what the MLP adds
+    read_logits(x)             the stream that the last norm and the unembedding read
+
+Works for every family that gossamer can gate, dense or gated: the attention is computed here, by transformers'
+attention interface, from the same definition as :mod:`gossamer.ops.naive`.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gossamer.circuits.graph import Graph
+from gossamer.errors import GossamerError
+from gossamer.models.architectures import Architecture, architecture_of
+from gossamer.models.attention import GateState, gated_mask
+
+IMPLEMENTATION = "gossamer_circuits"
+"""The name under which the visited attention is registered with transformers."""
+
+
+class Visitor:
+    """Sees everything and changes nothing; what a subclass overrides, it may change."""
+
+    def read_input(self, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
+        """Before the first layer."""
+        return x
+
+    def read_attention(self, layer: int, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
+        """Before a layer's attention."""
+        return x
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: "Pattern"
+    ) -> Float[Tensor, "batch heads tokens d_value"]:
+        """Heads' outputs; ``pattern(q, k)`` gives the attention weights with closed links at 0."""
+        groups = q.shape[1] // k.shape[1]
+        return pattern(q, k.repeat_interleave(groups, 1)) @ v.repeat_interleave(groups, 1)
+
+    def write_heads(self, layer: int, contributions: Float[Tensor, "heads batch tokens d_model"]) -> None:
+        """After a layer's attention."""
+
+    def read_mlp(self, layer: int, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
+        """Before a layer's MLP."""
+        return x
+
+    def write_mlp(self, layer: int, contribution: Float[Tensor, "batch tokens d_model"]) -> None:
+        """After a layer's MLP."""
+
+    def read_logits(self, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
+        """Before the last norm."""
+        return x
+
+
+class Pattern:
+    """The attention weights of one layer in one forward pass: A P, or P in a dense model."""
+
+    def __init__(self, module: nn.Module, mask: Bool[Tensor, "..."] | None, scale: float, softcap: float | None):
+        self.mask, self.scale, self.softcap = mask, scale, softcap
+        state = getattr(module, "gate_state", None)
+        gated = isinstance(state, GateState) and not state.forced_open
+        self.bias: Tensor | None = module.gate_bias.detach() if gated else None  # type: ignore[operator]
+
+    def __call__(
+        self, q: Float[Tensor, "batch heads tokens d"], k: Float[Tensor, "batch heads tokens d"]
+    ) -> Float[Tensor, "batch heads tokens tokens"]:
+        """Keys are given once for each query head."""
+        logits = q @ k.mT * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        mask = self.mask
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        weights = torch.softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
+        if self.bias is not None:
+            weights = weights * (logits.detach() + self.bias[:, None, None] > 0)
+        return weights
+
+
+def graph_of(model: PreTrainedModel) -> Graph:
+    """The units of a supported model.
+
+    Raises:
+        GossamerError: naming what of the model cannot be taken apart.
+    """
+    architecture = architecture_of(model)
+    config, branches = model.config, architecture.branches
+    if getattr(config, "do_layer_norm_before", True) is False:
+        raise GossamerError(f"{config.model_type} with do_layer_norm_before=False has no plain residual stream")
+    parallel = bool(branches.parallel and getattr(config, branches.parallel))
+    return Graph(config.num_hidden_layers, config.num_attention_heads, parallel)
+
+
+@contextmanager
+def visited(model: PreTrainedModel, visitor: Visitor) -> Iterator[None]:
+    """Within it, forward passes of the model show everything to the visitor; afterwards the model is as before.
+
+    Sequences must not be padded, and a cache must not be used.
+    """
+    architecture = architecture_of(model)
+    before = model.config._attn_implementation
+    with ExitStack() as stack:
+        layers = list(model.get_submodule(architecture.layers))
+        begin = layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: _replace_first(args, kwargs, visitor.read_input), with_kwargs=True
+        )
+        stack.callback(begin.remove)
+        for layer, module in enumerate(layers):
+            _Layer(model, architecture, module, layer, visitor).attach(stack)
+        final = model.get_submodule(architecture.final_norm)
+        hook = final.register_forward_pre_hook(lambda _, inputs: (visitor.read_logits(inputs[0]), *inputs[1:]))
+        stack.callback(hook.remove)
+        model.config._attn_implementation = IMPLEMENTATION
+        stack.callback(setattr, model.config, "_attn_implementation", before)
+        yield
+
+
+class _Layer:
+    """The hooks of one layer."""
+
+    def __init__(
+        self, model: PreTrainedModel, architecture: Architecture, module: nn.Module, layer: int, visitor: Visitor
+    ) -> None:
+        branches = architecture.branches
+        self.layer, self.visitor = layer, visitor
+        self.multiplier = getattr(model.config, branches.multiplier) if branches.multiplier else 1.0
+        self.attention = module.get_submodule(architecture.attention)
+        self.projection = self.attention.get_submodule(architecture.projections[-1])
+        self.attention_in, self.attention_out, self.mlp_in, self.mlp_out = (
+            module.get_submodule(name)
+            for name in (branches.attention_in, branches.attention_out, branches.mlp_in, branches.mlp_out)
+        )
+        self.batch = 0
+        self.outputs: Tensor | None = None
+
+    def attach(self, stack: ExitStack) -> None:
+        """Put the hooks on; they come off when the stack is left."""
+        hooks = [
+            self.attention_in.register_forward_pre_hook(self._read_attention, with_kwargs=True),
+            self.projection.register_forward_pre_hook(self._project),
+            self.attention_out.register_forward_hook(self._write_heads),
+            self.mlp_in.register_forward_pre_hook(self._read_mlp, with_kwargs=True),
+            self.mlp_out.register_forward_hook(self._write_mlp),
+        ]
+        for hook in hooks:
+            stack.callback(hook.remove)
+        self.attention.visited_layer = self  # type: ignore[assignment]
+        stack.callback(delattr, self.attention, "visited_layer")
+
+    def _read_attention(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def read(x: Tensor) -> Tensor:
+            self.batch = len(x)
+            return self.visitor.read_attention(self.layer, x)
+
+        return _replace_first(args, kwargs, read)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        """What transformers' attention function returns: [rows, tokens, heads, d_value], rows of all streams."""
+        outputs = self.visitor.attend(self.layer, q, k, v, pattern).transpose(1, 2)
+        self.outputs = outputs
+        # With several streams the rows beyond the batch stand for nothing; _project puts the outputs in.
+        return outputs if len(outputs) == len(q) else outputs.new_zeros(()).expand(len(q), *outputs.shape[1:])
+
+    def _project(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        assert self.outputs is not None
+        return (self.outputs.flatten(2),)
+
+    def _write_heads(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        assert self.outputs is not None
+        weight = self.projection.weight
+        rows = weight if isinstance(self.projection, Conv1D) else weight.mT
+        by_head = rows.view(self.outputs.shape[2], self.outputs.shape[3], -1)  # type: ignore[operator]
+        contributions = torch.einsum("bthv,hvd->hbtd", self.outputs, by_head) * self.multiplier
+        if self.attention_out is not self.attention:
+            contributions = contributions * _gain(module, args[0])
+        self.outputs = None
+        self.visitor.write_heads(self.layer, contributions)
+
+    def _read_mlp(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def read(x: Tensor) -> Tensor:
+            # OPT flattens batch and tokens.
+            return self.visitor.read_mlp(self.layer, x.view(self.batch, -1, x.shape[-1])).view_as(x)
+
+        return _replace_first(args, kwargs, read)
+
+    def _write_mlp(self, _: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
+        self.visitor.write_mlp(self.layer, result.view(self.batch, -1, result.shape[-1]) * self.multiplier)
+
+
+def _replace_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+
+def _gain(norm: nn.Module, x: Tensor) -> Tensor:
+    """The factor by which an RMS norm multiplies x; each head's part of x is multiplied by the same."""
+    epsilon = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)  # type: ignore[arg-type]
+    weight = norm.forward(torch.ones_like(x[:1, :1])) * (1 + epsilon) ** 0.5
+    return weight * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+def _visited_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    layer = module.visited_layer
+    assert isinstance(layer, _Layer)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layer.attend(query, key, value, Pattern(module, attention_mask, scale, softcap)), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _visited_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, gated_mask)

@@ -1,0 +1,216 @@
+"""Scores against real interpolation of edges, interventions against the runs they must equal, on tiny random models."""
+
+import pytest
+import torch
+
+import gossamer
+from families import tiny_model, tokens
+from gossamer.circuits.attribution import edge_scores, link_scores
+from gossamer.circuits.graph import Graph, prune, top_edges
+from gossamer.circuits.intervention import _PatchedEdges, keep_edges, keep_links, keep_nodes
+from gossamer.circuits.recording import record
+from gossamer.circuits.streams import Visitor, graph_of, visited
+from gossamer.circuits.tasks.base import Batch
+
+FAMILIES = (
+    "gpt2", "llama", "gpt_neox", "gpt_neox serial", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "phi3",
+    "smollm3", "granite", "opt",
+)  # fmt: skip
+
+
+def model_of(family: str, gated: bool = False):
+    model = tiny_model(family).double()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(0.5)
+    return gossamer.sparsify(model, gate_bias=0.3).double().eval() if gated else model
+
+
+def batch_of(prompts: int = 3, length: int = 7) -> Batch:
+    answers, wrong = (tuple(torch.tensor([i + first]) for i in range(prompts)) for first in (5, 40))
+    return Batch(tokens(prompts, length), tokens(prompts, length, seed=1), answers, wrong, "logit_difference")
+
+
+@torch.no_grad()
+def metric(model, batch: Batch, ids: torch.Tensor) -> torch.Tensor:
+    return batch.measure(model(input_ids=ids).logits[:, -1])
+
+
+def near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) -> None:
+    scale = wanted.abs().max().item()
+    assert scale > 0
+    torch.testing.assert_close(found / scale, wanted / scale, rtol=0, atol=tolerance)
+
+
+class Interpolated(_PatchedEdges):
+    """Patched edges that autograd can follow."""
+
+    def _write(self, sources: slice, values: torch.Tensor) -> None:
+        parts = (self.change[: sources.start], values - self.replacement[sources], self.change[sources.stop :])
+        self.change = torch.cat(parts)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eap_is_the_derivative_of_interpolating_each_edge(family: str, gated: bool) -> None:
+    model, batch = model_of(family, gated), batch_of()
+    graph = graph_of(model)
+    scores = edge_scores(model, batch)
+    other = record(model, batch.corrupted)
+    kept = graph.possible().double().requires_grad_()
+    visitor = Interpolated(graph, kept, other, other.written)
+    visitor.kept = kept
+    with visited(model, visitor):
+        batch.measure(model(input_ids=batch.clean).logits[:, -1]).sum().backward()
+    near(scores, -kept.grad)
+    assert not scores[~graph.possible()].any()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_eap_is_the_limit_of_patching_one_edge_a_little(family: str) -> None:
+    model, batch = model_of(family), batch_of()
+    graph = graph_of(model)
+    scores = edge_scores(model, batch)
+    possible = graph.possible()
+    for source, destination in torch.nonzero(possible)[::37].tolist():
+        values = []
+        for share in (1e-4, -1e-4):
+            kept = possible.double()
+            kept[source, destination] -= share
+            values.append(keep_edges(model, batch, kept).sum())
+        slope = (values[0] - values[1]) / 2e-4
+        torch.testing.assert_close(scores[source, destination], slope, rtol=1e-4, atol=1e-7)
+
+
+def test_integrated_gradients_average_over_the_embeddings() -> None:
+    """One step takes the gradient at the corrupted embeddings: EAP with the prompts' roles exchanged."""
+    model, batch = model_of("llama"), batch_of()
+    swapped = Batch(batch.corrupted, batch.clean, batch.answers, batch.wrong, batch.metric)
+    near(edge_scores(model, batch, steps=1), -edge_scores(model, swapped))
+    exact = (metric(model, batch, batch.corrupted) - metric(model, batch, batch.clean)).sum()
+    rough, fine = ((edge_scores(model, batch, steps=steps)[0].sum() - exact).abs() for steps in (1, 200))
+    assert fine < 0.02 * exact.abs() < rough  # all paths from the input: the integral is the change itself
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_edges_kept_is_the_clean_run_and_none_the_corrupted_one(family: str, gated: bool) -> None:
+    model, batch = model_of(family, gated), batch_of()
+    possible = graph_of(model).possible()
+    clean, corrupted = metric(model, batch, batch.clean), metric(model, batch, batch.corrupted)
+    near(keep_edges(model, batch, possible), clean, 1e-5)
+    near(keep_edges(model, batch, torch.zeros_like(possible)), corrupted, 1e-5)
+    assert not torch.allclose(clean, corrupted)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_nodes_edges_and_links_agree_where_they_must(family: str) -> None:
+    model, batch = model_of(family, gated=True), batch_of()
+    graph = graph_of(model)
+    clean, corrupted = metric(model, batch, batch.clean), metric(model, batch, batch.corrupted)
+    nodes = torch.ones(graph.sources, dtype=torch.bool)
+    near(keep_nodes(model, batch, nodes), clean, 1e-5)
+    near(keep_nodes(model, batch, ~nodes), corrupted, 1e-5)
+    nodes[graph.head(1, 2)] = False
+    edges = graph.possible()
+    edges[graph.head(1, 2)] = False
+    assert torch.equal(keep_nodes(model, batch, nodes), keep_edges(model, batch, edges))
+    shape = (len(batch.clean), graph.layers, graph.heads, 7, 7)
+    links = torch.ones(shape, dtype=torch.bool)
+    near(keep_links(model, batch, links), clean, 1e-5)
+    for head in range(graph.heads):
+        links[:, 1, head] = False
+    without_layer = graph.possible()
+    without_layer[graph.head(1, 0) : graph.mlp(1)] = False
+    near(keep_links(model, batch, links), keep_edges(model, batch, without_layer), 1e-5)
+    near(keep_links(model, batch, links, ablation="zero"), _without_heads(model, batch, 1), 1e-5)
+
+
+def _without_heads(model, batch: Batch, layer: int) -> torch.Tensor:
+    """The metric with the output projection of a layer fed with zeros."""
+    from gossamer.models.architectures import ARCHITECTURES, attention_modules
+
+    attention = list(attention_modules(model))[layer]
+    projection = attention.get_submodule(ARCHITECTURES[model.config.model_type].projections[-1])
+    hook = projection.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
+    try:
+        return metric(model, batch, batch.clean)
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_ablations_keep_everything_or_nothing(ablation: str) -> None:
+    model, batch = model_of("gpt2"), batch_of()
+    possible = graph_of(model).possible()
+    near(keep_edges(model, batch, possible, ablation=ablation), metric(model, batch, batch.clean), 1e-6)
+    nothing = keep_edges(model, batch, torch.zeros_like(possible), ablation=ablation)
+    # All prompts are the same when nothing of them is left; only their answers differ.
+    assert nothing.isfinite().all()
+    assert not torch.allclose(nothing, metric(model, batch, batch.corrupted))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_link_scores_are_derivatives_of_interpolating_each_link(family: str, gated: bool) -> None:
+    model, batch = model_of(family, gated), batch_of(2, 5)
+    graph = graph_of(model)
+    scores = link_scores(model, batch)
+    links = torch.ones(2, graph.layers, graph.heads, 5, 5, dtype=torch.double)
+    for place in ((0, 0, 1, 4, 2), (1, 1, 0, 3, 3), (0, 2, 3, 4, 0), (1, 2, 1, 4, 4)):
+        values = []
+        for share in (1e-3, -1e-3):
+            kept = links.clone()
+            kept[place] -= share
+            values.append(keep_links(model, batch, kept).sum())
+        slope = (values[0] - values[1]) / 2e-3
+        torch.testing.assert_close(scores[place], slope, rtol=1e-3, atol=1e-4 * scores.abs().max().item())
+
+
+def test_a_model_is_as_before_after_a_visit() -> None:
+    for gated in (False, True):
+        model, batch = model_of("llama", gated), batch_of()
+        model.requires_grad_(True)
+        before = metric(model, batch, batch.clean)
+        implementation = model.config._attn_implementation
+        with pytest.raises(RuntimeError), visited(model, Visitor()):
+            raise RuntimeError
+        edge_scores(model, batch)
+        assert model.config._attn_implementation == implementation
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+        assert torch.equal(metric(model, batch, batch.clean), before)
+
+
+def test_units_of_known_models() -> None:
+    gpt2 = Graph(12, 12)
+    assert (gpt2.sources, gpt2.destinations, int(gpt2.possible().sum())) == (157, 445, 32_491)
+    assert int(Graph(30, 9).possible().sum()) == 123_211
+    names = [gpt2.source_name(source) for source in (0, 1, 12, 13, 14)]
+    assert names == ["input", "a0.h0", "a0.h11", "m0", "a1.h0"]
+    reads = [gpt2.destination_name(place) for place in (0, 12, 24, 36, 37, 444)]
+    assert reads == ["a0.h0<q>", "a0.h0<k>", "a0.h0<v>", "m0", "a1.h0<q>", "logits"]
+    assert gpt2.destination_name(gpt2.read(3, "v", 5)) == "a3.h5<v>"
+    assert gpt2.source_name(gpt2.mlp(3)) == "m3"
+    assert Graph(2, 2, parallel=True).possible().sum() == Graph(2, 2).possible().sum() - 4
+
+
+def test_pruning_leaves_what_lies_on_a_path() -> None:
+    graph = Graph(2, 1)  # sources input a0 m0 a1 m1
+    kept = torch.zeros(graph.sources, graph.destinations, dtype=torch.bool)
+    path = [(0, graph.read(0, "v")), (graph.head(0, 0), graph.read(1, "q")), (graph.head(1, 0), graph.logits)]
+    unheard, unfed = (0, graph.read(0, "mlp")), (graph.mlp(0), graph.read(1, "mlp"))
+    for edge in (*path, unheard, unfed):
+        kept[edge] = True
+    kept[0, graph.read(0, "mlp")] = True
+    pruned = prune(graph, kept)
+    assert {tuple(edge) for edge in pruned.nonzero().tolist()} == set(path)
+
+
+def test_top_edges_are_the_largest_possible_ones() -> None:
+    graph = Graph(1, 1)
+    scores = torch.arange(graph.sources * graph.destinations, dtype=torch.double).view(graph.sources, -1)
+    scores[0, 0] = -100
+    assert top_edges(graph, scores, 1).nonzero().tolist() == [[0, 0]]
+    assert top_edges(graph, scores, 1, absolute=False).nonzero().tolist() == [[2, graph.logits]]
+    assert top_edges(graph, scores, 99).sum() == graph.possible().sum()
