@@ -91,6 +91,10 @@ def sparsify(
     hard_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps, at the end, with hard gates, not sampled.")
     ] = 0.8,
+    initial_multiplier: Annotated[
+        float,
+        typer.Option(min=1e-4, max=1e4, help="lambda at first; low ones close the gates before the bound counts."),
+    ] = 0.02,
     multiplier_rate: Annotated[
         float, typer.Option(help="How fast lambda follows: change of log lambda per step and nat of violation.")
     ] = 0.5,
@@ -140,7 +144,7 @@ def sparsify(
             gate_learning_rate=gate_learning_rate,
             hard_fraction=hard_fraction,
             constraint=constraint.value,
-            multiplier=MultiplierConfig(rate=multiplier_rate),
+            multiplier=MultiplierConfig(initial=initial_multiplier, rate=multiplier_rate),
             precision=precision.value,
             checkpoint_every=checkpoint_every,
             seed=seed,
@@ -216,6 +220,43 @@ def task(
         f"{prompts.metric.replace('_', ' ')}, corrupted": f"{ability.corrupted:.3f}",
     }
     console.print(_facts(model, facts))
+
+
+@app.command()
+def circuits(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
+    examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
+    corruption: Annotated[
+        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    ig_steps: Annotated[int, typer.Option(min=0, help="Steps of integrated gradients; 0: none (EAP).")] = 5,
+    force: Annotated[bool, typer.Option("--force", help="Go on even if a model cannot do the task.")] = False,
+) -> None:
+    """Find circuits of RUN's sparse model and of its dense original, prove them by intervention, compare them."""
+    from transformers.utils import logging
+
+    from gossamer.circuits.compare import compare_circuits, comparison_tables
+    from gossamer.circuits.tasks import find_task
+    from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.run import Run
+
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    with console.status("circuits") as status:
+        record = compare_circuits(
+            Run(run),
+            find_task(task),
+            examples=examples,
+            corruption=corruption,
+            seed=seed,
+            steps=ig_steps,
+            forced=force,
+            progress=lambda what: status.update(escape(what)),
+        )
+    for table in comparison_tables(record):
+        console.print(table)
 
 
 def _some(texts: tuple[str, ...]) -> str:
