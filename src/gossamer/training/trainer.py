@@ -437,4 +437,6 @@ def _read_state(checkpoint: Path) -> tuple[dict[str, float | None], Validation |
 
 
 def _first_line(error: BaseException) -> str:
+    if "inline_container" in str(error):  # torch's zip writer, which does not say why
+        return "a file could not be written whole; is the disk full?"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
