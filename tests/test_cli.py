@@ -263,3 +263,60 @@ def test_help_names_every_command() -> None:
     result = gossamer_command("--help")
     assert result.returncode == 0
     assert all(verb in result.stdout for verb in ("sparsify", "evaluate", "inspect"))
+
+
+@pytest.fixture(scope="module")
+def own_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Examples that the tiny tokenizer can write."""
+    file = tmp_path_factory.mktemp("tasks") / "own.jsonl"
+    rows = [
+        {"clean": f"the sparse {a} reads", "corrupted": f"the sparse {b} reads", "answers": [" two"], "wrong": [" one"]}
+        for a in ("model", "link", "token") for b in ("row", "need")
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows).replace("token ", "tokens "))
+    return file
+
+
+def test_task_shows_examples_and_how_well_the_model_does(finished, own_task: Path) -> None:
+    out, _, _ = finished
+    for model in (out, out / "model"):
+        result = gossamer_command("task", own_task, "--model", model, "--examples", 4)
+        assert result.returncode == 0, result.stderr
+        assert "the sparse" in result.stdout
+        assert re.search(r"prompts\s+│\s+4", result.stdout)
+        assert "logit difference, corrupted" in result.stdout
+
+
+def test_circuits_leaves_a_record_of_both_models(finished, own_task: Path) -> None:
+    out, _, _ = finished
+    result = gossamer_command("circuits", out, "--task", own_task, "--examples", 4, "--ig-steps", 2, "--force")
+    assert result.returncode == 0, result.stderr
+    assert "dense : sparse" in result.stdout
+    record = json.loads((out / "circuits" / "own" / "circuits.json").read_text())
+    assert record["prompts"] == 4
+    scores = load_file(out / "circuits" / "own" / "scores.safetensors")
+    for name, model in record["models"].items():
+        assert set(model["levels"]) == {"nodes", "edges", "links"}
+        assert model["levels"]["nodes"]["total"] == len(scores[name])
+        assert model["levels"]["edges"]["metric_everything"] == pytest.approx(model["metric_clean"], abs=1e-4)
+        assert model["levels"]["edges"]["metric_nothing"] == pytest.approx(model["metric_corrupted"], abs=1e-4)
+        assert model["levels"]["links"]["points"][-1]["faithfulness"] == pytest.approx(1.0)
+
+
+def test_what_circuits_cannot_use_is_refused(finished, own_task: Path, tmp_path: Path) -> None:
+    out, _, _ = finished
+    assert_refused(gossamer_command("task", "oii", "--model", out), "no task 'oii'", "ioi")
+    assert_refused(gossamer_command("circuits", tmp_path, "--task", own_task), "is not a run")
+    uneven = tmp_path / "uneven.jsonl"
+    uneven.write_text(json.dumps({"clean": "the", "corrupted": "the row", "answers": [" one"], "wrong": [" two"]}))
+    assert_refused(gossamer_command("task", uneven, "--model", out), "has 1 tokens, the corrupted one 2")
+    backwards = tmp_path / "backwards.jsonl"
+    rows = [json.loads(line) for line in own_task.read_text().splitlines()]
+    ability = {}
+    for name, flip in (("own", False), ("flipped", True)):
+        changed = [{**row, "answers": row["wrong"], "wrong": row["answers"]} if flip else row for row in rows]
+        backwards.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        ability[name] = gossamer_command("circuits", out, "--task", backwards, "--examples", 4)
+    refused = [result for result in ability.values() if result.returncode]
+    assert refused  # a model cannot prefer both answers
+    assert_refused(refused[0], "the model cannot do backwards", "% of 4 prompts right", "--force")
