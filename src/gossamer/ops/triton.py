@@ -44,7 +44,7 @@ class Launch:
 
 
 def launch(kernel: Kernel, features: int, element_size: int, queries: int) -> Launch:
-    """Tile sizes that spill no registers on sm_80 and sm_90 (tests/ops/test_triton_compiled.py).
+    """Tile sizes that spill no registers on sm_80 and sm_90 (tests/ops/test_triton.py).
 
     Args:
         features: head size, rounded up to a power of two.
