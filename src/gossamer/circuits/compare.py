@@ -17,7 +17,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from gossamer.circuits.ability import measure_ability, require_ability
+from gossamer.circuits.ability import Ability, measure_ability, require_ability
 from gossamer.circuits.metrics import Curve
 from gossamer.circuits.search import LEVELS, Circuits, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
@@ -68,9 +68,14 @@ def compare_circuits(
         "versions": versions(),
         "models": {},
     }
+    models = {"dense": dense, "sparse": load_sparse(run)}
+    abilities = {}
+    for name, model in models.items():
+        abilities[name] = measure_ability(model, prompts)
+        require_ability(abilities[name], f"{task.name} ({name})", forced=forced)
     scores = {}
-    for name, model in (("dense", dense), ("sparse", load_sparse(run))):
-        found, record["models"][name] = _of_model(name, model, prompts, task, steps, forced, progress)
+    for name, model in models.items():
+        found, record["models"][name] = _of_model(name, model, prompts, abilities[name], steps, progress)
         scores[name] = found.scores.contiguous()
     with written_beside(run.folder / "circuits" / task.name) as staging:
         save_file(scores, staging / "scores.safetensors")
@@ -82,14 +87,10 @@ def _of_model(
     name: str,
     model: PreTrainedModel,
     prompts: Prompts,
-    task: Task,
+    ability: Ability,
     steps: int,
-    forced: bool,
     progress: Callable[[str], None],
 ) -> tuple[Circuits, dict[str, Any]]:
-    model.eval()
-    ability = measure_ability(model, prompts)
-    require_ability(ability, f"{task.name} ({name})", forced=forced)
     started = time.perf_counter()
     found = find_circuits(model, prompts, steps=steps, progress=lambda what: progress(f"{name}: {what}"))
     seconds = time.perf_counter() - started
