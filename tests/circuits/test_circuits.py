@@ -8,6 +8,7 @@ from families import tiny_model, tokens
 from gossamer.circuits.attribution import edge_scores, link_scores
 from gossamer.circuits.graph import Graph, prune, top_edges
 from gossamer.circuits.intervention import _PatchedEdges, keep_edges, keep_links, keep_nodes
+from gossamer.circuits.projections import projections_of
 from gossamer.circuits.recording import record
 from gossamer.circuits.streams import Visitor, graph_of, visited
 from gossamer.circuits.tasks.base import Batch
@@ -46,8 +47,8 @@ class Interpolated(_PatchedEdges):
     """Patched edges that autograd can follow."""
 
     def _write(self, sources: slice, values: torch.Tensor) -> None:
-        parts = (self.change[: sources.start], values - self.replacement[sources], self.change[sources.stop :])
-        self.change = torch.cat(parts)
+        rows = values.unflatten(1, self.change.shape[1:3]) - self.replacement[sources, None]
+        self.change = torch.cat((self.change[: sources.start], rows, self.change[sources.stop :]))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -58,8 +59,7 @@ def test_eap_is_the_derivative_of_interpolating_each_edge(family: str, gated: bo
     scores = edge_scores(model, batch)
     other = record(model, batch.corrupted)
     kept = graph.possible().double().requires_grad_()
-    visitor = Interpolated(graph, kept, other, other.written)
-    visitor.kept = kept
+    visitor = Interpolated(graph, projections_of(model), kept[None], other, "patch")
     with visited(model, visitor):
         batch.measure(model(input_ids=batch.clean).logits[:, -1]).sum().backward()
     near(scores, -kept.grad)
@@ -214,3 +214,39 @@ def test_top_edges_are_the_largest_possible_ones() -> None:
     assert top_edges(graph, scores, 1).nonzero().tolist() == [[0, 0]]
     assert top_edges(graph, scores, 1, absolute=False).nonzero().tolist() == [[2, graph.logits]]
     assert top_edges(graph, scores, 99).sum() == graph.possible().sum()
+
+
+class Inner(Visitor):
+    """Keeps what attention gets in layer 1."""
+
+    def attend(self, layer, q, k, v, pattern):
+        if layer == 1:
+            groups = q.shape[1] // k.shape[1]
+            self.seen = {"q": q, "k": k.repeat_interleave(groups, 1), "v": v.repeat_interleave(groups, 1)}
+        return super().attend(layer, q, k, v, pattern)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_places_are_where_the_heads_come_from(family: str) -> None:
+    model, ids = model_of(family), tokens(2, 6)
+
+    def inner() -> dict[str, torch.Tensor]:
+        visitor = Inner()
+        with visited(model, visitor):
+            model(input_ids=ids)
+        return visitor.seen
+
+    before = inner()
+    for kind, place in projections_of(model)[1].items():
+        for head in range(4):
+            columns = place.columns[head]
+            weight = place.module.weight.mT if family == "gpt2" else place.module.weight
+            saved = weight[columns].clone()
+            weight[columns] = saved.flip(1)
+            after = inner()
+            weight[columns] = saved
+            sharing = (place.columns[:, 0] == columns[0]).tolist()
+            for other in "qkv":
+                changed = [not torch.allclose(after[other][:, h], before[other][:, h]) for h in range(4)]
+                assert changed == ([place.mixed or shared for shared in sharing] if other == kind else [False] * 4)

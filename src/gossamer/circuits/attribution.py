@@ -6,8 +6,8 @@
     links    w'_ij (v'_j . g_i) - w_ij (v_j . g_i), g the gradient at the head's output, primes the corrupted run
 
 Gradients are taken before the norm of the destination, on the clean run (EAP). All edges of a batch need one forward
-and one backward pass. The gradient at q, k or v of one head is its gradient in the attention, carried back through
-rotation, projection and norm, a few destinations at a time: the memory is that of what the sources wrote.
+and one backward pass; then the gradient at q, k or v of each head goes back through its own rows of the projection,
+and through the norm, for as many heads at a time as one layer has. So the memory is that of what the sources wrote.
 """
 
 from dataclasses import dataclass, field
@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
-from gossamer.circuits.recording import Recording, record
-from gossamer.circuits.streams import Pattern, Visitor, graph_of, visited
+from gossamer.circuits.projections import Place, Places, projections_of
+from gossamer.circuits.recording import Recording, record, record_difference
+from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
 from gossamer.circuits.tasks.base import Batch
 
-AT_ONCE = 8
-"""Destinations whose gradients are held at once."""
+AT_ONCE = 16
+"""Heads whose gradients at the stream are held at once."""
 
 
 @dataclass
@@ -32,7 +33,9 @@ class _Taps(Visitor):
 
     begin: Tensor | None = None
     streams: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    inner: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    normed: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    projected: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    inner: list[dict[str, Tensor]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
     def _tap(self, kind: str, layer: int, x: Tensor) -> Tensor:
@@ -45,14 +48,18 @@ class _Taps(Visitor):
         start = x if self.begin is None else self.begin
         return start.detach().requires_grad_()
 
-    def read_attention(self, layer: int, x: Tensor) -> Tensor:
+    def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
         return self._tap("q", layer, x)
+
+    def project(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
+        self.normed[name, layer], self.projected[name, layer] = x, y
+        return y
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         groups = q.shape[1] // k.shape[1]
-        expanded = (q.clone(), k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
-        output = pattern(*expanded[:2]) @ expanded[2]
-        for x in (*expanded, output):
+        expanded = {"q": q.clone(), "k": k.repeat_interleave(groups, 1), "v": v.repeat_interleave(groups, 1)}
+        output = pattern(expanded["q"], expanded["k"]) @ expanded["v"]
+        for x in (*expanded.values(), output):
             x.retain_grad()
         self.inner.append(expanded)
         self.outputs.append(output)
@@ -71,32 +78,33 @@ def edge_scores(model: PreTrainedModel, batch: Batch, *, steps: int = 0) -> Floa
     The score of an edge estimates how much the batch's summed metric changes when the edge is patched. The score of a
     node is the sum over its outgoing edges.
     """
-    graph = graph_of(model)
-    clean, corrupted = record(model, batch.clean), record(model, batch.corrupted)
-    difference = corrupted.written - clean.written
-    ends = (clean.written[0], corrupted.written[0])
-    del clean, corrupted
-    scores = difference.new_zeros(graph.sources, graph.destinations)
-    for step in range(max(steps, 1)):
-        begin = None if steps == 0 else ends[1] + step / steps * (ends[0] - ends[1])
-        scores += _scores_of_run(model, batch, graph, difference, begin) / max(steps, 1)
+    graph, places = graph_of(model), projections_of(model)
+    difference = record_difference(model, batch.clean, batch.corrupted)
+    scores = difference.written.new_zeros(graph.sources, graph.destinations)
+    for begin in _embeddings(difference.clean, difference.corrupted, steps):
+        scores += _scores_of_run(model, batch, graph, places, difference.written, begin) / max(steps, 1)
     return scores
 
 
+def _embeddings(clean: Tensor, corrupted: Tensor, steps: int) -> list[Tensor | None]:
+    """Where the runs begin whose gradients are averaged; None: at the clean prompts' own."""
+    return [corrupted + step / steps * (clean - corrupted) for step in range(steps)] or [None]
+
+
 def _scores_of_run(
-    model: PreTrainedModel, batch: Batch, graph: Graph, difference: Tensor, begin: Tensor | None
+    model: PreTrainedModel, batch: Batch, graph: Graph, places: list[Places], difference: Tensor, begin: Tensor | None
 ) -> Tensor:
     taps = _Taps(begin)
     _run(model, batch, taps, retain_graph=True)
     scores = difference.new_zeros(graph.sources, graph.destinations)
-    for layer, inner in enumerate(taps.inner):
-        stream = taps.streams["q", layer]
+    for layer in range(graph.layers):
         changes = difference[: graph.sources_before(layer)].flatten(1)
-        reads = range(*graph.attention_reads(layer).indices(graph.destinations))
-        for first in range(0, len(reads), AT_ONCE):
-            some = range(len(reads))[first : first + AT_ONCE]
-            gradients = torch.stack([_carried_back(inner, stream, *divmod(place, graph.heads)) for place in some])
-            scores[: len(changes), reads[first] : reads[first] + len(some)] = changes @ gradients.flatten(1).mT
+        for kind, place in places[layer].items():
+            for first in range(0, graph.heads, AT_ONCE):
+                heads = list(range(first, min(first + AT_ONCE, graph.heads)))
+                gradients = _at_stream(taps, layer, kind, place, heads)
+                read = graph.read(layer, kind, first)
+                scores[: len(changes), read : read + len(heads)] = changes @ gradients.flatten(1).mT
         mlp = graph.read(layer, "mlp")
         scores[:, mlp] = _column(graph, difference, taps.streams["mlp", layer], mlp)
     scores[:, graph.logits] = _column(graph, difference, taps.streams["logits", 0], graph.logits)
@@ -108,21 +116,49 @@ def _run(model: PreTrainedModel, batch: Batch, taps: _Taps, *, retain_graph: boo
     model.requires_grad_(False)
     try:
         with visited(model, taps), torch.enable_grad():
-            logits = model(input_ids=batch.clean, use_cache=False, logits_to_keep=1).logits[:, -1]
+            logits = model(input_ids=batch.clean.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
             batch.measure(logits).sum().backward(retain_graph=retain_graph)
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
 
 
-def _carried_back(inner: tuple[Tensor, Tensor, Tensor], stream: Tensor, kind: int, head: int) -> Tensor:
-    """The gradient at the stream by way of q (0), k (1) or v (2) of one head only."""
-    x = inner[kind]
-    only = torch.zeros_like(x)
-    assert x.grad is not None
-    only[:, head] = x.grad[:, head]
-    (gradient,) = torch.autograd.grad(x, stream, only, retain_graph=True)
-    return gradient
+def _at_stream(
+    taps: _Taps, layer: int, kind: str, place: Place, heads: list[int]
+) -> Float[Tensor, "heads batch tokens d_model"]:
+    """The gradient at the stream by way of q, k or v of one head only, for each of the heads."""
+    inner, projected = taps.inner[layer][kind], taps.projected[place.name, layer]
+    assert inner.grad is not None
+    gradients = inner.new_empty(len(heads), *inner.shape[:1], *taps.streams["q", layer].shape[1:])
+    for turn in _turns(place, heads):
+        only = torch.zeros_like(inner)
+        only[:, turn] = inner.grad[:, turn]
+        (outputs,) = torch.autograd.grad(inner, projected, only, retain_graph=True)
+        columns = place.turns(turn)
+        own = outputs[..., columns].flatten(0, 1).transpose(0, 1)  # heads, batch and tokens, columns
+        gradients[[head - heads[0] for head in turn]] = (own @ place.weight(columns)).view(
+            len(turn), *gradients.shape[1:]
+        )
+    normed, stream = taps.normed[place.name, layer], taps.streams["q", layer]
+    if normed is not stream:
+        (gradients,) = torch.autograd.grad(normed, stream, gradients, retain_graph=True, is_grads_batched=True)
+    return gradients
+
+
+def _turns(place: Place, heads: list[int]) -> list[list[int]]:
+    """Heads that can be carried back together, since no two of them share columns of the projection."""
+    if place.mixed:
+        return [[head] for head in heads]
+    first = place.columns[:, 0].tolist()
+    turns: list[list[int]] = []
+    for head in heads:
+        free = (turn for turn in turns if first[head] not in {first[other] for other in turn})
+        turn = next(free, None)
+        if turn is None:
+            turns.append([head])
+        else:
+            turn.append(head)
+    return turns
 
 
 def _column(graph: Graph, difference: Tensor, stream: Tensor, destination: int) -> Tensor:
@@ -133,17 +169,24 @@ def _column(graph: Graph, difference: Tensor, stream: Tensor, destination: int) 
     return column
 
 
-def link_scores(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "prompts layers heads tokens tokens"]:
-    """Attribution scores of all attention links, by prompt; gradient on the clean run."""
+def link_scores(
+    model: PreTrainedModel, batch: Batch, *, steps: int = 0
+) -> Float[Tensor, "prompts layers heads tokens tokens"]:
+    """Attribution scores of all attention links, by prompt; gradients as in :func:`edge_scores`."""
     clean, corrupted = (record(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
-    taps = _Taps()
-    _run(model, batch, taps, retain_graph=False)
-    layers = []
-    for layer, output in enumerate(taps.outputs):
-        gradient = output.grad
-        assert gradient is not None
-        layers.append(_link_value(corrupted, layer, gradient) - _link_value(clean, layer, gradient))
-    return torch.stack(layers, 1)
+    scores: Tensor | None = None
+    for begin in _embeddings(clean.written[0], corrupted.written[0], steps):
+        taps = _Taps(begin)
+        _run(model, batch, taps, retain_graph=False)
+        layers = []
+        for layer, output in enumerate(taps.outputs):
+            gradient = output.grad
+            assert gradient is not None
+            layers.append(_link_value(corrupted, layer, gradient) - _link_value(clean, layer, gradient))
+        found = torch.stack(layers, 1) / max(steps, 1)
+        scores = found if scores is None else scores + found
+    assert scores is not None
+    return scores
 
 
 def _link_value(run: Recording, layer: int, gradient: Int[Tensor, "..."]) -> Tensor:

@@ -51,7 +51,9 @@ class Graph:
         return self.sources_before(layer) + self.heads
 
     def read(self, layer: int, kind: str, head: int = 0) -> int:
-        """The destination that ``q``, ``k``, ``v`` of a head, or the ``mlp`` of a layer is."""
+        """The destination that ``q``, ``k``, ``v`` of a head, the ``mlp`` of a layer, or the ``logits`` are."""
+        if kind == "logits":
+            return self.logits
         start = layer * (3 * self.heads + 1)
         return start + (3 * self.heads if kind == "mlp" else "qkv".index(kind) * self.heads + head)
 

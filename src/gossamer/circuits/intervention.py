@@ -3,6 +3,8 @@
 Edges are exact: the stream that a destination reads is the sum of what its sources wrote, of the run at hand where the
 edge is kept and of the replacement where it is not, and q, k and v of every head read streams of their own. To patch a
 node is to patch all edges that leave it. Links are patched one by one within each head's sum over keys.
+
+Several circuits can be measured in one pass: they are stacked in front of the circuit's own dimensions.
 """
 
 from dataclasses import dataclass
@@ -14,58 +16,108 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
+from gossamer.circuits.projections import Place, Places, projections_of
 from gossamer.circuits.recording import Recording, record
-from gossamer.circuits.streams import Pattern, Visitor, graph_of, visited
+from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
 from gossamer.circuits.tasks.base import Batch
 
 Ablation = Literal["patch", "zero", "mean"]
 
 
 class _PatchedEdges(Visitor):
-    def __init__(self, graph: Graph, kept: Tensor, other: Recording, replacement: Tensor) -> None:
-        self.graph, self.other, self.replacement = graph, other, replacement
-        self.kept = kept.to(replacement)
-        self.change = torch.empty_like(replacement)
+    """Rows of the batch are circuit by circuit, within it prompt by prompt.
 
-    def _streams(self, kind: str, layer: int, destinations: slice) -> Tensor:
-        """[destinations, batch, tokens, d_model]: what the destinations read."""
+    Query heads that share columns of a projection need them in turn: the batch is repeated as often as heads share
+    one, and head h is computed in repetition h modulo their number.
+    """
+
+    def __init__(self, graph: Graph, places: list[Places], kept: Tensor, other: Recording, ablation: Ablation) -> None:
+        self.graph, self.places, self.other = graph, places, other
+        self.ablation = ablation
+        self.kept = kept.to(other.written)
+        self.replacement = _replacement(other, ablation)
+        circuits, prompts = len(kept), other.written.shape[1]
+        self.change = other.written.new_empty(graph.sources, circuits, prompts, *other.written.shape[2:])
+        self.norm: Norm | None = None
+
+    def _streams(self, kind: str, layer: int) -> Float[Tensor, "destinations rows tokens d_model"]:
+        """What the destinations of a kind in a layer read; for q, k and v one a head."""
         graph = self.graph
-        sources = graph.sources_of(destinations.start)
-        base = self.other.constant(graph, kind, layer) + self.replacement[:sources].sum(0)
-        return base + torch.einsum("uv,ubtd->vbtd", self.kept[:sources, destinations], self.change[:sources])
+        first = graph.read(layer, kind)
+        reads = slice(first, first + (graph.heads if kind in "qkv" else 1))
+        sources = graph.sources_of(first)
+        change = self.change[:sources].transpose(0, 1).flatten(2)  # circuits, sources, all of a stream
+        changes = self.kept[:, :sources, reads].mT @ change
+        streams = changes.transpose(0, 1).unflatten(2, self.change.shape[2:])
+        return (streams + self._replaced("q" if kind in "qkv" else kind, layer, sources)).flatten(1, 2)
 
-    def _write(self, sources: slice, values: Tensor) -> None:
-        self.change[sources] = values - self.replacement[sources]
+    def _replaced(self, kind: str, layer: int, sources: int) -> Tensor:
+        """The stream when every source carries its replacement."""
+        if self.ablation == "patch":
+            return self.other.read[kind, layer]
+        return self.other.constant(self.graph, kind, layer) + self.replacement[:sources].sum(0)
+
+    def _write(self, sources: slice, values: Float[Tensor, "sources rows tokens d_model"]) -> None:
+        rows = values.unflatten(1, self.change.shape[1:3])
+        self.change[sources] = rows - self.replacement[sources, None]
 
     def read_input(self, x: Tensor) -> Tensor:
         self._write(slice(0, 1), x[None])
         return x
 
-    def read_attention(self, layer: int, x: Tensor) -> Tensor:
-        return self._streams("q", layer, self.graph.attention_reads(layer)).flatten(0, 1)
+    def _repetitions(self, layer: int) -> int:
+        places = self.places[layer]
+        if any(place.mixed for place in places.values()):
+            return self.graph.heads
+        return self.graph.heads // len(places["k"].columns[:, 0].unique())
+
+    def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
+        self.norm = norm
+        return x.repeat(self._repetitions(layer), 1, 1)
+
+    def project(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
+        assert self.norm is not None
+        repetitions = self._repetitions(layer)
+        y = y.clone().unflatten(0, (repetitions, -1))
+        for kind, place in self.places[layer].items():
+            if place.name != name:
+                continue
+            normed = self.norm(self._streams(kind, layer).flatten(0, 1)).unflatten(0, (self.graph.heads, -1))
+            for turn in range(repetitions):
+                heads = list(range(turn, self.graph.heads, repetitions))
+                columns = place.turns(heads)
+                y[turn, :, :, columns.flatten()] = _projected(place, columns, normed[heads])
+        return y.flatten(0, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         heads, groups = q.shape[1], q.shape[1] // k.shape[1]
-        own = torch.arange(heads, device=q.device)
+        own, repetitions = torch.arange(heads, device=q.device), self._repetitions(layer)
         picked = []
-        for kind, x in enumerate((q, k, v)):
-            streams = x.unflatten(0, (3, heads, -1))[kind]
-            picked.append(streams[own, :, own if kind == 0 else own // groups].transpose(0, 1))
+        for x, place in ((q, own), (k, own // groups), (v, own // groups)):
+            picked.append(x.unflatten(0, (repetitions, -1))[own % repetitions, :, place].transpose(0, 1))
         return pattern(*picked[:2]) @ picked[2]
 
     def write_heads(self, layer: int, contributions: Tensor) -> None:
         self._write(slice(self.graph.head(layer, 0), self.graph.mlp(layer)), contributions)
 
     def read_mlp(self, layer: int, x: Tensor) -> Tensor:
-        mlp = self.graph.read(layer, "mlp")
-        return self._streams("mlp", layer, slice(mlp, mlp + 1))[0]
+        return self._streams("mlp", layer)[0]
 
     def write_mlp(self, layer: int, contribution: Tensor) -> None:
         mlp = self.graph.mlp(layer)
         self._write(slice(mlp, mlp + 1), contribution[None])
 
     def read_logits(self, x: Tensor) -> Tensor:
-        return self._streams("logits", 0, slice(self.graph.logits, self.graph.logits + 1))[0]
+        return self._streams("logits", 0)[0]
+
+
+def _projected(place: Place, columns: Tensor, x: Float[Tensor, "heads rows tokens d_model"]) -> Tensor:
+    """[rows, tokens, heads and their columns]: each head's own columns of its own stream."""
+    outputs = x.flatten(1, 2) @ place.weight(columns).mT
+    bias = place.bias(columns)
+    if isinstance(bias, Tensor):
+        outputs = outputs + bias[:, None]
+    return outputs.unflatten(1, x.shape[1:3]).permute(1, 2, 0, 3).flatten(2)
 
 
 def _replacement(other: Recording, ablation: Ablation) -> Tensor:
@@ -80,37 +132,42 @@ def _replacement(other: Recording, ablation: Ablation) -> Tensor:
 def keep_edges(
     model: PreTrainedModel,
     batch: Batch,
-    kept: Bool[Tensor, "sources destinations"],
+    kept: Bool[Tensor, "*circuits sources destinations"],
     *,
     ablation: Ablation = "patch",
     other: Recording | None = None,
-) -> Float[Tensor, " prompts"]:
+) -> Float[Tensor, "*circuits prompts"]:
     """The task's metric on the clean prompts when only the kept edges carry their own values.
 
     Args:
-        kept: which edges are kept.
+        kept: which edges are kept; of one circuit, or of several.
         ablation: what the others carry: the corrupted run's values, zero, or the mean over the batch's corrupted runs
             by position.
         other: the corrupted run, if it has been recorded already.
     """
-    graph = graph_of(model)
+    circuits = kept[None] if kept.ndim == 2 else kept
     other = record(model, batch.corrupted) if other is None else other
-    with visited(model, _PatchedEdges(graph, kept, other, _replacement(other, ablation))):
-        logits = model(input_ids=batch.clean, use_cache=False, logits_to_keep=1).logits[:, -1]
-    return batch.measure(logits)
+    visitor = _PatchedEdges(graph_of(model), projections_of(model), circuits, other, ablation)
+    return _measured(model, batch, visitor, len(circuits)).view(*kept.shape[:-2], -1)
+
+
+def _measured(model: PreTrainedModel, batch: Batch, visitor: Visitor, circuits: int) -> Tensor:
+    rows = batch.clean.to(model.device).repeat(circuits, 1)
+    with visited(model, visitor):
+        logits = model(input_ids=rows, use_cache=False, logits_to_keep=1).logits[:, -1]
+    return torch.stack([batch.measure(part) for part in logits.unflatten(0, (circuits, -1))])
 
 
 def keep_nodes(
     model: PreTrainedModel,
     batch: Batch,
-    kept: Bool[Tensor, " sources"],
+    kept: Bool[Tensor, "*circuits sources"],
     *,
     ablation: Ablation = "patch",
     other: Recording | None = None,
-) -> Float[Tensor, " prompts"]:
+) -> Float[Tensor, "*circuits prompts"]:
     """:func:`keep_edges` with all edges that leave the kept nodes."""
-    graph = graph_of(model)
-    edges = kept[:, None] & graph.possible().to(kept.device)
+    edges = kept[..., None] & graph_of(model).possible().to(kept.device)
     return keep_edges(model, batch, edges, ablation=ablation, other=other)
 
 
@@ -122,30 +179,29 @@ class _PatchedLinks(Visitor):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         weights, values = pattern(q, k.repeat_interleave(groups, 1)), v.repeat_interleave(groups, 1)
-        kept = self.kept[:, layer].to(weights)
-        own = (weights * kept) @ values
+        kept = self.kept[:, :, layer].to(weights)
+        own = (weights * kept.flatten(0, 1)) @ values
         if self.other is None:
             return own
-        return own + (self.other.weights[layer] * (1 - kept)) @ self.other.values[layer]
+        return own + ((self.other.weights[layer] * (1 - kept)) @ self.other.values[layer]).flatten(0, 1)
 
 
 @torch.no_grad()
 def keep_links(
     model: PreTrainedModel,
     batch: Batch,
-    kept: Bool[Tensor, "prompts layers heads tokens tokens"],
+    kept: Bool[Tensor, "*circuits prompts layers heads tokens tokens"],
     *,
     ablation: Literal["patch", "zero"] = "patch",
     other: Recording | None = None,
-) -> Float[Tensor, " prompts"]:
+) -> Float[Tensor, "*circuits prompts"]:
     """The metric on the clean prompts when only the kept attention links carry their own weight and value.
 
     The others carry the corrupted run's weight and value at the same place, or nothing (``zero``). MLPs run as they do.
     """
+    circuits = kept[None] if kept.ndim == 5 else kept
     if ablation == "zero":
         other = None
     elif other is None:
         other = record(model, batch.corrupted, links=True)
-    with visited(model, _PatchedLinks(kept, other)):
-        logits = model(input_ids=batch.clean, use_cache=False, logits_to_keep=1).logits[:, -1]
-    return batch.measure(logits)
+    return _measured(model, batch, _PatchedLinks(circuits, other), len(circuits)).view(*kept.shape[:-5], -1)

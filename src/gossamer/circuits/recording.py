@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
-from gossamer.circuits.streams import Pattern, Visitor, graph_of, visited
+from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Recording:
 
     def constant(self, graph: Graph, kind: str, layer: int) -> Tensor:
         """The part of a read stream that no source wrote: output biases."""
-        sources = graph.sources_of(graph.logits if kind == "logits" else graph.read(layer, kind))
+        sources = graph.sources_of(graph.read(layer, kind))
         return self.read[kind, layer] - self.written[:sources].sum(0)
 
 
@@ -39,6 +39,7 @@ class Recording:
 class _Recorder(Visitor):
     graph: Graph
     links: bool
+    streams: bool = True
     written: Tensor | None = None
     read: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     weights: list[Tensor] = field(default_factory=list)
@@ -49,8 +50,9 @@ class _Recorder(Visitor):
         self.written[0] = x
         return x
 
-    def read_attention(self, layer: int, x: Tensor) -> Tensor:
-        self.read["q", layer] = x
+    def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
+        if self.streams:
+            self.read["q", layer] = x
         return x
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
@@ -67,7 +69,8 @@ class _Recorder(Visitor):
         self.written[self.graph.head(layer, 0) : self.graph.mlp(layer)] = contributions
 
     def read_mlp(self, layer: int, x: Tensor) -> Tensor:
-        self.read["mlp", layer] = x
+        if self.streams:
+            self.read["mlp", layer] = x
         return x
 
     def write_mlp(self, layer: int, contribution: Tensor) -> None:
@@ -75,8 +78,29 @@ class _Recorder(Visitor):
         self.written[self.graph.mlp(layer)] = contribution
 
     def read_logits(self, x: Tensor) -> Tensor:
-        self.read["logits", 0] = x
+        if self.streams:
+            self.read["logits", 0] = x
         return x
+
+
+@dataclass
+class _Subtractor(Visitor):
+    """Takes what the sources write off what they wrote in another run."""
+
+    graph: Graph
+    written: Tensor
+    begin: Tensor | None = None
+
+    def read_input(self, x: Tensor) -> Tensor:
+        self.begin = x
+        self.written[0] -= x
+        return x
+
+    def write_heads(self, layer: int, contributions: Tensor) -> None:
+        self.written[self.graph.head(layer, 0) : self.graph.mlp(layer)] -= contributions
+
+    def write_mlp(self, layer: int, contribution: Tensor) -> None:
+        self.written[self.graph.mlp(layer)] -= contribution
 
 
 @torch.no_grad()
@@ -84,6 +108,38 @@ def record(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, li
     """Run the model and record it; ``links`` keeps attention weights and values too."""
     recorder = _Recorder(graph_of(model), links)
     with visited(model, recorder):
-        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
     assert recorder.written is not None
     return Recording(recorder.written, recorder.read, recorder.weights, recorder.values, logits)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the corrupted prompts change.
+
+    Attributes:
+        written: what each source adds to the stream in the corrupted run, less what it adds in the clean one.
+        clean, corrupted: the streams' beginnings: token and position embeddings.
+    """
+
+    written: Float[Tensor, "sources batch tokens d_model"]
+    clean: Float[Tensor, "batch tokens d_model"]
+    corrupted: Float[Tensor, "batch tokens d_model"]
+
+
+@torch.no_grad()
+def record_difference(
+    model: PreTrainedModel, clean: Int[Tensor, "batch tokens"], corrupted: Int[Tensor, "batch tokens"]
+) -> Difference:
+    """Run the model on both; the memory is that of one run."""
+    graph = graph_of(model)
+    recorder = _Recorder(graph, links=False, streams=False)
+    with visited(model, recorder):
+        model(input_ids=corrupted.to(model.device), use_cache=False, logits_to_keep=1)
+    assert recorder.written is not None
+    begin = recorder.written[0].clone()
+    subtractor = _Subtractor(graph, recorder.written)
+    with visited(model, subtractor):
+        model(input_ids=clean.to(model.device), use_cache=False, logits_to_keep=1)
+    assert subtractor.begin is not None
+    return Difference(recorder.written, subtractor.begin, begin)

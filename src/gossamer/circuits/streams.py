@@ -3,9 +3,11 @@
 While :func:`visited` lasts, a :class:`Visitor` sees, and may change, what every part of a model reads and writes:
 
     read_input(x)              the stream as it begins: token and position embeddings
-    read_attention(layer, x)   the stream that a layer's attention reads, before any norm; may return several streams
-                               stacked along the batch, then attend() gets queries, keys and values of all of them
-    attend(layer, ...)         queries, keys (positions applied) and values; returns the heads' outputs
+    read_attention(layer, x)   the stream that a layer's attention reads, before any norm
+    project(layer, name, ...)  what enters and leaves each of the projections to q, k and v
+    attend(layer, ...)         queries, keys (positions applied) and values; returns the heads' outputs. If
+                               read_attention() repeated the batch, they are of all its repetitions, and the outputs of
+                               one are returned
     read_mlp(layer, x)         the stream that a layer's MLP reads, before any norm
     write_heads(layer, c)      what each head adds to the stream, norms after attention included
     write_mlp(layer, c)        what the MLP adds
@@ -15,8 +17,9 @@ Works for every family that gossamer can gate, dense or gated: the attention is 
 attention interface, from the same definition as :mod:`gossamer.ops.naive`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +37,9 @@ IMPLEMENTATION = "gossamer_circuits"
 """The name under which the visited attention is registered with transformers."""
 
 
+Norm = Callable[[Tensor], Tensor]
+
+
 class Visitor:
     """Sees everything and changes nothing; what a subclass overrides, it may change."""
 
@@ -41,9 +47,15 @@ class Visitor:
         """Before the first layer."""
         return x
 
-    def read_attention(self, layer: int, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
-        """Before a layer's attention."""
+    def read_attention(self, layer: int, x: Float[Tensor, "batch tokens d_model"], norm: Norm) -> Tensor:
+        """Before a layer's attention; ``norm`` is what the layer applies before it projects."""
         return x
+
+    def project(
+        self, layer: int, name: str, x: Float[Tensor, "batch tokens d_model"], y: Float[Tensor, "batch tokens columns"]
+    ) -> Tensor:
+        """After the projection ``name`` of x to y."""
+        return y
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: "Pattern"
@@ -140,7 +152,8 @@ class _Layer:
         self.layer, self.visitor = layer, visitor
         self.multiplier = getattr(model.config, branches.multiplier) if branches.multiplier else 1.0
         self.attention = module.get_submodule(architecture.attention)
-        self.projection = self.attention.get_submodule(architecture.projections[-1])
+        *self.projections, out = architecture.projections
+        self.projection = self.attention.get_submodule(out)
         self.attention_in, self.attention_out, self.mlp_in, self.mlp_out = (
             module.get_submodule(name)
             for name in (branches.attention_in, branches.attention_out, branches.mlp_in, branches.mlp_out)
@@ -152,11 +165,14 @@ class _Layer:
         """Put the hooks on; they come off when the stack is left."""
         hooks = [
             self.attention_in.register_forward_pre_hook(self._read_attention, with_kwargs=True),
-            self.projection.register_forward_pre_hook(self._project),
+            self.projection.register_forward_pre_hook(self._merge),
             self.attention_out.register_forward_hook(self._write_heads),
             self.mlp_in.register_forward_pre_hook(self._read_mlp, with_kwargs=True),
             self.mlp_out.register_forward_hook(self._write_mlp),
         ]
+        for name in self.projections:
+            hook = self.attention.get_submodule(name).register_forward_hook(partial(self._project, name))
+            hooks.append(hook)
         for hook in hooks:
             stack.callback(hook.remove)
         self.attention.visited_layer = self  # type: ignore[assignment]
@@ -165,18 +181,22 @@ class _Layer:
     def _read_attention(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def read(x: Tensor) -> Tensor:
             self.batch = len(x)
-            return self.visitor.read_attention(self.layer, x)
+            norm = _same if self.attention_in is self.attention else self.attention_in.forward
+            return self.visitor.read_attention(self.layer, x, norm)
 
         return _replace_first(args, kwargs, read)
+
+    def _project(self, name: str, _: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
+        return self.visitor.project(self.layer, name, args[0], result)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         """What transformers' attention function returns: [rows, tokens, heads, d_value], rows of all streams."""
         outputs = self.visitor.attend(self.layer, q, k, v, pattern).transpose(1, 2)
         self.outputs = outputs
-        # With several streams the rows beyond the batch stand for nothing; _project puts the outputs in.
+        # With a repeated batch the other repetitions stand for nothing; _merge puts the outputs in.
         return outputs if len(outputs) == len(q) else outputs.new_zeros(()).expand(len(q), *outputs.shape[1:])
 
-    def _project(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+    def _merge(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         assert self.outputs is not None
         return (self.outputs.flatten(2),)
 
@@ -208,6 +228,10 @@ def _replace_first(
     if args:
         return (change(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _gain(norm: nn.Module, x: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class Architecture:
         branches: where the residual stream is read and written.
         final_norm: path of the norm before the unembedding, from the causal language model.
         refused: config fields that change attention in a way the gates do not know; refused when truthy.
+        interleaved: whether a projection for q, k and v in common has those of a head side by side.
     """
 
     layers: str
@@ -51,6 +52,7 @@ class Architecture:
     branches: Branches
     final_norm: str = "model.norm"
     refused: tuple[str, ...] = ()
+    interleaved: bool = False
 
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -77,6 +79,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ("query_key_value", "dense"),
         Branches("input_layernorm", "attention", "post_attention_layernorm", "mlp", parallel="use_parallel_residual"),
         "gpt_neox.final_layer_norm",
+        interleaved=True,
     ),
     "opt": Architecture(
         "model.decoder.layers",
