@@ -3,11 +3,12 @@
 import pytest
 
 from gossamer.circuits.metrics import SHARES, Curve, Point, measure_curve
+from gossamer.errors import GossamerError
 
 
 def test_a_linear_curve() -> None:
     """f(k) = k: CPR and CMD are the areas of the trapezoid from 0.001 to 1 below k and 1 - k."""
-    curve = measure_curve(1000, lambda size: 2.0 + 3.0 * size / 1000)
+    curve = measure_curve(1000, lambda sizes: [2.0 + 3.0 * size / 1000 for size in sizes])
     assert (curve.nothing, curve.everything) == (2.0, 5.0)
     assert [point.size for point in curve.shares] == [round(1000 * share) for share in SHARES]
     assert curve.cpr == pytest.approx((1 - 0.001**2) / 2)
@@ -16,8 +17,8 @@ def test_a_linear_curve() -> None:
     assert curve.first_size >= 900
 
 
-def test_the_first_crossing_is_found_exactly_where_bisection_reaches() -> None:
-    curve = measure_curve(1000, lambda size: float(size >= 37), refine=10)
+def test_the_first_crossing_is_found_exactly_where_the_rounds_reach() -> None:
+    curve = measure_curve(1000, lambda sizes: [float(size >= 37) for size in sizes], rounds=6)
     assert curve.first_size == curve.lasting_size == 37
 
 
@@ -40,11 +41,16 @@ def test_faithfulness_above_one_counts_in_both_integrals() -> None:
 def test_few_units_are_measured_once_each() -> None:
     asked: list[int] = []
 
-    def measure(size: int) -> float:
-        asked.append(size)
-        return float(size)
+    def measure(sizes: list[int]) -> list[float]:
+        asked.extend(sizes)
+        return [float(size) for size in sizes]
 
     curve = measure_curve(3, measure)
     assert sorted(asked) == sorted(set(asked))
     assert [point.size for point in curve.shares] == [1, 2, 3]
     assert curve.first_size == 3
+
+
+def test_a_metric_that_never_changes_is_refused() -> None:
+    with pytest.raises(GossamerError, match="does not tell the prompts apart"):
+        measure_curve(10, lambda sizes: [1.0 for _ in sizes])

@@ -125,6 +125,23 @@ def prune(graph: Graph, kept: Bool[Tensor, "sources destinations"]) -> Bool[Tens
         kept = pruned
 
 
+def prune_links(
+    kept: Bool[Tensor, "*prompts layers heads tokens tokens"],
+) -> Bool[Tensor, "*prompts layers heads tokens tokens"]:
+    """The kept attention links from whose query a path of kept links leads on to the last position.
+
+    Every position reads the input, so no link is cut off from there.
+    """
+    pruned = torch.zeros_like(kept)
+    heard = torch.zeros(*kept.shape[:-4], kept.shape[-1], dtype=torch.bool, device=kept.device)
+    heard[..., -1] = True
+    for layer in reversed(range(kept.shape[-4])):
+        links = kept[..., layer, :, :, :] & heard[..., None, :, None]
+        pruned[..., layer, :, :, :] = links
+        heard = heard | links.any(-3).any(-2)
+    return pruned
+
+
 def top_edges(
     graph: Graph, scores: Tensor, count: int, *, absolute: bool = True
 ) -> Bool[Tensor, "sources destinations"]:

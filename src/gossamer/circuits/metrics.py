@@ -9,8 +9,10 @@
 The integrals are trapezoids on a linear axis over the shares at which f was measured, from the smallest of them on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from gossamer.errors import GossamerError
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Of the units kept, those of the MIB benchmark."""
@@ -76,30 +78,37 @@ class Curve:
         return size
 
 
-def measure_curve(total: int, measure: Callable[[int], float], *, refine: int = 6) -> Curve:
-    """Faithfulness at :data:`SHARES`, and between the two around the first crossing of 90 % by bisection.
+def measure_curve(total: int, measure: Callable[[list[int]], list[float]], *, rounds: int = 3) -> Curve:
+    """Faithfulness at :data:`SHARES`, and between the two around the first crossing of 90 %, more and more closely.
 
     Args:
         total: how many units there are.
-        measure: mean metric when the best ``size`` units are kept.
-        refine: halvings, on a logarithmic axis, of the interval that holds the first crossing.
+        measure: mean metrics when the best so many units are kept, for several sizes at once.
+        rounds: how often the interval that holds the first crossing is quartered, on a logarithmic axis.
+
+    Raises:
+        GossamerError: if the metric is the same with everything and with nothing kept.
     """
-    nothing, everything = measure(0), measure(total)
-    found: dict[int, Point] = {}
+    metrics: dict[int, float] = {}
+
+    def add(sizes: Iterable[int]) -> None:
+        new = sorted(set(sizes) - metrics.keys())
+        metrics.update(zip(new, measure(new) if new else [], strict=True))
+
+    shares = sorted({max(1, round(share * total)) for share in SHARES})
+    add([0, *shares, total])
+    nothing, everything = metrics[0], metrics[total]
 
     def point(size: int) -> Point:
-        if size not in found:
-            metric = everything if size == total else measure(size)
-            found[size] = Point(size, metric, (metric - nothing) / (everything - nothing))
-        return found[size]
+        return Point(size, metrics[size], (metrics[size] - nothing) / (everything - nothing))
 
-    shares = tuple(point(size) for size in sorted({max(1, round(share * total)) for share in SHARES}))
-    high = next((p.size for p in shares if p.faithfulness >= EXPLAINED), total)
-    low = max((p.size for p in shares if p.size < high), default=0)
-    for _ in range(refine):
-        middle = max(low + 1, round((max(low, 1) * high) ** 0.5))
-        if middle >= high:
-            break
-        low, high = (low, middle) if point(middle).faithfulness >= EXPLAINED else (middle, high)
-    points = tuple(found[size] for size in sorted(found))
-    return Curve(total, nothing, everything, shares, points)
+    if everything == nothing:
+        raise GossamerError("patching everything changes nothing: the metric does not tell the prompts apart")
+    for _ in range(rounds):
+        high = next(size for size in sorted(metrics) if point(size).faithfulness >= EXPLAINED)
+        low = max(size for size in metrics if size < high)
+        between = (round(max(low, 1) * (high / max(low, 1)) ** (part / 4)) for part in (1, 2, 3))
+        add(size for size in between if low < size < high)
+    return Curve(
+        total, nothing, everything, tuple(map(point, shares)), tuple(point(size) for size in sorted(metrics) if size)
+    )

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.attribution import edge_scores, link_scores
-from gossamer.circuits.graph import Graph, prune, top_edges
-from gossamer.circuits.intervention import keep_edges, keep_links, keep_nodes
+from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
+from gossamer.circuits.intervention import Ablation, keep_edges, keep_links, keep_nodes
 from gossamer.circuits.metrics import Curve, measure_curve
+from gossamer.circuits.recording import record
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
-from gossamer.errors import GossamerError
 
 Level = Literal["nodes", "edges", "links"]
 LEVELS: tuple[Level, ...] = ("nodes", "edges", "links")
@@ -25,18 +26,35 @@ class Circuits:
     """What was found of one model.
 
     Attributes:
+        graph: of the model.
         curves: faithfulness by size, by level. Links are counted on one prompt, averaged over the prompts.
         scores: of the component edges, the mean over the prompts.
-        graph: of the model.
+        link_scores: of the attention links, by batch; empty if that level was not asked for.
+        batches: the prompts that they belong to.
+        absolute: whether the largest absolute scores were chosen, not the highest.
     """
 
-    curves: dict[Level, Curve]
-    scores: Tensor
     graph: Graph
+    curves: dict[Level, Curve]
+    scores: Float[Tensor, "sources destinations"]
+    link_scores: tuple[Float[Tensor, "prompts layers heads tokens tokens"], ...]
+    batches: tuple[Batch, ...]
+    absolute: bool
 
-    def edges(self, count: int) -> Tensor:
+    def nodes(self, count: int) -> Bool[Tensor, " sources"]:
+        """The best ``count`` nodes; a node's score is the sum over the edges that leave it."""
+        scores = self.scores.sum(1)
+        kept = torch.zeros(self.graph.sources, dtype=torch.bool)
+        kept[torch.argsort(scores.abs() if self.absolute else scores, descending=True, stable=True)[:count]] = True
+        return kept
+
+    def edges(self, count: int) -> Bool[Tensor, "sources destinations"]:
         """The best ``count`` edges less those that are cut off from input or logits."""
-        return prune(self.graph, top_edges(self.graph, self.scores, count))
+        return prune(self.graph, top_edges(self.graph, self.scores, count, absolute=self.absolute))
+
+    def links(self, count: int) -> list[Bool[Tensor, "prompts layers heads tokens tokens"]]:
+        """The best ``count`` links of each prompt less those from which no path leads to the last position."""
+        return [prune_links(top_links(scores, count, absolute=self.absolute)) for scores in self.link_scores]
 
 
 def find_circuits(
@@ -45,6 +63,8 @@ def find_circuits(
     *,
     levels: tuple[Level, ...] = LEVELS,
     steps: int = 5,
+    ablation: Ablation = "patch",
+    absolute: bool = True,
     batch_size: int = 16,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Circuits:
@@ -55,74 +75,68 @@ def find_circuits(
         prompts: of the task.
         levels: which kinds of units.
         steps: of EAP-IG; 0 for EAP.
-        batch_size: prompts in one forward pass.
+        ablation: what units outside a circuit carry; ``mean`` is not defined for links.
+        absolute: choose the largest absolute scores; else the highest.
+        batch_size: rows in one forward pass: prompts, or several circuits on fewer prompts.
         progress: is told in a few words what is being done.
 
     Raises:
         GossamerError: if the metric does not tell clean from corrupted prompts.
     """
     graph = graph_of(model)
-    batches = list(prompts.batches(batch_size))
+    batches = tuple(prompts.batches(batch_size))
     count = len(prompts.kept)
     scores = torch.zeros(graph.sources, graph.destinations)
     for done, batch in enumerate(batches):
         progress(f"scores of edges, batch {done + 1} of {len(batches)}")
         scores += edge_scores(model, batch, steps=steps).cpu() / count
-    curves: dict[Level, Curve] = {}
-    if "nodes" in levels:
-        order = torch.argsort(scores.sum(1).abs(), descending=True, stable=True)
-
-        def nodes(batch: Batch, size: int) -> Tensor:
-            kept = torch.zeros(graph.sources, dtype=torch.bool)
-            kept[order[:size]] = True
-            return keep_nodes(model, batch, kept)
-
-        curves["nodes"] = _curve("nodes", graph.sources, batches, nodes, progress)
-    if "edges" in levels:
-
-        def edges(batch: Batch, size: int) -> Tensor:
-            return keep_edges(model, batch, top_edges(graph, scores, size))
-
-        curves["edges"] = _curve("edges", int(graph.possible().sum()), batches, edges, progress)
+    links: list[Tensor] = []
     if "links" in levels:
-        curves["links"] = _link_curve(model, batches, graph, progress)
-    return Circuits(curves, scores, graph)
-
-
-def _curve(
-    level: Level,
-    total: int,
-    batches: list[Batch],
-    measure: Callable[[Batch, int], Tensor],
-    progress: Callable[[str], None],
-) -> Curve:
-    def mean_metric(size: int) -> float:
-        progress(f"keeping {size:,} of {total:,} {level}")
-        return torch.cat([measure(batch, size).cpu() for batch in batches]).mean().item()
-
-    curve = measure_curve(total, mean_metric)
-    if curve.everything == curve.nothing:
-        raise GossamerError(f"patching all {level} changes nothing: the metric does not tell the prompts apart")
-    return curve
-
-
-def _link_curve(model: PreTrainedModel, batches: list[Batch], graph: Graph, progress: Callable[[str], None]) -> Curve:
-    """Links have no name across prompts of other lengths: each prompt keeps the same number of its own best ones."""
-    orders = []
-    progress("scores of links")
-    for batch in batches:
-        scores = link_scores(model, batch)
-        tokens = scores.shape[-1]
-        allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand_as(scores)
-        orders.append(torch.argsort(scores.abs().masked_fill(~allowed, -1).flatten(1), dim=1, descending=True))
+        for done, batch in enumerate(batches):
+            progress(f"scores of links, batch {done + 1} of {len(batches)}")
+            links.append(link_scores(model, batch, steps=steps).cpu())
+    found = Circuits(graph, {}, scores, tuple(links), batches, absolute)
     lengths = [batch.clean.shape[1] for batch in batches for _ in batch.clean]
-    total = round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))
+    allowed = round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))
+    totals = {"nodes": graph.sources, "edges": int(graph.possible().sum()), "links": allowed}
 
-    def links(batch: Batch, size: int) -> Tensor:
-        place = next(index for index, other in enumerate(batches) if other is batch)
-        prompts, tokens = batch.clean.shape
-        kept = torch.zeros(orders[place].shape, dtype=torch.bool)
-        kept.scatter_(1, orders[place][:, : size if size < total else kept.shape[1]], True)
-        return keep_links(model, batch, kept.view(prompts, graph.layers, graph.heads, tokens, tokens))
+    def kept(level: Level, batch: int, size: int) -> Tensor:
+        if level == "nodes":
+            return found.nodes(size)
+        if level == "edges":
+            return top_edges(graph, scores, size, absolute=absolute)
+        # A prompt longer than the mean has more links than the mean prompt's total.
+        return top_links(links[batch], size if size < allowed else links[batch][0].numel(), absolute=absolute)
 
-    return _curve("links", total, batches, links, progress)
+    keep: dict[str, Callable[..., Tensor]] = {"nodes": keep_nodes, "edges": keep_edges, "links": keep_links}
+    for level in levels:
+
+        def measure(sizes: list[int], level: Level = level) -> list[float]:
+            metrics = torch.zeros(len(sizes), dtype=torch.double)
+            for place, batch in enumerate(batches):
+                progress(f"keeping {sizes[0]:,} to {sizes[-1]:,} {level}, batch {place + 1} of {len(batches)}")
+                other = record(model, batch.corrupted, links=level == "links")
+                at_once = max(1, batch_size // len(batch.clean))
+                for some in torch.arange(len(sizes)).split(at_once):
+                    circuits = torch.stack([kept(level, place, sizes[index]) for index in some.tolist()])
+                    values = keep[level](model, batch, circuits, ablation=ablation, other=other)
+                    metrics[some] += values.double().cpu().sum(1) / count
+            return metrics.tolist()
+
+        found.curves[level] = measure_curve(totals[level], measure)
+    return found
+
+
+def top_links(
+    scores: Float[Tensor, "prompts layers heads tokens tokens"], count: int, *, absolute: bool = True
+) -> Bool[Tensor, "prompts layers heads tokens tokens"]:
+    """The ``count`` links of each prompt with the highest scores, or the largest absolute ones.
+
+    Links have no name across prompts of other lengths: each prompt keeps the same number of its own best ones.
+    """
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    ranked = (scores.abs() if absolute else scores).masked_fill(~allowed, -torch.inf).flatten(1)
+    kept = torch.zeros_like(ranked, dtype=torch.bool)
+    order = torch.argsort(ranked, dim=1, descending=True, stable=True)[:, :count]
+    kept.scatter_(1, order, True)
+    return kept.view_as(scores) & allowed
