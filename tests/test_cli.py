@@ -303,6 +303,33 @@ def test_circuits_leaves_a_record_of_both_models(finished, own_task: Path) -> No
         assert model["levels"]["links"]["points"][-1]["faithfulness"] == pytest.approx(1.0)
 
 
+def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: Path) -> None:
+    out, _, _ = finished
+    arguments = ["--task", own_task, "--examples", 4, "--ig-steps", 0, "--seeds", 2, "--force"]
+    result = gossamer_command("circuits", out, *arguments, "--ablation", "zero", "--signed")
+    assert result.returncode == 0, result.stderr
+    assert "2 variations" in result.stdout
+    record = json.loads((out / "circuits" / "own" / "circuits.json").read_text())
+    assert [each["seed"] for each in record["variations"]] == [0, 1]
+    assert 0 <= record["overlap"]["sparse"] <= 1
+    links = json.loads((out / "circuits" / "own" / "links.json").read_text())
+    assert len(links["tokens"]) == len(links["prompt"].split())
+    everything = record["models"]["sparse"]["levels"]["edges"]["total"]
+    for suffix in (".json", ".pt", ".graphml"):
+        file = tmp_path / f"circuit{suffix}"
+        result = gossamer_command("export", out, "--task", own_task, "--out", file, "--edges", everything)
+        assert result.returncode == 0, result.stderr
+        result = gossamer_command("prove", file, "--model", out, "--task", own_task, "--examples", 4, "--force")
+        assert result.returncode == 0, result.stderr
+        assert re.search(r"faithfulness\s+│\s+1\.000", result.stdout)
+    another = gossamer_command("prove", file, "--model", "smollm2", "--task", "ioi")
+    assert_refused(another, "circuit.graphml is a circuit of another model", "30 layers of 9 heads")
+    assert_refused(gossamer_command("export", out, "--task", "ioi", "--out", file), "has no circuits of ioi")
+    wrong = gossamer_command("export", out, "--task", own_task, "--out", tmp_path / "circuit.xml", "--edges", 3)
+    assert_refused(wrong, "circuit.xml has to end in .json, .pt or .graphml")
+    assert_refused(gossamer_command("circuits", out, "--task", own_task, "--rephrased"), "no other phrasings")
+
+
 def test_what_circuits_cannot_use_is_refused(finished, own_task: Path, tmp_path: Path) -> None:
     out, _, _ = finished
     assert_refused(gossamer_command("task", "oii", "--model", out), "no task 'oii'", "ioi")

@@ -213,13 +213,21 @@ def task(
     for reason, times in Counter(dropped.reason for dropped in prompts.dropped).most_common():
         console.print(f"{times} dropped: {reason}", markup=False)
     ability = measure_ability(network, prompts)
-    facts = {
+    facts: dict[str, object] = {
         "prompts": ability.prompts,
         "right": f"{100 * ability.accuracy:.1f} %",
         f"{prompts.metric.replace('_', ' ')}, clean": f"{ability.clean:.3f}",
         f"{prompts.metric.replace('_', ' ')}, corrupted": f"{ability.corrupted:.3f}",
     }
     console.print(_facts(model, facts))
+
+
+class Ablation(str, Enum):
+    """What units outside a circuit carry."""
+
+    patch = "patch"
+    zero = "zero"
+    mean = "mean"
 
 
 @app.command()
@@ -231,32 +239,113 @@ def circuits(
         str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Repeat with so many seeds, from --seed on, and show the spread.")
+    ] = 1,
+    rephrased: Annotated[
+        bool, typer.Option("--rephrased", help="Repeat with each of the task's other sets of templates.")
+    ] = False,
     ig_steps: Annotated[int, typer.Option(min=0, help="Steps of integrated gradients; 0: none (EAP).")] = 5,
+    ablation: Annotated[
+        Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
+    ] = Ablation.patch,
+    signed: Annotated[
+        bool, typer.Option("--signed", help="Choose units by highest score, not by largest absolute score.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Go on even if a model cannot do the task.")] = False,
 ) -> None:
-    """Find circuits of RUN's sparse model and of its dense original, prove them by intervention, compare them."""
+    """Find circuits of RUN's sparse model and of its dense original, prove them by intervention, compare them.
+
+    Leaves in RUN/circuits/TASK: circuits.json (the figures), scores.safetensors (of all edges), links.json.
+    """
     from transformers.utils import logging
 
-    from gossamer.circuits.compare import compare_circuits, comparison_tables
+    from gossamer.circuits.compare import SearchConfig, compare_circuits, comparison_tables
     from gossamer.circuits.tasks import find_task
     from gossamer.training.memory import keep_freed_memory
     from gossamer.training.run import Run
 
     logging.disable_progress_bar()
     keep_freed_memory()
+    config = SearchConfig(
+        examples=examples,
+        corruption=corruption,
+        seed=seed,
+        seeds=seeds,
+        rephrased=rephrased,
+        steps=ig_steps,
+        ablation=ablation.value,
+        absolute=not signed,
+        batch_size=batch_size,
+        forced=force,
+    )
     with console.status("circuits") as status:
-        record = compare_circuits(
-            Run(run),
-            find_task(task),
-            examples=examples,
-            corruption=corruption,
-            seed=seed,
-            steps=ig_steps,
-            forced=force,
-            progress=lambda what: status.update(escape(what)),
-        )
+        record = compare_circuits(Run(run), find_task(task), config, progress=lambda what: status.update(escape(what)))
     for table in comparison_tables(record):
         console.print(table)
+
+
+class Which(str, Enum):
+    """The models of a run."""
+
+    dense = "dense"
+    sparse = "sparse"
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a run whose circuits have been found.")],
+    task: Annotated[str, typer.Option(help="The task, as gossamer circuits was given it.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write: .json or .pt (as EAP-IG and the MIB leaderboard), .graphml.")
+    ],
+    model: Annotated[Which, typer.Option(help="Whose circuit.")] = Which.sparse,
+    edges: Annotated[
+        int | None, typer.Option(min=1, help="Edges kept, before pruning. [default: those that explain 90 %]")
+    ] = None,
+) -> None:
+    """Write a circuit that gossamer circuits has found for other tools."""
+    from gossamer.circuits.compare import load_circuit
+    from gossamer.circuits.interchange import write_circuit
+    from gossamer.training.run import Run
+
+    circuit = load_circuit(Run(run), task, model.value, edges)
+    write_circuit(out, circuit)
+    console.print(f"{out}: {int(circuit.kept.sum()):,} of {int(circuit.graph.possible().sum()):,} edges", markup=False)
+
+
+@app.command()
+def prove(
+    circuit: Annotated[Path, typer.Argument(help="A circuit: .json or .pt of EAP-IG, or .graphml.")],
+    model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
+    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
+    examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
+    corruption: Annotated[
+        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = Ablation.patch,
+    force: Annotated[bool, typer.Option("--force", help="Go on even if the model cannot do the task.")] = False,
+) -> None:
+    """Measure how much of a task the CIRCUIT in a file explains: keep its edges, patch all others, run MODEL."""
+    from gossamer.circuits.ability import measure_ability, require_ability
+    from gossamer.circuits.interchange import read_circuit, require_graph_of
+    from gossamer.circuits.search import faithfulness_of
+    from gossamer.circuits.tasks import find_task
+
+    found, chosen = read_circuit(circuit), find_task(task)
+    network, tokenizer = _load(model)
+    require_graph_of(network, found, circuit)
+    prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    require_ability(measure_ability(network, prompts), chosen.name, forced=force)
+    point = faithfulness_of(network, prompts, found.kept, ablation=ablation.value)
+    facts: dict[str, object] = {
+        "edges": f"{point.size:,} of {int(found.graph.possible().sum()):,}",
+        f"mean {prompts.metric.replace('_', ' ')}": f"{point.metric:.3f}",
+        "faithfulness": f"{point.faithfulness:.3f}",
+    }
+    console.print(_facts(f"{circuit} on {chosen.name}", facts))
 
 
 def _some(texts: tuple[str, ...]) -> str:
@@ -319,7 +408,7 @@ def _inspect_model(target: str) -> None:
     gated = is_saved_model(Path(target))
     model = load(target) if gated else load_dense(target)[0]
     config = model.config
-    facts = {
+    facts: dict[str, object] = {
         "family": config.model_type,
         "parameters": f"{model.num_parameters():,}",
         "layers": config.num_hidden_layers,

@@ -52,16 +52,27 @@ def remove_staging(target: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def write_text(target: Path, text: str) -> None:
-    """Write a file, replacing one that exists, whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+@contextmanager
+def file_beside(target: Path) -> Iterator[Path]:
+    """The name of a file beside ``target`` that takes its place when the block ends well, and else vanishes.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
+        yield Path(name)
+        with open(name, "rb") as stream:
             os.fsync(stream.fileno())
         os.chmod(name, 0o644)
         os.replace(name, target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a file, replacing one that exists, whole or not at all."""
+    with file_beside(target) as staging:
+        staging.write_text(text, encoding="utf-8")

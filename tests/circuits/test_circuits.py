@@ -6,7 +6,8 @@ import torch
 import gossamer
 from families import tiny_model, tokens
 from gossamer.circuits.attribution import edge_scores, link_scores
-from gossamer.circuits.graph import Graph, prune, top_edges
+from gossamer.circuits.exact import exact_scores
+from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import _PatchedEdges, keep_edges, keep_links, keep_nodes
 from gossamer.circuits.projections import projections_of
 from gossamer.circuits.recording import record
@@ -205,6 +206,52 @@ def test_pruning_leaves_what_lies_on_a_path() -> None:
     kept[0, graph.read(0, "mlp")] = True
     pruned = prune(graph, kept)
     assert {tuple(edge) for edge in pruned.nonzero().tolist()} == set(path)
+
+
+def test_pruned_links_lead_to_the_last_position() -> None:
+    kept = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    for place in ((1, 0, 3, 2), (0, 0, 2, 1), (0, 0, 3, 0), (0, 0, 1, 0), (1, 0, 2, 0)):
+        kept[place] = True
+    pruned = prune_links(kept[None])[0]
+    # (0, 1, 0): position 1 is read by 2 in the same layer, before the link could tell it anything.
+    # (1, 2, 0): nothing reads position 2 after layer 1.
+    assert {tuple(link) for link in pruned.nonzero().tolist()} == {(1, 0, 3, 2), (0, 0, 2, 1), (0, 0, 3, 0)}
+
+
+def test_several_circuits_in_one_pass_are_each_alone() -> None:
+    for family in ("gpt2", "llama", "olmo2"):
+        model, batch = model_of(family, gated=True), batch_of()
+        graph = graph_of(model)
+        torch.manual_seed(0)
+        edges = (torch.rand(3, graph.sources, graph.destinations) < 0.5) & graph.possible()
+        together = keep_edges(model, batch, edges)
+        assert together.shape == (3, 3)
+        torch.testing.assert_close(together, torch.stack([keep_edges(model, batch, each) for each in edges]))
+        links = torch.rand(2, 3, graph.layers, graph.heads, 7, 7) < 0.5
+        torch.testing.assert_close(
+            keep_links(model, batch, links), torch.stack([keep_links(model, batch, each) for each in links])
+        )
+        nodes = torch.rand(2, graph.sources) < 0.5
+        torch.testing.assert_close(
+            keep_nodes(model, batch, nodes), torch.stack([keep_nodes(model, batch, each) for each in nodes])
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_exact_patching_is_what_eap_estimates(family: str) -> None:
+    """When clean and corrupted differ very little; not less, for norms round to float32 in a model of float64 too."""
+    torch.manual_seed(0)
+    model, batch = model_of(family), batch_of(2, 5)
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embeddings[90:95] = embeddings[:5] + 1e-4 * torch.randn(5, embeddings.shape[1])
+    clean = torch.arange(5).repeat(2, 1)
+    clean[1] = clean[1].flip(0)
+    batch = Batch(clean, clean + 90, batch.answers, batch.wrong, batch.metric)
+    edges = exact_scores(model, batch, "edges")
+    near(edge_scores(model, batch), edges, 5e-3)
+    near(edges.sum(1), exact_scores(model, batch, "nodes"), 5e-3)
+    near(link_scores(model, batch), exact_scores(model, batch, "links"), 5e-3)
 
 
 def test_top_edges_are_the_largest_possible_ones() -> None:

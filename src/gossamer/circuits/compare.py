@@ -1,7 +1,7 @@
 """Circuits of a run's sparse model beside those of its dense original, as a record in the run's directory.
 
 ``circuits/TASK/circuits.json`` is the record, ``scores.safetensors`` beside it holds the scores of all edges of both
-models. The keys are documented in ``docs/metrics.md``.
+models, ``links.json`` the attention links that explain one prompt. The keys are documented in ``docs/metrics.md``.
 """
 
 import json
@@ -9,102 +9,239 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.ability import Ability, measure_ability, require_ability
-from gossamer.circuits.metrics import Curve
+from gossamer.circuits.graph import Graph, prune, top_edges
+from gossamer.circuits.interchange import Circuit
+from gossamer.circuits.intervention import Ablation
+from gossamer.circuits.metrics import EXPLAINED, Curve
 from gossamer.circuits.search import LEVELS, Circuits, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
+from gossamer.errors import GossamerError
 from gossamer.files import written_beside
 from gossamer.models.pretrained import load_dense
 from gossamer.training.run import Run, load_sparse, versions
 
 
+@dataclass(frozen=True)
+class SearchConfig:
+    """How circuits are looked for.
+
+    Attributes:
+        examples: prompts of each variation.
+        corruption: kind of corrupted prompts; the task's first if None.
+        seed: of the prompts.
+        seeds: how many seeds, from ``seed`` on: a variation each.
+        rephrased: a variation for each of the task's phrasings too, with the first seed.
+        steps: of EAP-IG; 0 for EAP.
+        ablation: what units outside a circuit carry; with ``mean``, links are left out.
+        absolute: choose units by largest absolute score; else by highest.
+        batch_size: rows in one forward pass.
+        forced: go on even if a model cannot do the task.
+    """
+
+    examples: int = 100
+    corruption: str | None = None
+    seed: int = 0
+    seeds: int = 1
+    rephrased: bool = False
+    steps: int = 5
+    ablation: Ablation = "patch"
+    absolute: bool = True
+    batch_size: int = 16
+    forced: bool = False
+
+
 def compare_circuits(
-    run: Run,
-    task: Task,
-    *,
-    examples: int = 100,
-    corruption: str | None = None,
-    seed: int = 0,
-    steps: int = 5,
-    forced: bool = False,
-    progress: Callable[[str], None] = lambda line: None,
+    run: Run, task: Task, config: SearchConfig | None = None, *, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Find and prove circuits of both models, and write the record.
 
     Args:
         run: a finished run.
         task: what the models do.
-        examples: how many prompts.
-        corruption: kind of corrupted prompts; the task's first if None.
-        seed: of the prompts.
-        steps: of EAP-IG; 0 for EAP.
-        forced: go on even if a model cannot do the task.
+        config: how circuits are looked for; the defaults if None.
         progress: is told in a few words what is being done.
 
     Raises:
-        GossamerError: if the run is not finished; if a model cannot do the task.
+        GossamerError: if the run is not finished; if a model cannot do the task; if the task has no phrasings and
+            ``rephrased`` asks for them.
     """
-    config = run.config()
-    dense, tokenizer = load_dense(config.model)
-    prompts = task.prompts(tokenizer, examples, seed=seed, corruption=corruption)
-    record: dict[str, Any] = {
-        "task": task.name,
-        "corruption": corruption or task.corruptions[0],
-        "metric": prompts.metric,
-        "prompts": len(prompts.kept),
-        "dropped": len(prompts.dropped),
-        "seed": seed,
-        "ig_steps": steps,
-        "ablation": "patch",
-        "selection": "largest absolute score",
-        "versions": versions(),
-        "models": {},
-    }
+    config = config or SearchConfig()
+    if config.rephrased and not task.phrasings:
+        raise GossamerError(f"task {task.name} has no other phrasings")
+    dense, tokenizer = load_dense(run.config().model)
     models = {"dense": dense, "sparse": load_sparse(run)}
+    variations: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
+    if config.rephrased:
+        variations += [(config.seed, phrasing) for phrasing in task.phrasings]
+    prompts = [
+        task.prompts(tokenizer, config.examples, seed=seed, corruption=config.corruption, phrasing=phrasing)
+        for seed, phrasing in variations
+    ]
     abilities = {}
     for name, model in models.items():
-        abilities[name] = measure_ability(model, prompts)
-        require_ability(abilities[name], f"{task.name} ({name})", forced=forced)
-    scores = {}
-    for name, model in models.items():
-        found, record["models"][name] = _of_model(name, model, prompts, abilities[name], steps, progress)
-        scores[name] = found.scores.contiguous()
+        abilities[name] = [measure_ability(model, some) for some in prompts]
+        for ability in abilities[name]:
+            require_ability(ability, f"{task.name} ({name})", forced=config.forced)
+    found: dict[str, list[Circuits]] = {name: [] for name in models}
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    for place, some in enumerate(prompts):
+        part = f"variation {place + 1} of {len(prompts)}, " if len(prompts) > 1 else ""
+        for name, model in models.items():
+            told = f"{part}{name}: "
+            circuits, record = _of_model(model, some, abilities[name][place], config, told, progress)
+            found[name].append(circuits)
+            records[name].append(record)
+    record = {
+        "task": task.name,
+        "corruption": config.corruption or task.corruptions[0],
+        "metric": prompts[0].metric,
+        "prompts": len(prompts[0].kept),
+        "dropped": len(prompts[0].dropped),
+        "seed": config.seed,
+        "ig_steps": config.steps,
+        "ablation": config.ablation,
+        "selection": "largest absolute score" if config.absolute else "highest score",
+        "versions": versions(),
+        "models": {name: records[name][0] for name in models},
+        "variations": [
+            {"seed": seed, "phrasing": phrasing, "models": {name: records[name][place] for name in models}}
+            for place, (seed, phrasing) in enumerate(variations)
+        ],
+        "overlap": {name: _overlap(circuits) for name, circuits in found.items()},
+    }
     with written_beside(run.folder / "circuits" / task.name) as staging:
-        save_file(scores, staging / "scores.safetensors")
+        save_file({name: circuits[0].scores.contiguous() for name, circuits in found.items()},
+                  staging / "scores.safetensors")  # fmt: skip
+        links = _links_of_one_prompt({name: circuits[0] for name, circuits in found.items()}, tokenizer)
+        (staging / "links.json").write_text(json.dumps(links) + "\n")
         (staging / "circuits.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
 def _of_model(
-    name: str,
     model: PreTrainedModel,
     prompts: Prompts,
     ability: Ability,
-    steps: int,
+    config: SearchConfig,
+    told: str,
     progress: Callable[[str], None],
 ) -> tuple[Circuits, dict[str, Any]]:
     started = time.perf_counter()
-    found = find_circuits(model, prompts, steps=steps, progress=lambda what: progress(f"{name}: {what}"))
-    seconds = time.perf_counter() - started
-    edges = found.curves["edges"]
-    pruned = found.edges(edges.first_size) if edges.first_size is not None else None
+    found = find_circuits(
+        model,
+        prompts,
+        levels=LEVELS if config.ablation != "mean" else ("nodes", "edges"),
+        steps=config.steps,
+        ablation=config.ablation,
+        absolute=config.absolute,
+        batch_size=config.batch_size,
+        progress=lambda what: progress(told + what),
+    )
     return found, {
         "accuracy": ability.accuracy,
         "metric_clean": ability.clean,
         "metric_corrupted": ability.corrupted,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
         "peak_memory_megabytes": _peak_megabytes(),
+        "units": {
+            "layers": found.graph.layers,
+            "heads": found.graph.heads,
+            "parallel": found.graph.parallel,
+            "width": model.config.hidden_size,
+        },
         "levels": {level: _curve_record(curve) for level, curve in found.curves.items()},
-        "edges_after_pruning": None if pruned is None else int(pruned.sum()),
+        "circuit": _circuit_record(found),
     }
+
+
+def _circuit_record(found: Circuits) -> dict[str, Any]:
+    """What the smallest circuits at 90 % hold after pruning what is cut off."""
+    graph, sizes = found.graph, {level: curve.first_size for level, curve in found.curves.items()}
+    is_head = torch.tensor([graph.source_name(source).startswith("a") for source in range(graph.sources)])
+    record: dict[str, Any] = {}
+    if sizes.get("nodes") is not None:
+        nodes = found.nodes(sizes["nodes"] or 0)
+        record["nodes"] = {"heads": int((nodes & is_head).sum()), "mlps": int((nodes & ~is_head)[1:].sum())}
+    if sizes.get("edges") is not None:
+        edges = found.edges(sizes["edges"] or 0)
+        used = edges.any(1)
+        heads, mlps = int((used & is_head).sum()), int((used & ~is_head)[1:].sum())
+        record["edges"] = {"edges": int(edges.sum()), "heads": heads, "mlps": mlps}
+    if sizes.get("links") is not None:
+        links = torch.cat([part.flatten(1).sum(1) for part in found.links(sizes["links"] or 0)])
+        record["links"] = {"links_per_prompt": links.double().mean().item()}
+    return record
+
+
+def _overlap(found: list[Circuits]) -> float | None:
+    """Mean Jaccard index of the edges at 90 % over all pairs of variations."""
+    sizes = [circuits.curves["edges"].first_size for circuits in found]
+    edges = [circuits.edges(size) for circuits, size in zip(found, sizes, strict=True) if size is not None]
+    pairs = [int((a & b).sum()) / max(1, int((a | b).sum())) for a, b in combinations(edges, 2)]
+    return mean(pairs) if pairs else None
+
+
+def _links_of_one_prompt(found: dict[str, Circuits], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """The circuit of the first prompt, as many links as explain 90 % on average."""
+    if "links" not in found["dense"].curves:
+        return None
+    batch = found["dense"].batches[0]
+    record: dict[str, Any] = {
+        "prompt": tokenizer.decode(batch.clean[0]),
+        "tokens": [tokenizer.decode([token]) for token in batch.clean[0].tolist()],
+        "answer": tokenizer.decode([int(batch.answers[0][0])]),
+        "models": {},
+    }
+    for name, circuits in found.items():
+        size = circuits.curves["links"].first_size
+        kept = circuits.links(size if size is not None else circuits.curves["links"].total)[0][0]
+        scores: Tensor = circuits.link_scores[0][0]
+        links = [[*place, round(scores[tuple(place)].item(), 6)] for place in kept.nonzero().tolist()]
+        record["models"][name] = {"size": size, "links": sorted(links, key=lambda link: -abs(link[-1]))}
+    return record
+
+
+def load_circuit(run: Run, task: str, model: str, edges: int | None = None) -> Circuit:
+    """A circuit of edges from what :func:`compare_circuits` left, pruned.
+
+    Args:
+        run: whose circuits have been found.
+        task: name of the task, or its JSONL file.
+        model: ``dense`` or ``sparse``.
+        edges: how many of the best are kept; None: as many as explain 90 %.
+
+    Raises:
+        GossamerError: if there is no such record; if no circuit explains 90 % and ``edges`` is None.
+    """
+    folder = run.folder / "circuits" / (Path(task).stem if task.endswith(".jsonl") else task)
+    if not (folder / "circuits.json").exists():
+        raise GossamerError(f"{run.folder} has no circuits of {task}; find them with gossamer circuits")
+    try:
+        record = json.loads((folder / "circuits.json").read_text())
+        scores = load_file(folder / "scores.safetensors")[model]
+        units = record["models"][model]["units"]
+        size = edges if edges is not None else record["models"][model]["levels"]["edges"]["first_size"]
+        graph = Graph(units["layers"], units["heads"], units["parallel"])
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise GossamerError(f"the records in {folder} are damaged ({error}); find the circuits again") from error
+    if size is None:
+        raise GossamerError(f"no circuit of {task} that was measured explains 90 %; say how many edges to keep")
+    kept = prune(graph, top_edges(graph, scores, size, absolute=record["selection"].startswith("largest")))
+    return Circuit(graph, units["width"], scores, kept)
 
 
 def _peak_megabytes() -> float:
@@ -129,6 +266,10 @@ def _curve_record(curve: Curve) -> dict[str, Any]:
     }
 
 
+SHOWN = (0.001, 0.01, 0.1)
+"""Kept shares whose faithfulness the terminal shows."""
+
+
 def comparison_tables(record: dict[str, Any]) -> list[Table]:
     """The record as the terminal shows it."""
     dense, sparse = record["models"]["dense"], record["models"]["sparse"]
@@ -139,15 +280,52 @@ def comparison_tables(record: dict[str, Any]) -> list[Table]:
         numbers = (f"{model[key]:.3f}" for key in ("metric_clean", "metric_corrupted"))
         rest = (f"{model['seconds']:.0f}", f"{model['peak_memory_megabytes']:,.0f}")
         ability.add_row(name, f"{100 * model['accuracy']:.1f}", *numbers, *rest)
-    sizes = Table(title="Units that explain 90 % (first crossing; for good)")
+    sizes = Table(title=f"Units that explain {100 * EXPLAINED:.0f} % (first crossing; for good)")
     for column in ("level", "of", "dense", "sparse", "dense : sparse", "CPR dense", "CPR sparse"):
         sizes.add_column(column, justify="left" if column == "level" else "right")
-    for level in LEVELS:
+    explained = Table(title="Faithfulness by kept share")
+    for column in ("level", "model", *(f"{100 * share:g} %" for share in SHOWN), "CMD"):
+        explained.add_column(column, justify="left" if column in ("level", "model") else "right")
+    for level in dense["levels"]:
         a, b = dense["levels"][level], sparse["levels"][level]
         ratio = f"{a['first_size'] / b['first_size']:.1f}" if a["first_size"] and b["first_size"] else "-"
         counts = (f"{_count(x['first_size'])}; {_count(x['lasting_size'])}" for x in (a, b))
         sizes.add_row(level, f"{a['total']:,}", *counts, ratio, f"{a['cpr']:.3f}", f"{b['cpr']:.3f}")
-    return [ability, sizes]
+        for name, curve in (("dense", a), ("sparse", b)):
+            at = {point["size"]: point["faithfulness"] for point in curve["points"]}
+            shown = [at.get(round(share * curve["total"])) for share in SHOWN]
+            cells = ("-" if value is None else f"{value:.3f}" for value in shown)
+            explained.add_row(level, name, *cells, f"{curve['cmd']:.3f}")
+    tables = [ability, sizes, explained, _pruned_table(record)]
+    return tables + ([_spread_table(record)] if len(record["variations"]) > 1 else [])
+
+
+def _pruned_table(record: dict[str, Any]) -> Table:
+    table = Table(title="The circuits at first crossing, less what is cut off")
+    for column in ("model", "circuit of", "heads", "MLPs", "edges", "links a prompt"):
+        table.add_column(column, justify="left" if column in ("model", "circuit of") else "right")
+    for name, model in record["models"].items():
+        for level, counts in model["circuit"].items():
+            links = counts.get("links_per_prompt")
+            cells = [_count(counts.get(key)) for key in ("heads", "mlps", "edges")]
+            table.add_row(name, level, *cells, "-" if links is None else f"{links:,.1f}")
+    return table
+
+
+def _spread_table(record: dict[str, Any]) -> Table:
+    """Mean ± standard deviation of the sizes at first crossing over the variations."""
+    table = Table(title=f"Over {len(record['variations'])} variations (seeds and phrasings): mean ± standard deviation")
+    for column in ("model", *record["models"]["dense"]["levels"], "overlap of edges"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in record["models"]:
+        cells = []
+        for level in record["models"][name]["levels"]:
+            sizes = [each["models"][name]["levels"][level]["first_size"] for each in record["variations"]]
+            known = [size for size in sizes if size is not None]
+            cells.append(f"{mean(known):,.0f} ± {stdev(known):,.0f}" if len(known) > 1 else "-")
+        overlap = record["overlap"][name]
+        table.add_row(name, *cells, "-" if overlap is None else f"{overlap:.2f}")
+    return table
 
 
 def _count(size: int | None) -> str:

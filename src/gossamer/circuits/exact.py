@@ -1,5 +1,7 @@
 """Exact patching: one unit at a time gets the corrupted run's value. Slow; the truth that the scores estimate."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,6 +27,7 @@ def exact_scores(model: PreTrainedModel, batch: Batch, level: Level) -> Float[Te
     """
     graph, (prompts, tokens) = graph_of(model), batch.clean.shape
     other = record(model, batch.corrupted, links=level == "links")
+    keep: Callable[..., Tensor]
     if level == "nodes":
         everything, keep = torch.ones(graph.sources, dtype=torch.bool), keep_nodes
     elif level == "edges":
@@ -39,7 +42,7 @@ def exact_scores(model: PreTrainedModel, batch: Batch, level: Level) -> Float[Te
     def measured(circuits: Tensor) -> Tensor:
         if level == "links":
             circuits = circuits[:, None].expand(-1, prompts, *everything.shape)
-        return keep(model, batch, circuits, other=other).cpu()  # type: ignore[operator]
+        return keep(model, batch, circuits, other=other).cpu()
 
     clean = measured(everything[None])[0]
     for some in units.split(AT_ONCE):

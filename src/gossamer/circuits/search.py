@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from gossamer.circuits.attribution import edge_scores, link_scores
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import Ablation, keep_edges, keep_links, keep_nodes
-from gossamer.circuits.metrics import Curve, measure_curve
+from gossamer.circuits.metrics import Curve, Point, measure_curve
 from gossamer.circuits.recording import record
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
+from gossamer.errors import GossamerError
 
 Level = Literal["nodes", "edges", "links"]
 LEVELS: tuple[Level, ...] = ("nodes", "edges", "links")
@@ -125,6 +126,32 @@ def find_circuits(
 
         found.curves[level] = measure_curve(totals[level], measure)
     return found
+
+
+def faithfulness_of(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    kept: Bool[Tensor, "sources destinations"],
+    *,
+    ablation: Ablation = "patch",
+    batch_size: int = 16,
+) -> Point:
+    """How much one circuit of edges explains.
+
+    Raises:
+        GossamerError: if the metric does not tell clean from corrupted prompts.
+    """
+    possible = graph_of(model).possible()
+    circuits = torch.stack([torch.zeros_like(possible), kept & possible, possible])
+    metrics = torch.zeros(3, dtype=torch.double)
+    for batch in prompts.batches(batch_size):
+        other = record(model, batch.corrupted)
+        for place, circuit in enumerate(circuits):
+            metrics[place] += keep_edges(model, batch, circuit, ablation=ablation, other=other).double().cpu().sum()
+    nothing, metric, everything = (metrics / len(prompts.kept)).tolist()
+    if everything == nothing:
+        raise GossamerError("patching all edges changes nothing: the metric does not tell the prompts apart")
+    return Point(int(circuits[1].sum()), metric, (metric - nothing) / (everything - nothing))
 
 
 def top_links(

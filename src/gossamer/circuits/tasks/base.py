@@ -7,8 +7,8 @@ is drawn in its place.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
@@ -120,6 +120,10 @@ class Prompts:
                 )
 
 
+Examples = Callable[[random.Random, PreTrainedTokenizerBase, str], Iterator[Example]]
+"""Endless examples from a random source, for a tokenizer and a corruption."""
+
+
 @dataclass(frozen=True)
 class Task:
     """How to make examples.
@@ -129,22 +133,30 @@ class Task:
         summary: one line.
         metric: what is measured.
         corruptions: names that ``examples`` understands, the default first.
-        examples: endless examples from a random source, for a tokenizer and a corruption.
+        examples: where they come from.
+        phrasings: other sets of templates by name, to see whether a circuit depends on the wording.
     """
 
     name: str
     summary: str
     metric: MetricKind
     corruptions: tuple[str, ...]
-    examples: Callable[[random.Random, PreTrainedTokenizerBase, str], Iterator[Example]]
+    examples: Examples
+    phrasings: Mapping[str, Examples] = field(default_factory=dict)
 
     def prompts(
-        self, tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int = 0, corruption: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        count: int,
+        *,
+        seed: int = 0,
+        corruption: str | None = None,
+        phrasing: str | None = None,
     ) -> Prompts:
         """``count`` different examples.
 
         Raises:
-            GossamerError: on an unknown corruption; if the tokenizer leaves too few examples.
+            GossamerError: on an unknown corruption or phrasing; if the tokenizer leaves too few examples.
         """
         corruption = corruption or self.corruptions[0]
         if corruption not in self.corruptions:
@@ -154,7 +166,11 @@ class Task:
         kept: list[Tokens] = []
         dropped: list[Dropped] = []
         seen: set[Example] = set()
-        source = self.examples(random.Random(seed), tokenizer, corruption)
+        if phrasing is not None and phrasing not in self.phrasings:
+            known = ", ".join(self.phrasings) or "none"
+            raise GossamerError(f"task {self.name} has no phrasing {phrasing!r}; there are {known}")
+        make = self.examples if phrasing is None else self.phrasings[phrasing]
+        source = make(random.Random(seed), tokenizer, corruption)
         for _, example in zip(range(ATTEMPTS * count), source, strict=False):
             if example in seen:
                 continue

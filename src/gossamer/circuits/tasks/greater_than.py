@@ -11,6 +11,7 @@ form is found by trying:
 
 import random
 from collections.abc import Iterator
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,16 +37,20 @@ def _years(form: str, century: int) -> list[str]:
     }[form]
 
 
-def _prompt(form: str, noun: str, century: int, year: int) -> str:
+LASTED = "The {noun} lasted from the year {start} to the year {end}"
+BEGAN = "The {noun} that began in the year {start} came to its end in the year {end}"
+
+
+def _prompt(template: str, form: str, noun: str, century: int, year: int) -> str:
     end = "" if form == "century and tens" else str(century)
-    return f"The {noun} lasted from the year {century}{year:02} to the year {end}"
+    return template.format(noun=noun, start=f"{century}{year:02}", end=end)
 
 
 def _form(tokenizer: PreTrainedTokenizerBase) -> str:
     for form in ("years", "tens", "century and tens"):
         for century in CENTURIES:
             options = _years(form, century)
-            found = next_tokens(_prompt(form, "war", century, 32), options, tokenizer)
+            found = next_tokens(_prompt(LASTED, form, "war", century, 32), options, tokenizer)
             if len(set(found.values())) > len(options) // 2:
                 return form
     raise GossamerError(
@@ -53,11 +58,13 @@ def _form(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def _examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:
+def _examples(
+    source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str, template: str = LASTED
+) -> Iterator[Example]:
     form = _form(tokenizer)
     while True:
         noun, century, year = source.choice(NOUNS), source.choice(CENTURIES), source.choice(YEARS)
-        clean, corrupted = (_prompt(form, noun, century, y) for y in (year, 1))
+        clean, corrupted = (_prompt(template, form, noun, century, y) for y in (year, 1))
         own = year if form == "years" else year // 10
         options = _years(form, century)
         possible = next_tokens(clean, options, tokenizer)
@@ -72,4 +79,5 @@ GREATER_THAN = Task(
     "probability_difference",
     ("first_year",),
     _examples,
+    {"began": partial(_examples, template=BEGAN)},
 )

@@ -7,6 +7,7 @@ next. Half of the prompts say IO first (ABBA), half S (BABA). Corruptions: ``abc
 
 import random
 from collections.abc import Iterator
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,9 +24,14 @@ TEMPLATES = (
 )
 
 
-def _examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:
+def _examples(
+    source: random.Random,
+    tokenizer: PreTrainedTokenizerBase,
+    corruption: str,
+    templates: tuple[str, ...] = TEMPLATES,
+) -> Iterator[Example]:
     while True:
-        template, place, thing = source.choice(TEMPLATES), source.choice(PLACES), source.choice(OBJECTS)
+        template, place, thing = source.choice(templates), source.choice(PLACES), source.choice(OBJECTS)
         indirect, subject, *others = source.sample(NAMES, 5)
         first_two = [indirect, subject] if source.random() < 0.5 else [subject, indirect]
         corrupted = {
@@ -45,4 +51,8 @@ IOI = Task(
     "logit_difference",
     ("abc", "s2_io_flip", "s2_third"),
     _examples,
+    {
+        "first": partial(_examples, templates=TEMPLATES[:3]),
+        "second": partial(_examples, templates=TEMPLATES[3:]),
+    },
 )
