@@ -7,10 +7,11 @@
 
 Gradients are taken before the norm of the destination, on the clean run (EAP). All edges of a batch need one forward
 and one backward pass; then the gradient at q, k or v of each head goes back through its own rows of the projection,
-and through the norm, for as many heads at a time as one layer has. So the memory is that of what the sources wrote.
+and through the norm, for some of them at a time. So the memory is that of what the sources wrote in one run.
 """
 
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
@@ -19,19 +20,26 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.projections import Place, Places, projections_of
-from gossamer.circuits.recording import Recording, record, record_difference
+from gossamer.circuits.recording import Recording, record, record_written
 from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
 from gossamer.circuits.tasks.base import Batch
 
-AT_ONCE = 16
-"""Heads whose gradients at the stream are held at once."""
+AT_ONCE = 32
+"""Destinations whose gradients at the stream are held at once."""
 
 
 @dataclass
 class _Taps(Visitor):
-    """Keeps the places at which gradients are wanted, each a node of its own in the graph of autograd."""
+    """Keeps the places at which gradients are wanted, each a node of its own in the graph of autograd.
 
+    Attributes:
+        begin: what the streams begin with instead of the prompts' embeddings.
+        difference: from which what the sources write is taken off on the way; if given, ``begin`` must not be.
+    """
+
+    graph: Graph
     begin: Tensor | None = None
+    difference: Tensor | None = None
     streams: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     normed: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     projected: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -44,9 +52,21 @@ class _Taps(Visitor):
         self.streams[kind, layer] = branch
         return branch
 
+    def _subtract(self, sources: slice, values: Tensor) -> None:
+        if self.difference is not None:
+            self.difference[sources] -= values.detach()
+
     def read_input(self, x: Tensor) -> Tensor:
+        self._subtract(slice(0, 1), x[None])
         start = x if self.begin is None else self.begin
         return start.detach().requires_grad_()
+
+    def write_heads(self, layer: int, contributions: Tensor) -> None:
+        self._subtract(slice(self.graph.head(layer, 0), self.graph.mlp(layer)), contributions)
+
+    def write_mlp(self, layer: int, contribution: Tensor) -> None:
+        mlp = self.graph.mlp(layer)
+        self._subtract(slice(mlp, mlp + 1), contribution[None])
 
     def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
         return self._tap("q", layer, x)
@@ -79,32 +99,42 @@ def edge_scores(model: PreTrainedModel, batch: Batch, *, steps: int = 0) -> Floa
     node is the sum over its outgoing edges.
     """
     graph, places = graph_of(model), projections_of(model)
-    difference = record_difference(model, batch.clean, batch.corrupted)
-    scores = difference.written.new_zeros(graph.sources, graph.destinations)
-    for begin in _embeddings(difference.clean, difference.corrupted, steps):
-        scores += _scores_of_run(model, batch, graph, places, difference.written, begin) / max(steps, 1)
+    difference = record_written(model, batch.corrupted)
+    if steps == 0:
+        taps = _Taps(graph, difference=difference)
+        _run(model, batch, taps, retain_graph=True)
+        return _scores_of_run(taps, graph, places, difference)
+    corrupted = difference[0].clone()
+    clean = record_written(model, batch.clean)
+    difference -= clean
+    begin = clean[0].clone()
+    del clean
+    scores = difference.new_zeros(graph.sources, graph.destinations)
+    for embeddings in _embeddings(begin, corrupted, steps):
+        taps = _Taps(graph, embeddings)
+        _run(model, batch, taps, retain_graph=True)
+        scores += _scores_of_run(taps, graph, places, difference) / steps
     return scores
 
 
-def _embeddings(clean: Tensor, corrupted: Tensor, steps: int) -> list[Tensor | None]:
-    """Where the runs begin whose gradients are averaged; None: at the clean prompts' own."""
-    return [corrupted + step / steps * (clean - corrupted) for step in range(steps)] or [None]
+def _embeddings(clean: Tensor, corrupted: Tensor, steps: int) -> list[Tensor]:
+    """Where the runs begin whose gradients are averaged: on the way, or with no steps at the clean prompts' own."""
+    return [corrupted + step / steps * (clean - corrupted) for step in range(steps)] or [clean]
 
 
-def _scores_of_run(
-    model: PreTrainedModel, batch: Batch, graph: Graph, places: list[Places], difference: Tensor, begin: Tensor | None
-) -> Tensor:
-    taps = _Taps(begin)
-    _run(model, batch, taps, retain_graph=True)
+def _scores_of_run(taps: _Taps, graph: Graph, places: list[Places], difference: Tensor) -> Tensor:
     scores = difference.new_zeros(graph.sources, graph.destinations)
     for layer in range(graph.layers):
         changes = difference[: graph.sources_before(layer)].flatten(1)
-        for kind, place in places[layer].items():
-            for first in range(0, graph.heads, AT_ONCE):
-                heads = list(range(first, min(first + AT_ONCE, graph.heads)))
-                gradients = _at_stream(taps, layer, kind, place, heads)
-                read = graph.read(layer, kind, first)
-                scores[: len(changes), read : read + len(heads)] = changes @ gradients.flatten(1).mT
+        reads = [(kind, head) for kind in "qkv" for head in range(graph.heads)]
+        for first in range(0, len(reads), AT_ONCE):
+            some = reads[first : first + AT_ONCE]
+            gradients = torch.cat([
+                _at_stream(taps, layer, kind, places[layer][kind], [head for _, head in of_kind])
+                for kind, of_kind in groupby(some, key=lambda read: read[0])
+            ])  # fmt: skip
+            read = graph.read(layer, *some[0])
+            scores[: len(changes), read : read + len(some)] = changes @ gradients.flatten(1).mT
         mlp = graph.read(layer, "mlp")
         scores[:, mlp] = _column(graph, difference, taps.streams["mlp", layer], mlp)
     scores[:, graph.logits] = _column(graph, difference, taps.streams["logits", 0], graph.logits)
@@ -176,7 +206,7 @@ def link_scores(
     clean, corrupted = (record(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
     scores: Tensor | None = None
     for begin in _embeddings(clean.written[0], corrupted.written[0], steps):
-        taps = _Taps(begin)
+        taps = _Taps(graph_of(model), begin)
         _run(model, batch, taps, retain_graph=False)
         layers = []
         for layer, output in enumerate(taps.outputs):

@@ -24,32 +24,17 @@ from gossamer.circuits.tasks.base import Batch
 Ablation = Literal["patch", "zero", "mean"]
 
 
-class _PatchedEdges(Visitor):
-    """Rows of the batch are circuit by circuit, within it prompt by prompt.
+class _Patched(Visitor):
+    """What the sources write less what they would be replaced by; the streams are put together from it.
 
-    Query heads that share columns of a projection need them in turn: the batch is repeated as often as heads share
-    one, and head h is computed in repetition h modulo their number.
+    Rows of the batch are circuit by circuit, within it prompt by prompt.
     """
 
-    def __init__(self, graph: Graph, places: list[Places], kept: Tensor, other: Recording, ablation: Ablation) -> None:
-        self.graph, self.places, self.other = graph, places, other
-        self.ablation = ablation
+    def __init__(self, graph: Graph, kept: Tensor, other: Recording, ablation: Ablation) -> None:
+        self.graph, self.other, self.ablation = graph, other, ablation
         self.kept = kept.to(other.written)
         self.replacement = _replacement(other, ablation)
-        circuits, prompts = len(kept), other.written.shape[1]
-        self.change = other.written.new_empty(graph.sources, circuits, prompts, *other.written.shape[2:])
-        self.norm: Norm | None = None
-
-    def _streams(self, kind: str, layer: int) -> Float[Tensor, "destinations rows tokens d_model"]:
-        """What the destinations of a kind in a layer read; for q, k and v one a head."""
-        graph = self.graph
-        first = graph.read(layer, kind)
-        reads = slice(first, first + (graph.heads if kind in "qkv" else 1))
-        sources = graph.sources_of(first)
-        change = self.change[:sources].transpose(0, 1).flatten(2)  # circuits, sources, all of a stream
-        changes = self.kept[:, :sources, reads].mT @ change
-        streams = changes.transpose(0, 1).unflatten(2, self.change.shape[2:])
-        return (streams + self._replaced("q" if kind in "qkv" else kind, layer, sources)).flatten(1, 2)
+        self.change = other.written.new_empty(graph.sources, len(kept), *other.written.shape[1:])
 
     def _replaced(self, kind: str, layer: int, sources: int) -> Tensor:
         """The stream when every source carries its replacement."""
@@ -64,6 +49,55 @@ class _PatchedEdges(Visitor):
     def read_input(self, x: Tensor) -> Tensor:
         self._write(slice(0, 1), x[None])
         return x
+
+    def write_heads(self, layer: int, contributions: Tensor) -> None:
+        self._write(slice(self.graph.head(layer, 0), self.graph.mlp(layer)), contributions)
+
+    def write_mlp(self, layer: int, contribution: Tensor) -> None:
+        mlp = self.graph.mlp(layer)
+        self._write(slice(mlp, mlp + 1), contribution[None])
+
+
+class _PatchedNodes(_Patched):
+    """All destinations of a layer read the same stream."""
+
+    def _stream(self, kind: str, layer: int) -> Float[Tensor, "rows tokens d_model"]:
+        sources = self.graph.sources_of(self.graph.read(layer, kind))
+        stream = torch.einsum("su,usbtd->sbtd", self.kept[:, :sources], self.change[:sources])
+        return (stream + self._replaced(kind, layer, sources)).flatten(0, 1)
+
+    def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
+        return self._stream("q", layer)
+
+    def read_mlp(self, layer: int, x: Tensor) -> Tensor:
+        return self._stream("mlp", layer)
+
+    def read_logits(self, x: Tensor) -> Tensor:
+        return self._stream("logits", 0)
+
+
+class _PatchedEdges(_Patched):
+    """Every destination reads a stream of its own.
+
+    Query heads that share columns of a projection need them in turn: the batch is repeated as often as heads share
+    one, and head h is computed in repetition h modulo their number.
+    """
+
+    def __init__(self, graph: Graph, places: list[Places], kept: Tensor, other: Recording, ablation: Ablation) -> None:
+        super().__init__(graph, kept, other, ablation)
+        self.places = places
+        self.norm: Norm | None = None
+
+    def _streams(self, kind: str, layer: int) -> Float[Tensor, "destinations rows tokens d_model"]:
+        """What the destinations of a kind in a layer read; for q, k and v one a head."""
+        graph = self.graph
+        first = graph.read(layer, kind)
+        reads = slice(first, first + (graph.heads if kind in "qkv" else 1))
+        sources = graph.sources_of(first)
+        change = self.change[:sources].transpose(0, 1).flatten(2)  # circuits, sources, all of a stream
+        changes = self.kept[:, :sources, reads].mT @ change
+        streams = changes.transpose(0, 1).unflatten(2, self.change.shape[2:])
+        return (streams + self._replaced("q" if kind in "qkv" else kind, layer, sources)).flatten(1, 2)
 
     def _repetitions(self, layer: int) -> int:
         places = self.places[layer]
@@ -97,15 +131,8 @@ class _PatchedEdges(Visitor):
             picked.append(x.unflatten(0, (repetitions, -1))[own % repetitions, :, place].transpose(0, 1))
         return pattern(*picked[:2]) @ picked[2]
 
-    def write_heads(self, layer: int, contributions: Tensor) -> None:
-        self._write(slice(self.graph.head(layer, 0), self.graph.mlp(layer)), contributions)
-
     def read_mlp(self, layer: int, x: Tensor) -> Tensor:
         return self._streams("mlp", layer)[0]
-
-    def write_mlp(self, layer: int, contribution: Tensor) -> None:
-        mlp = self.graph.mlp(layer)
-        self._write(slice(mlp, mlp + 1), contribution[None])
 
     def read_logits(self, x: Tensor) -> Tensor:
         return self._streams("logits", 0)[0]
@@ -166,9 +193,11 @@ def keep_nodes(
     ablation: Ablation = "patch",
     other: Recording | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
-    """:func:`keep_edges` with all edges that leave the kept nodes."""
-    edges = kept[..., None] & graph_of(model).possible().to(kept.device)
-    return keep_edges(model, batch, edges, ablation=ablation, other=other)
+    """:func:`keep_edges` with all edges that leave the kept nodes; in one stream, not in one for each destination."""
+    circuits = kept[None] if kept.ndim == 1 else kept
+    other = record(model, batch.corrupted) if other is None else other
+    visitor = _PatchedNodes(graph_of(model), circuits, other, ablation)
+    return _measured(model, batch, visitor, len(circuits)).view(*kept.shape[:-1], -1)
 
 
 @dataclass

@@ -83,26 +83,6 @@ class _Recorder(Visitor):
         return x
 
 
-@dataclass
-class _Subtractor(Visitor):
-    """Takes what the sources write off what they wrote in another run."""
-
-    graph: Graph
-    written: Tensor
-    begin: Tensor | None = None
-
-    def read_input(self, x: Tensor) -> Tensor:
-        self.begin = x
-        self.written[0] -= x
-        return x
-
-    def write_heads(self, layer: int, contributions: Tensor) -> None:
-        self.written[self.graph.head(layer, 0) : self.graph.mlp(layer)] -= contributions
-
-    def write_mlp(self, layer: int, contribution: Tensor) -> None:
-        self.written[self.graph.mlp(layer)] -= contribution
-
-
 @torch.no_grad()
 def record(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, links: bool = False) -> Recording:
     """Run the model and record it; ``links`` keeps attention weights and values too."""
@@ -113,33 +93,13 @@ def record(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, li
     return Recording(recorder.written, recorder.read, recorder.weights, recorder.values, logits)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """What the corrupted prompts change.
-
-    Attributes:
-        written: what each source adds to the stream in the corrupted run, less what it adds in the clean one.
-        clean, corrupted: the streams' beginnings: token and position embeddings.
-    """
-
-    written: Float[Tensor, "sources batch tokens d_model"]
-    clean: Float[Tensor, "batch tokens d_model"]
-    corrupted: Float[Tensor, "batch tokens d_model"]
-
-
 @torch.no_grad()
-def record_difference(
-    model: PreTrainedModel, clean: Int[Tensor, "batch tokens"], corrupted: Int[Tensor, "batch tokens"]
-) -> Difference:
-    """Run the model on both; the memory is that of one run."""
-    graph = graph_of(model)
-    recorder = _Recorder(graph, links=False, streams=False)
+def record_written(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "sources batch tokens d_model"]:
+    """What each source adds to the stream, and nothing else."""
+    recorder = _Recorder(graph_of(model), links=False, streams=False)
     with visited(model, recorder):
-        model(input_ids=corrupted.to(model.device), use_cache=False, logits_to_keep=1)
+        model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
     assert recorder.written is not None
-    begin = recorder.written[0].clone()
-    subtractor = _Subtractor(graph, recorder.written)
-    with visited(model, subtractor):
-        model(input_ids=clean.to(model.device), use_cache=False, logits_to_keep=1)
-    assert subtractor.begin is not None
-    return Difference(recorder.written, subtractor.begin, begin)
+    return recorder.written

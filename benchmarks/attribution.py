@@ -1,0 +1,127 @@
+"""Scores of all component edges by EAP beside one forward and backward pass over the same prompts: time and memory.
+
+    python benchmarks/attribution.py [--model smollm2] [--task ioi] [--prompts 100] [--record FILE]
+    python benchmarks/attribution.py --peer gpt2-small-sized [--record FILE]
+
+The first times `edge_scores` on a model, in turns with two kinds of one forward and backward pass over the clean
+prompts: gradients of the embeddings only, which is what attribution needs of autograd, and of all weights, which is
+what training takes. Memory is measured in processes of their own: the largest resident set while the scores are made,
+less that before the model was loaded, as a multiple of the model's parameters.
+
+The second sets gossamer beside TransformerLens' own attribution patching, on a model with GPT-2 small's sizes and
+random weights, which both load; TransformerLens scores each head's output and each MLP (nodes), with q, k and v apart.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from attention import record
+
+from gossamer.circuits.attribution import edge_scores
+from gossamer.circuits.streams import graph_of
+from gossamer.circuits.tasks import find_task
+from gossamer.circuits.tasks.base import Batch
+from gossamer.models.pretrained import load_dense
+from gossamer.training.memory import keep_freed_memory
+
+
+def both_ways(model: torch.nn.Module, batch: Batch, *, weights: bool) -> None:
+    """One forward and backward pass over the clean prompts."""
+    model.requires_grad_(weights)
+    inputs = model.get_input_embeddings()(batch.clean)
+    inputs = inputs if weights else inputs.detach().requires_grad_()
+    logits = model(inputs_embeds=inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+    batch.measure(logits).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def resident(field: str) -> float:
+    """Megabytes, from Linux' account of this process."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """In a process of its own: what loading the model takes, and the peak of one kind of work."""
+    before = resident("VmRSS")
+    model, tokenizer = load_dense(arguments.model)
+    model.eval()
+    batches = list(find_task(arguments.task).prompts(tokenizer, arguments.prompts).batches(arguments.batch))
+    # What loading took beyond the model is given back; from here on the peak counts.
+    loaded = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    work = jobs(model)[arguments.memory]
+    for batch in batches:
+        work(batch)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    print(json.dumps({
+        "model_megabytes": parameters, "loaded_megabytes": loaded - before,
+        "peak_megabytes": resident("VmHWM") - before,
+    }))  # fmt: skip
+
+
+def jobs(model: torch.nn.Module) -> dict[str, Callable[[Batch], object]]:
+    """What is timed, by name."""
+    return {
+        "forward and backward, embeddings": lambda batch: both_ways(model, batch, weights=False),
+        "forward and backward, weights": lambda batch: both_ways(model, batch, weights=True),
+        "EAP, all edges": lambda batch: edge_scores(model, batch),
+        "EAP-IG (5 steps), all edges": lambda batch: edge_scores(model, batch, steps=5),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--task", default="ioi")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--record", type=Path, help="write the figures here")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        return memory(arguments)
+    keep_freed_memory()
+    result = record(arguments)
+    model, tokenizer = load_dense(arguments.model)
+    model.eval()
+    batches = list(find_task(arguments.task).prompts(tokenizer, arguments.prompts).batches(arguments.batch))
+    edges = int(graph_of(model).possible().sum())
+    print(f"{arguments.model}: {edges:,} edges, {arguments.prompts} prompts of {arguments.task}")
+    seconds: dict[str, list[float]] = {name: [] for name in jobs(model)}
+    for _ in range(arguments.rounds):
+        taken = dict.fromkeys(seconds, 0.0)
+        for batch in batches:
+            for name, work in jobs(model).items():
+                started = time.perf_counter()
+                work(batch)
+                taken[name] += time.perf_counter() - started
+        for name, total in taken.items():
+            seconds[name].append(total)
+    result["edges"], result["rows"] = edges, []
+    for name, totals in seconds.items():
+        options = {key: getattr(arguments, key) for key in ("model", "task", "prompts", "batch")} | {"memory": name}
+        command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
+        found = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
+        row = {"what": name, "seconds": statistics.median(totals), **found}
+        result["rows"].append(row)
+        ratios = [row["seconds"] / other["seconds"] for other in result["rows"][:2]]
+        times = "  ".join(f"{ratio:5.2f}" for ratio in ratios)
+        share = row["peak_megabytes"] / row["model_megabytes"]
+        print(f"{name:34} {row['seconds']:7.2f} s  {times}  peak {row['peak_megabytes']:6.0f} MB ({share:.2f} models)")
+    if arguments.record:
+        arguments.record.parent.mkdir(parents=True, exist_ok=True)
+        arguments.record.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
