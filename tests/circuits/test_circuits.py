@@ -67,6 +67,16 @@ def test_eap_is_the_derivative_of_interpolating_each_edge(family: str, gated: bo
     assert not scores[~graph.possible()].any()
 
 
+@pytest.mark.parametrize("at_once", [1, 5, 32])
+def test_how_many_destinations_are_held_at_once_makes_no_difference(at_once: int, monkeypatch) -> None:
+    for family in ("gpt2", "llama", "olmo2"):
+        model, batch = model_of(family), batch_of()
+        wanted = edge_scores(model, batch)
+        with monkeypatch.context() as patch:
+            patch.setattr("gossamer.circuits.attribution.AT_ONCE", at_once)
+            near(edge_scores(model, batch), wanted, 1e-6)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_eap_is_the_limit_of_patching_one_edge_a_little(family: str) -> None:
     model, batch = model_of(family), batch_of()

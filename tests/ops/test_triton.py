@@ -42,10 +42,10 @@ def test_noise_is_the_documented_one_bit_for_bit(implementation: str, first_quer
 
 
 def reports(tmp_path: Path, *arguments: str) -> list[dict]:
-    """The rows of ``benchmarks/kernels.py``, which compiles the kernels in a process of its own."""
+    """The rows of ``benchmarks/compiled_kernels.py``, which compiles the kernels in a process of its own."""
     pytest.importorskip("triton.backends.nvidia")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "benchmarks/kernels.py", "--json", str(tmp_path / "rows.json"), *arguments]
+    command = [sys.executable, "benchmarks/compiled_kernels.py", "--json", str(tmp_path / "rows.json"), *arguments]
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows

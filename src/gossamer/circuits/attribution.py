@@ -33,24 +33,20 @@ class _Taps(Visitor):
     """Keeps the places at which gradients are wanted, each a node of its own in the graph of autograd.
 
     Attributes:
+        links: whether they are wanted at the heads' outputs, not at what the heads and MLPs read.
         begin: what the streams begin with instead of the prompts' embeddings.
         difference: from which what the sources write is taken off on the way; if given, ``begin`` must not be.
     """
 
     graph: Graph
+    links: bool = False
     begin: Tensor | None = None
     difference: Tensor | None = None
-    streams: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    streams: list[Tensor] = field(default_factory=list)
     normed: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     projected: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    inner: list[dict[str, Tensor]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-
-    def _tap(self, kind: str, layer: int, x: Tensor) -> Tensor:
-        branch = x.clone()
-        branch.retain_grad()
-        self.streams[kind, layer] = branch
-        return branch
+    wanted: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    gradients: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def _subtract(self, sources: slice, values: Tensor) -> None:
         if self.difference is not None:
@@ -69,7 +65,8 @@ class _Taps(Visitor):
         self._subtract(slice(mlp, mlp + 1), contribution[None])
 
     def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
-        return self._tap("q", layer, x)
+        self.streams.append(x.clone())
+        return self.streams[layer]
 
     def project(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
         self.normed[name, layer], self.projected[name, layer] = x, y
@@ -79,17 +76,23 @@ class _Taps(Visitor):
         groups = q.shape[1] // k.shape[1]
         expanded = {"q": q.clone(), "k": k.repeat_interleave(groups, 1), "v": v.repeat_interleave(groups, 1)}
         output = pattern(expanded["q"], expanded["k"]) @ expanded["v"]
-        for x in (*expanded.values(), output):
-            x.retain_grad()
-        self.inner.append(expanded)
-        self.outputs.append(output)
+        if self.links:
+            self.wanted["output", layer] = output
+        else:
+            self.wanted.update({(kind, layer): x for kind, x in expanded.items()})
         return output
 
+    def _want(self, kind: str, layer: int, x: Tensor) -> Tensor:
+        if self.links:
+            return x
+        self.wanted[kind, layer] = branch = x.clone()
+        return branch
+
     def read_mlp(self, layer: int, x: Tensor) -> Tensor:
-        return self._tap("mlp", layer, x)
+        return self._want("mlp", layer, x)
 
     def read_logits(self, x: Tensor) -> Tensor:
-        return self._tap("logits", 0, x)
+        return self._want("logits", 0, x)
 
 
 def edge_scores(model: PreTrainedModel, batch: Batch, *, steps: int = 0) -> Float[Tensor, "sources destinations"]:
@@ -102,7 +105,7 @@ def edge_scores(model: PreTrainedModel, batch: Batch, *, steps: int = 0) -> Floa
     difference = record_written(model, batch.corrupted)
     if steps == 0:
         taps = _Taps(graph, difference=difference)
-        _run(model, batch, taps, retain_graph=True)
+        _run(model, batch, taps)
         return _scores_of_run(taps, graph, places, difference)
     corrupted = difference[0].clone()
     clean = record_written(model, batch.clean)
@@ -111,8 +114,8 @@ def edge_scores(model: PreTrainedModel, batch: Batch, *, steps: int = 0) -> Floa
     del clean
     scores = difference.new_zeros(graph.sources, graph.destinations)
     for embeddings in _embeddings(begin, corrupted, steps):
-        taps = _Taps(graph, embeddings)
-        _run(model, batch, taps, retain_graph=True)
+        taps = _Taps(graph, begin=embeddings)
+        _run(model, batch, taps)
         scores += _scores_of_run(taps, graph, places, difference) / steps
     return scores
 
@@ -136,18 +139,21 @@ def _scores_of_run(taps: _Taps, graph: Graph, places: list[Places], difference: 
             read = graph.read(layer, *some[0])
             scores[: len(changes), read : read + len(some)] = changes @ gradients.flatten(1).mT
         mlp = graph.read(layer, "mlp")
-        scores[:, mlp] = _column(graph, difference, taps.streams["mlp", layer], mlp)
-    scores[:, graph.logits] = _column(graph, difference, taps.streams["logits", 0], graph.logits)
+        scores[:, mlp] = _column(graph, difference, taps.gradients["mlp", layer], mlp)
+    scores[:, graph.logits] = _column(graph, difference, taps.gradients["logits", 0], graph.logits)
     return scores
 
 
-def _run(model: PreTrainedModel, batch: Batch, taps: _Taps, *, retain_graph: bool) -> None:
+def _run(model: PreTrainedModel, batch: Batch, taps: _Taps) -> None:
+    """One forward and one backward pass; the graph of autograd is kept for the way from q, k and v to the stream."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
         with visited(model, taps), torch.enable_grad():
             logits = model(input_ids=batch.clean.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
-            batch.measure(logits).sum().backward(retain_graph=retain_graph)
+            total = batch.measure(logits).sum()
+            found = torch.autograd.grad(total, list(taps.wanted.values()), retain_graph=not taps.links)
+        taps.gradients.update(zip(taps.wanted, found, strict=True))
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -157,19 +163,18 @@ def _at_stream(
     taps: _Taps, layer: int, kind: str, place: Place, heads: list[int]
 ) -> Float[Tensor, "heads batch tokens d_model"]:
     """The gradient at the stream by way of q, k or v of one head only, for each of the heads."""
-    inner, projected = taps.inner[layer][kind], taps.projected[place.name, layer]
-    assert inner.grad is not None
-    gradients = inner.new_empty(len(heads), *inner.shape[:1], *taps.streams["q", layer].shape[1:])
+    inner, projected = taps.wanted[kind, layer], taps.projected[place.name, layer]
+    gradients = inner.new_empty(len(heads), *inner.shape[:1], *taps.streams[layer].shape[1:])
     for turn in _turns(place, heads):
         only = torch.zeros_like(inner)
-        only[:, turn] = inner.grad[:, turn]
+        only[:, turn] = taps.gradients[kind, layer][:, turn]
         (outputs,) = torch.autograd.grad(inner, projected, only, retain_graph=True)
         columns = place.turns(turn)
         own = outputs[..., columns].flatten(0, 1).transpose(0, 1)  # heads, batch and tokens, columns
         gradients[[head - heads[0] for head in turn]] = (own @ place.weight(columns)).view(
             len(turn), *gradients.shape[1:]
         )
-    normed, stream = taps.normed[place.name, layer], taps.streams["q", layer]
+    normed, stream = taps.normed[place.name, layer], taps.streams[layer]
     if normed is not stream:
         (gradients,) = torch.autograd.grad(normed, stream, gradients, retain_graph=True, is_grads_batched=True)
     return gradients
@@ -191,11 +196,10 @@ def _turns(place: Place, heads: list[int]) -> list[list[int]]:
     return turns
 
 
-def _column(graph: Graph, difference: Tensor, stream: Tensor, destination: int) -> Tensor:
-    assert stream.grad is not None
+def _column(graph: Graph, difference: Tensor, gradient: Tensor, destination: int) -> Tensor:
     column = difference.new_zeros(graph.sources)
     sources = graph.sources_of(destination)
-    column[:sources] = difference[:sources].flatten(1) @ stream.grad.flatten()
+    column[:sources] = difference[:sources].flatten(1) @ gradient.flatten()
     return column
 
 
@@ -206,12 +210,11 @@ def link_scores(
     clean, corrupted = (record(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
     scores: Tensor | None = None
     for begin in _embeddings(clean.written[0], corrupted.written[0], steps):
-        taps = _Taps(graph_of(model), begin)
-        _run(model, batch, taps, retain_graph=False)
+        taps = _Taps(graph_of(model), links=True, begin=begin)
+        _run(model, batch, taps)
         layers = []
-        for layer, output in enumerate(taps.outputs):
-            gradient = output.grad
-            assert gradient is not None
+        for layer in range(taps.graph.layers):
+            gradient = taps.gradients["output", layer]
             layers.append(_link_value(corrupted, layer, gradient) - _link_value(clean, layer, gradient))
         found = torch.stack(layers, 1) / max(steps, 1)
         scores = found if scores is None else scores + found

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for sm_80 and sm_90, without a GPU, and reports what became of them.
 
-    python benchmarks/kernels.py [--features 64] [--kernel forward] [--json FILE]
+    python benchmarks/compiled_kernels.py [--features 64] [--kernel forward] [--json FILE]
 
 One row a kernel, head size, target and kind of gates: registers and shared memory, bytes spilled, and the
 instructions per pair (query, key) in the inner loop, the one over tiles that need no mask. bf16, causal, three query
