@@ -52,8 +52,7 @@ def compare_circuits(
     Raises:
         GossamerError: if the run is not finished; if a model cannot do the task.
     """
-    config = run.config()
-    dense, tokenizer = load_dense(config.model)
+    dense, tokenizer = load_dense(run.dense)
     prompts = task.prompts(tokenizer, examples, seed=seed, corruption=corruption)
     record: dict[str, Any] = {
         "task": task.name,

@@ -51,9 +51,13 @@ def evaluate_run(
     blocks = run.blocks("held_out")
     progress("loading")
     sparse = load_sparse(run)
-    dense, _ = load_dense(config.model)
+    dense, _ = load_dense(run.dense)
     dense = dense.to(sparse.device)
-    options: dict[str, Any] = {"precision": precision, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "precision": precision,
+        "batch_size": batch_size,
+        "prompt_tokens": config.training.prompt_tokens,
+    }
 
     progress("sparse model and KL to the dense one")
     tally = LinkTally.empty(sparse.config.num_hidden_layers, sparse.config.num_attention_heads)
@@ -106,7 +110,7 @@ def evaluate_run(
         "open_links": tally.open_links.tolist(),
         "allowed_links": tally.allowed_links.tolist(),
         "topk": [asdict(point) for point in curve],
-        "topk_tokens_evaluated": some.shape[0] * (some.shape[1] - 1),
+        "topk_tokens_evaluated": some.shape[0] * (some.shape[1] - max(1, config.training.prompt_tokens)),
         "versions_trained": record["versions"],
         "versions_evaluated": versions(),
     }

@@ -5,6 +5,7 @@
     RUN/training.jsonl     one line a step; control.jsonl likewise for the dense control
     RUN/checkpoints/       of the run in progress; control-checkpoints/ likewise
     RUN/model/             the sparse model
+    RUN/dense/             the dense model, where the run itself trained it (gossamer demo)
     RUN/control/           the dense control: the dense model fine-tuned on the same text for the same steps
     RUN/metrics.json       the figures, written by gossamer.evaluation
 
@@ -38,7 +39,7 @@ from gossamer.models.convert import sparsify
 from gossamer.models.pretrained import load_dense
 from gossamer.training.checkpoints import checkpoints, last_sound
 from gossamer.training.constraint import MultiplierConfig
-from gossamer.training.data import BlockDataset, load_blocks
+from gossamer.training.data import BlockDataset, Blocks, load_blocks
 from gossamer.training.lora import add_adapters, merge_adapters
 from gossamer.training.losses import cross_entropy
 from gossamer.training.progress import StepLog
@@ -117,6 +118,12 @@ class Run:
         return self.folder / "model"
 
     @property
+    def dense(self) -> str:
+        """What :func:`gossamer.models.pretrained.load_dense` takes for the dense original."""
+        own = self.folder / "dense"
+        return str(own) if own.exists() else self.config().model
+
+    @property
     def control(self) -> Path:
         """The saved dense control."""
         return self.folder / "control"
@@ -157,7 +164,12 @@ def versions() -> dict[str, str]:
 
 
 def held_out_loss(
-    model: PreTrainedModel, blocks: Int[Tensor, "blocks tokens"], *, precision: str, batch_size: int = 8
+    model: PreTrainedModel,
+    blocks: Int[Tensor, "blocks tokens"],
+    *,
+    precision: str,
+    batch_size: int = 8,
+    prompt_tokens: int = 0,
 ) -> float:
     """Mean next-token cross-entropy of a model on the blocks, nats; in ``eval()`` mode."""
     model.eval()
@@ -169,7 +181,7 @@ def held_out_loss(
     ):
         for batch in blocks.split(batch_size):
             logits = model(input_ids=batch.to(device), use_cache=False).logits
-            total += cross_entropy(logits, batch.to(device)).item() * len(batch)
+            total += cross_entropy(logits, batch.to(device), prompt_tokens).item() * len(batch)
     return total / len(blocks)
 
 
@@ -213,7 +225,20 @@ def post_train(
     architecture_of(dense)
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
-        _begin(run, config, dense, tokenizer)
+        begin(run, config, dense, _load_blocks(config, dense, tokenizer))
+    train_begun(run, config, dense, tokenizer, console, warn)
+    return run
+
+
+def train_begun(
+    run: Run,
+    config: RunConfig,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    warn: Callable[[str], None],
+) -> None:
+    """Train what a run that was begun does not have yet: the sparse model and, if wanted, the dense control."""
     record = run.record()
     tau_dense, tau = record["measured"]["loss_dense"], record["measured"]["tau"]
     if config.training.constraint == "ce" and tau < tau_dense:
@@ -225,7 +250,6 @@ def post_train(
         _train_sparse(run, config, dense, tokenizer, tau, console, warn)
     if config.control and not run.control.exists():
         _train_control(run, config, dense, console, warn)
-    return run
 
 
 def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
@@ -248,10 +272,9 @@ def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
         raise GossamerError(f"--seq-len {config.seq_len} leaves nothing to predict; give at least 2")
 
 
-def _begin(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the run's directory, whole: blocks, the dense model's loss, the configuration."""
+def _load_blocks(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     training = config.training
-    blocks = load_blocks(
+    return load_blocks(
         config.text,
         tokenizer,
         seq_len=config.seq_len,
@@ -261,7 +284,14 @@ def _begin(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTr
         seed=training.seed,
         model=dense,
     )
-    tau_dense = held_out_loss(dense, blocks.validation, precision=training.precision)
+
+
+def begin(run: Run, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -> None:
+    """Make the run's directory, whole: blocks, the dense model's loss, the configuration."""
+    training = config.training
+    tau_dense = held_out_loss(
+        dense, blocks.validation, precision=training.precision, prompt_tokens=training.prompt_tokens
+    )
     tau = config.tau if config.tau is not None else tau_dense + config.slack
     record = {
         "config": asdict(config),
