@@ -102,3 +102,31 @@ def addition_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", model_max_length=TOKENS)
+
+
+@dataclass(frozen=True)
+class Instructive:
+    """A sum worth looking at: its ``text`` and what is special about it."""
+
+    text: str
+    note: str
+
+
+def instructive_sums(sums: Sums) -> list[Instructive]:
+    """Up to eight of the sums that between them show every way a carry can go, in a fixed order."""
+    tens, hundreds = sums.carry_into_tens, sums.carry_into_hundreds
+    nine = sums.a // 10 + sums.b // 10 == 9
+    kinds = {
+        "no carry": ~tens & ~hundreds & ~nine,
+        "a carry into the tens": tens & ~hundreds,
+        "a carry into the hundreds": ~tens & hundreds,
+        "carries into the tens and the hundreds": tens & hundreds & ~nine,
+        "the tens digits make nine, and a carry runs through them into the hundreds": tens & nine,
+        "the tens digits make nine, and no carry comes": ~tens & nine,
+    }
+    order = [(note, 0) for note in kinds] + [("no carry", 1), ("carries into the tens and the hundreds", 1)]
+    found = []
+    for note, place in order:
+        at = kinds[note].nonzero().flatten()[place : place + 1]
+        found += [Instructive(text, note) for text in sums[at].texts()]
+    return found

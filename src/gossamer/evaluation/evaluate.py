@@ -34,6 +34,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a finished run on its held-out blocks and write ``metrics.json``.
 
+    Keys of an earlier ``metrics.json`` that are not measured here stay in it: those of ``gossamer demo``.
+
     Args:
         run: a finished run.
         precision: of the forward passes, ``fp32`` or ``bf16``.
@@ -114,6 +116,8 @@ def evaluate_run(
         "versions_trained": record["versions"],
         "versions_evaluated": versions(),
     }
+    before = json.loads(run.metrics.read_text()) if run.metrics.exists() else {}
+    metrics = {**metrics, **{key: value for key, value in before.items() if key not in metrics}}
     write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 

@@ -40,7 +40,9 @@ def kl_divergence(
     No gradient flows to ``dense_logits``.
     """
     places = torch.zeros(sparse_logits.shape[:2], dtype=torch.long, device=sparse_logits.device)
-    return _TokenLoss.apply(sparse_logits.flatten(0, 1), _next_tokens(places, prompt_tokens), dense_logits.detach().flatten(0, 1))
+    return _TokenLoss.apply(
+        sparse_logits.flatten(0, 1), _next_tokens(places, prompt_tokens), dense_logits.detach().flatten(0, 1)
+    )
 
 
 def _next_tokens(input_ids: Tensor, prompt_tokens: int) -> Tensor:

@@ -225,7 +225,9 @@ def post_train(
     architecture_of(dense)
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
-        begin(run, config, dense, _load_blocks(config, dense, tokenizer))
+        blocks = _load_blocks(config, dense, tokenizer)
+        with written_beside(run.folder) as staging:
+            write_beginning(staging, config, dense, blocks)
     train_begun(run, config, dense, tokenizer, console, warn)
     return run
 
@@ -286,8 +288,8 @@ def _load_blocks(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTraine
     )
 
 
-def begin(run: Run, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -> None:
-    """Make the run's directory, whole: blocks, the dense model's loss, the configuration."""
+def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -> None:
+    """Write what a run starts from into its folder: the blocks, the configuration, the dense model's loss."""
     training = config.training
     tau_dense = held_out_loss(
         dense, blocks.validation, precision=training.precision, prompt_tokens=training.prompt_tokens
@@ -298,10 +300,9 @@ def begin(run: Run, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -
         "versions": versions(),
         "measured": {"loss_dense": tau_dense, "tau": tau},
     }
-    with written_beside(run.folder) as staging:
-        parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
-        save_file(parts, staging / "blocks.safetensors")
-        write_text(staging / "config.json", json.dumps(record, indent=2) + "\n")
+    parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
+    save_file(parts, folder / "blocks.safetensors")
+    write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
 
 def _device() -> torch.device:
@@ -336,7 +337,7 @@ def _train_sparse(
         run.folder / _CHECKPOINTS[0],
         tokenizer=tokenizer,
     )
-    _train(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
+    train_logged(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
     selected = trainer.select_weights()
     if selected is not None:
         _record_selection(run, asdict(selected))
@@ -360,7 +361,7 @@ def _train_control(
     control = copy.deepcopy(dense)
     _prepare(control, config)
     trainer = PostTrainer(control, config.training, BlockDataset(run.blocks("train")), run.folder / _CHECKPOINTS[1])
-    _train(trainer, run, config, "control", "control.jsonl", None, console, warn)
+    train_logged(trainer, run, config, "control", "control.jsonl", None, console, warn)
     if config.training.train == "lora":
         merge_adapters(control)
     with written_beside(run.control) as staging:
@@ -378,7 +379,7 @@ def _prepare(model: PreTrainedModel, config: RunConfig) -> None:
         choose_trained(model, config.training.train)
 
 
-def _train(
+def train_logged(
     trainer: PostTrainer,
     run: Run,
     config: RunConfig,
@@ -388,6 +389,7 @@ def _train(
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
+    """Train from the last checkpoint without a fault, with progress on the console and every step in the run's log."""
     for partial in trainer.folder.glob(".*.partial"):
         shutil.rmtree(partial)
     checkpoint, faults = last_sound(trainer.folder)
