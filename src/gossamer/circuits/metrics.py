@@ -83,6 +83,9 @@ def measure_curve(total: int, measure: Callable[[int], float], *, refine: int = 
         total: how many units there are.
         measure: mean metric when the best ``size`` units are kept.
         refine: halvings, on a logarithmic axis, of the interval that holds the first crossing.
+
+    Raises:
+        ZeroDivisionError: if nothing and everything measure the same.
     """
     nothing, everything = measure(0), measure(total)
     found: dict[int, Point] = {}

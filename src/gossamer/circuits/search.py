@@ -100,10 +100,12 @@ def _curve(
         progress(f"keeping {size:,} of {total:,} {level}")
         return torch.cat([measure(batch, size).cpu() for batch in batches]).mean().item()
 
-    curve = measure_curve(total, mean_metric)
-    if curve.everything == curve.nothing:
-        raise GossamerError(f"patching all {level} changes nothing: the metric does not tell the prompts apart")
-    return curve
+    try:
+        return measure_curve(total, mean_metric)
+    except ZeroDivisionError as error:
+        raise GossamerError(
+            f"patching all {level} changes nothing: the metric does not tell the prompts apart"
+        ) from error
 
 
 def _link_curve(model: PreTrainedModel, batches: list[Batch], graph: Graph, progress: Callable[[str], None]) -> Curve:

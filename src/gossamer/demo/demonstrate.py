@@ -58,7 +58,7 @@ class DemoConfig:
     heads: int = 4
     dense: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=800, batch_size=_BATCH, learning_rate=3e-3, prompt_tokens=PROMPT_TOKENS, checkpoint_every=0
+            steps=600, batch_size=_BATCH, learning_rate=3e-3, prompt_tokens=PROMPT_TOKENS, checkpoint_every=0
         )
     )
     sparse: TrainingConfig = field(
@@ -67,7 +67,7 @@ class DemoConfig:
             batch_size=_BATCH,
             learning_rate=1e-3,
             gate_learning_rate=0.05,
-            hard_fraction=0.4,
+            hard_fraction=0.5,
             prompt_tokens=PROMPT_TOKENS,
             multiplier=MultiplierConfig(initial=0.05, rate=0.2, largest_violation=0.02, largest=10.0),
             checkpoint_every=100,
