@@ -70,7 +70,7 @@ class DemoConfig:
             hard_fraction=0.5,
             prompt_tokens=PROMPT_TOKENS,
             multiplier=MultiplierConfig(initial=0.05, rate=0.2, largest_violation=0.02, largest=10.0),
-            checkpoint_every=100,
+            checkpoint_every=20,
         )
     )
     gate_bias: float = 0.0

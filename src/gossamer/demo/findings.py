@@ -246,9 +246,8 @@ def describe(model: PreTrainedModel, sums: Sums, *, measured: int = 2_000, seed:
     """
     found, whole = Measurements(model, sums).map(), model_accuracy(model, sums)
     some = Measurements(model, sums[:measured], seed=seed)
-    sentences = [_summary(found, whole, len(sums))]
-    for group in by_query_and_key(found.links):
-        sentences.append(_about_group(some, group))
+    groups = [measure_group(some, group) for group in by_query_and_key(found.links)]
+    sentences = [_summary(found, whole, len(sums)), *_ways(groups), *map(_about_group, groups)]
     for query in sorted({each.link[2] for each in found.links}):
         group = [each for each in found.links if each.link[2] == query]
         if len({(each.link[0], each.link[3]) for each in group}) > 1:
@@ -306,10 +305,15 @@ def _by_carry(groups: Mapping[str, float]) -> str:
     return f" ({_percent(with_carry)} with a carry into the {place}, {_percent(without)} without)"
 
 
+def _harms(cut: Accuracy, whole: Accuracy) -> list[str]:
+    """The digits of the answer that a cut harms."""
+    return [name for name, share in cut.digits.items() if whole.digits[name] - share > TOLERANCE]
+
+
 def _damage(cut: Accuracy, whole: Accuracy) -> str:
     """What a cut does, in words that follow the figures."""
     stay = f"{_percent(cut.exact)} of the sums stay right{_by_carry(cut.groups)}"
-    hit = [name for name, share in cut.digits.items() if whole.digits[name] - share > TOLERANCE]
+    hit = _harms(cut, whole)
     if not hit:
         return f"changes next to nothing: {stay}"
     digits = " and ".join(f"the {name} digit ({_percent(cut.digits[name])} right)" for name in hit)
@@ -344,22 +348,76 @@ def _summary(found: LinkMap, whole: Accuracy, sums: int) -> dict[str, Any]:
     return _sentence(text, found.links, evidence)
 
 
-def _about_group(some: Measurements, group: Sequence[OpenLink]) -> dict[str, Any]:
-    layer, _, query, key = group[0].link
+@dataclass(frozen=True)
+class MeasuredGroup:
+    """The links of one layer, query and key, and what was measured of them.
+
+    Attributes:
+        links: of the group.
+        open: share of the sums in which one of them is open; ``open_groups`` the same by group of sums.
+        whole, cut: accuracy of the model as it is, and with the links carrying nothing.
+        quantity: the first quantity within which exchange is harmless; None if none is.
+        tried: exact match under exchange by quantity.
+    """
+
+    links: tuple[OpenLink, ...]
+    open: float
+    open_groups: dict[str, float]
+    whole: Accuracy
+    cut: Accuracy
+    quantity: str | None
+    tried: dict[str, float]
+
+    @property
+    def reading(self) -> str:
+        """Query and key in words."""
+        _, _, query, key = self.links[0].link
+        return f"{_reader(query)} reads {_thing(key)}"
+
+    @property
+    def place(self) -> str:
+        """Layer, heads, query and key in words."""
+        heads = " or ".join(str(each.link[1]) for each in self.links)
+        return f"layer {self.links[0].link[0]}, head {heads}: {self.reading}"
+
+
+def measure_group(some: Measurements, group: Sequence[OpenLink]) -> MeasuredGroup:
+    """Open, cut and exchange the links of one layer, query and key."""
     links = [each.link for each in group]
-    heads = " or ".join(str(each.link[1]) for each in group)
-    share, by_group = some.opening(links)
-    cut = some.cut(links)
-    quantity, tried = some.passed_on(links)
-    evidence: dict[str, float] = {f"head {each.link[1]} open": each.open for each in group}
-    evidence |= {"open": share, **{f"open {name}": value for name, value in by_group.items()}}
-    evidence |= _cut_evidence(cut, some.whole)
-    evidence |= {f"exact match, exchanged among equals in {name}": value for name, value in tried.items()}
+    return MeasuredGroup(tuple(group), *some.opening(links), some.whole, some.cut(links), *some.passed_on(links))
+
+
+def _about_group(group: MeasuredGroup) -> dict[str, Any]:
+    evidence: dict[str, float] = {f"head {each.link[1]} open": each.open for each in group.links}
+    evidence |= {"open": group.open, **{f"open {name}": value for name, value in group.open_groups.items()}}
+    evidence |= _cut_evidence(group.cut, group.whole)
+    evidence |= {f"exact match, exchanged among equals in {name}": value for name, value in group.tried.items()}
     text = (
-        f"Layer {layer}, head {heads}: {_reader(query)} reads {_thing(key)}, in {_percent(share)} of the sums"
-        f"{_by_carry(by_group)}. Cutting this {_damage(cut, some.whole)}. {_exchange(quantity, tried)}"
+        f"{group.place[0].upper()}{group.place[1:]}, in {_percent(group.open)} of the sums"
+        f"{_by_carry(group.open_groups)}. Cutting this {_damage(group.cut, group.whole)}. "
+        f"{_exchange(group.quantity, group.tried)}"
     )
-    return _sentence(text, group, evidence)
+    return _sentence(text, group.links, evidence)
+
+
+def _ways(groups: Sequence[MeasuredGroup]) -> list[dict[str, Any]]:
+    """Along which links each carry travels, and which digits are read as they are.
+
+    Links that can be cut without harm are no part of how the model adds, and are left out.
+    """
+    kinds = {
+        "The carry into the tens is passed on where": {"the carry into the tens"},
+        "The carry into the hundreds is passed on where": {"the carry into the hundreds"},
+        "Digits are read as they are where": {f"the {place} digit of {x}" for place in ("tens", "ones") for x in "ab"},
+    }
+    sentences = []
+    for opening, quantities in kinds.items():
+        along = [group for group in groups if group.quantity in quantities and _harms(group.cut, group.whole)]
+        if along:
+            text = f"{opening} {'; '.join(f'{group.reading} (layer {group.links[0].link[0]})' for group in along)}."
+            evidence = {f"exact match, cut: {group.place}": group.cut.exact for group in along}
+            sentences.append(_sentence(text, [each for group in along for each in group.links], evidence))
+    return sentences
 
 
 def _exchange(quantity: str | None, tried: Mapping[str, float]) -> str:
@@ -371,7 +429,7 @@ def _exchange(quantity: str | None, tried: Mapping[str, float]) -> str:
         )
     kept = f"{_percent(tried[quantity])} stay right"
     if quantity == NOTHING:
-        return f"What it says does not matter: exchanged with that of any other sum, {kept}."
+        return f"It passes on nothing about the sum: exchanged with that of any other one, {kept}."
     return (
         f"What it passes on is {quantity}: exchanged among sums that agree in that, {kept}; "
         f"among all, {_percent(tried[NOTHING])}."
