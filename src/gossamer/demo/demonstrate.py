@@ -58,7 +58,7 @@ class DemoConfig:
     heads: int = 4
     dense: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=600, batch_size=_BATCH, learning_rate=3e-3, prompt_tokens=PROMPT_TOKENS, checkpoint_every=0
+            steps=500, batch_size=_BATCH, learning_rate=3e-3, prompt_tokens=PROMPT_TOKENS, checkpoint_every=0
         )
     )
     sparse: TrainingConfig = field(
