@@ -29,7 +29,7 @@ from gossamer.demo.addition import CHARACTERS, PROMPT_TOKENS, TOKENS, Split, add
 from gossamer.demo.findings import describe, model_accuracy
 from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
-from gossamer.files import write_text, written_beside
+from gossamer.files import remove_staging, write_text, written_beside
 from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import BlockDataset, Blocks
 from gossamer.training.run import Run, RunConfig, load_sparse, train_begun, train_logged, write_beginning
@@ -58,7 +58,7 @@ class DemoConfig:
     heads: int = 4
     dense: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=500, batch_size=_BATCH, learning_rate=3e-3, prompt_tokens=PROMPT_TOKENS, checkpoint_every=0
+            steps=800, batch_size=_BATCH, learning_rate=3e-3, prompt_tokens=PROMPT_TOKENS, checkpoint_every=0
         )
     )
     sparse: TrainingConfig = field(
@@ -67,7 +67,7 @@ class DemoConfig:
             batch_size=_BATCH,
             learning_rate=1e-3,
             gate_learning_rate=0.05,
-            hard_fraction=0.5,
+            hard_fraction=0.4,
             prompt_tokens=PROMPT_TOKENS,
             multiplier=MultiplierConfig(initial=0.05, rate=0.2, largest_violation=0.02, largest=10.0),
             checkpoint_every=20,
@@ -104,9 +104,24 @@ def demonstrate(
         raise GossamerError(f"{folder} exists already; give another --out, or remove it")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    with written_beside(folder) as staging:
+    remove_staging(folder)
+    with _one_thread(), written_beside(folder) as staging:
         _demonstrate(Run(staging), config, console or Console(quiet=True), warn, progress)
     return Run(folder)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model gains little from a second thread, and with one the result does not hang on how many there are.
+
+    On a machine that is busy, threads that wait for each other made training eight times slower.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _demonstrate(
