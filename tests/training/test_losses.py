@@ -41,3 +41,26 @@ def test_losses_and_gradients_are_those_of_whole_tensors(tokens: int, dtype: tor
     same(
         kl_divergence(dense, chunked), functional.kl_div(log_sparse, log_dense, log_target=True, reduction="batchmean")
     )
+
+
+@pytest.mark.parametrize("prompt_tokens", [0, 1, 2, 4])
+def test_a_prompt_is_not_asked_for(prompt_tokens: int) -> None:
+    """The first predicted token is that after the prompt; without a prompt it is the second of the row."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, 10, generator=generator).requires_grad_()
+    dense = torch.randn(3, 6, 10, generator=generator)
+    ids = torch.randint(10, (3, 6), generator=generator)
+    first = max(1, prompt_tokens)
+    found = cross_entropy(logits, ids, prompt_tokens)
+    wanted = functional.cross_entropy(logits[:, first - 1 : -1].flatten(0, 1), ids[:, first:].flatten())
+    torch.testing.assert_close(found, wanted)
+    (gradient,) = torch.autograd.grad(found, logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad(wanted, logits)[0])
+    assert (gradient[:, : first - 1] == 0).all()
+    kl = functional.kl_div(
+        torch.log_softmax(logits[:, first - 1 : -1], -1).flatten(0, 1),
+        torch.log_softmax(dense[:, first - 1 : -1], -1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    torch.testing.assert_close(kl_divergence(dense, logits, prompt_tokens), kl)

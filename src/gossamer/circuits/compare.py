@@ -82,7 +82,7 @@ def compare_circuits(
     config = config or SearchConfig()
     if config.rephrased and not task.phrasings:
         raise GossamerError(f"task {task.name} has no other phrasings")
-    dense, tokenizer = load_dense(run.config().model)
+    dense, tokenizer = load_dense(run.dense)
     models = {"dense": dense, "sparse": load_sparse(run)}
     variations: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
     if config.rephrased:

@@ -8,10 +8,10 @@ Several circuits can be measured in one pass: they are stacked in front of the c
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -234,3 +234,62 @@ def keep_links(
     elif other is None:
         other = record(model, batch.corrupted, links=True)
     return _measured(model, batch, _PatchedLinks(circuits, other), len(circuits)).view(*kept.shape[:-5], -1)
+
+
+@dataclass
+class _CutLinks(Visitor):
+    cut: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        weights = pattern(q, k.repeat_interleave(groups, 1))
+        return weights.masked_fill(self.cut[layer], 0.0) @ v.repeat_interleave(groups, 1)
+
+
+@torch.no_grad()
+def logits_without(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    cut: Bool[Tensor, "layers heads tokens tokens"],
+) -> Float[Tensor, "batch tokens vocab"]:
+    """The model's logits when the cut attention links carry nothing; everything after them runs as it then does.
+
+    Args:
+        cut: True where (layer, head, query, key) is cut, in every sequence of the batch.
+    """
+    with visited(model, _CutLinks(cut.to(input_ids.device))):
+        return cast(Tensor, model(input_ids=input_ids, use_cache=False).logits)
+
+
+@dataclass
+class _ExchangedLinks(Visitor):
+    exchanged: Tensor
+    other: Recording
+    donors: Tensor
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        own = self.exchanged[layer]
+        weights = pattern(q, k.repeat_interleave(groups, 1)).masked_fill(own, 0.0)
+        donated = self.other.weights[layer][self.donors] * own
+        return weights @ v.repeat_interleave(groups, 1) + donated @ self.other.values[layer][self.donors]
+
+
+@torch.no_grad()
+def exchanged_links(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch tokens"],
+    exchanged: Bool[Tensor, "layers heads tokens tokens"],
+    recording: Recording,
+    donors: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch tokens vocab"]:
+    """The model's logits when the exchanged links carry what they carry in another sequence.
+
+    Args:
+        exchanged: True where (layer, head, query, key) carries another sequence's weight and value.
+        recording: of the same batch, with ``links=True``.
+        donors: of each sequence, the one of the batch whose links it gets.
+    """
+    visitor = _ExchangedLinks(exchanged.to(input_ids.device), recording, donors.to(input_ids.device))
+    with visited(model, visitor):
+        return cast(Tensor, model(input_ids=input_ids, use_cache=False).logits)

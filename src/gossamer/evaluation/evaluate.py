@@ -34,6 +34,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a finished run on its held-out blocks and write ``metrics.json``.
 
+    Keys of an earlier ``metrics.json`` that are not measured here stay in it: those of ``gossamer demo``.
+
     Args:
         run: a finished run.
         precision: of the forward passes, ``fp32`` or ``bf16``.
@@ -51,9 +53,13 @@ def evaluate_run(
     blocks = run.blocks("held_out")
     progress("loading")
     sparse = load_sparse(run)
-    dense, _ = load_dense(config.model)
+    dense, _ = load_dense(run.dense)
     dense = dense.to(sparse.device)
-    options: dict[str, Any] = {"precision": precision, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "precision": precision,
+        "batch_size": batch_size,
+        "prompt_tokens": config.training.prompt_tokens,
+    }
 
     progress("sparse model and KL to the dense one")
     tally = LinkTally.empty(sparse.config.num_hidden_layers, sparse.config.num_attention_heads)
@@ -106,10 +112,12 @@ def evaluate_run(
         "open_links": tally.open_links.tolist(),
         "allowed_links": tally.allowed_links.tolist(),
         "topk": [asdict(point) for point in curve],
-        "topk_tokens_evaluated": some.shape[0] * (some.shape[1] - 1),
+        "topk_tokens_evaluated": some.shape[0] * (some.shape[1] - max(1, config.training.prompt_tokens)),
         "versions_trained": record["versions"],
         "versions_evaluated": versions(),
     }
+    before = json.loads(run.metrics.read_text()) if run.metrics.exists() else {}
+    metrics = {**metrics, **{key: value for key, value in before.items() if key not in metrics}}
     write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 

@@ -33,6 +33,7 @@ def measure_language(
     dense: PreTrainedModel | None = None,
     batch_size: int = 8,
     precision: str = "fp32",
+    prompt_tokens: int = 0,
     after_batch: Callable[[], None] = lambda: None,
 ) -> LanguageFigures:
     """Loss of ``model``, with hard gates if it has any, and its KL from ``dense``.
@@ -43,6 +44,7 @@ def measure_language(
         dense: what to compare with.
         batch_size: blocks in one forward pass.
         precision: ``bf16`` runs the matrix products under autocast.
+        prompt_tokens: tokens at the start of each block that are given, not predicted.
         after_batch: called after each forward pass of ``model``.
     """
     model.eval()
@@ -56,8 +58,9 @@ def measure_language(
             batch = cpu_batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             after_batch()
-            loss += cross_entropy(logits, batch).item() * len(batch)
+            loss += cross_entropy(logits, batch, prompt_tokens).item() * len(batch)
             if dense is not None:
-                kl += kl_divergence(dense(input_ids=batch, use_cache=False).logits, logits).item() * len(batch)
-    predicted = len(blocks) * (blocks.shape[1] - 1)
+                dense_logits = dense(input_ids=batch, use_cache=False).logits
+                kl += kl_divergence(dense_logits, logits, prompt_tokens).item() * len(batch)
+    predicted = len(blocks) * (blocks.shape[1] - max(1, prompt_tokens))
     return LanguageFigures(loss / len(blocks), kl / len(blocks) if dense is not None else None, predicted)

@@ -90,13 +90,16 @@ def topk_curve(
     *,
     batch_size: int = 8,
     precision: str = "fp32",
+    prompt_tokens: int = 0,
 ) -> list[TopkPoint]:
     """Loss against open fraction of the dense model under top-k attention, both lines."""
     points = []
     for renormalise in (False, True):
         for k in ks:
             with topk_attention(dense, k, renormalise=renormalise) as links:
-                figures = measure_language(dense, blocks, batch_size=batch_size, precision=precision)
+                figures = measure_language(
+                    dense, blocks, batch_size=batch_size, precision=precision, prompt_tokens=prompt_tokens
+                )
             opened, allowed = (sum(column) for column in zip(*links, strict=True))
             points.append(TopkPoint(k, renormalise, opened / allowed, figures.loss))
     return points

@@ -21,25 +21,34 @@ _NONE = -100
 
 
 def cross_entropy(
-    logits: Float[Tensor, "batch tokens vocab"], input_ids: Int[Tensor, "batch tokens"]
+    logits: Float[Tensor, "batch tokens vocab"], input_ids: Int[Tensor, "batch tokens"], prompt_tokens: int = 0
 ) -> Float[Tensor, ""]:
-    """Mean next-token cross-entropy in nats, over all positions but the last of each row."""
-    return _TokenLoss.apply(logits.flatten(0, 1), _next_tokens(input_ids), None)
+    """Mean next-token cross-entropy in nats, over all positions but the last of each row.
+
+    The first ``prompt_tokens`` tokens of each row are given: that they follow one another is not asked for.
+    """
+    return _TokenLoss.apply(logits.flatten(0, 1), _next_tokens(input_ids, prompt_tokens), None)
 
 
 def kl_divergence(
-    dense_logits: Float[Tensor, "batch tokens vocab"], sparse_logits: Float[Tensor, "batch tokens vocab"]
+    dense_logits: Float[Tensor, "batch tokens vocab"],
+    sparse_logits: Float[Tensor, "batch tokens vocab"],
+    prompt_tokens: int = 0,
 ) -> Float[Tensor, ""]:
     """Mean KL(dense || sparse) of the next-token distributions in nats, over the positions of :func:`cross_entropy`.
 
     No gradient flows to ``dense_logits``.
     """
     places = torch.zeros(sparse_logits.shape[:2], dtype=torch.long, device=sparse_logits.device)
-    return _TokenLoss.apply(sparse_logits.flatten(0, 1), _next_tokens(places), dense_logits.detach().flatten(0, 1))
+    return _TokenLoss.apply(
+        sparse_logits.flatten(0, 1), _next_tokens(places, prompt_tokens), dense_logits.detach().flatten(0, 1)
+    )
 
 
-def _next_tokens(input_ids: Tensor) -> Tensor:
-    return functional.pad(input_ids[:, 1:], (0, 1), value=_NONE).flatten()
+def _next_tokens(input_ids: Tensor, prompt_tokens: int) -> Tensor:
+    targets = functional.pad(input_ids[:, 1:], (0, 1), value=_NONE)
+    targets[:, : max(0, prompt_tokens - 1)] = _NONE
+    return targets.flatten()
 
 
 class _TokenLoss(torch.autograd.Function):

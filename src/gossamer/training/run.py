@@ -5,6 +5,7 @@
     RUN/training.jsonl     one line a step; control.jsonl likewise for the dense control
     RUN/checkpoints/       of the run in progress; control-checkpoints/ likewise
     RUN/model/             the sparse model
+    RUN/dense/             the dense model, where the run itself trained it (gossamer demo)
     RUN/control/           the dense control: the dense model fine-tuned on the same text for the same steps
     RUN/metrics.json       the figures, written by gossamer.evaluation
 
@@ -38,7 +39,7 @@ from gossamer.models.convert import sparsify
 from gossamer.models.pretrained import load_dense
 from gossamer.training.checkpoints import checkpoints, last_sound
 from gossamer.training.constraint import MultiplierConfig
-from gossamer.training.data import BlockDataset, load_blocks
+from gossamer.training.data import BlockDataset, Blocks, load_blocks
 from gossamer.training.lora import add_adapters, merge_adapters
 from gossamer.training.losses import cross_entropy
 from gossamer.training.progress import StepLog
@@ -117,6 +118,12 @@ class Run:
         return self.folder / "model"
 
     @property
+    def dense(self) -> str:
+        """What :func:`gossamer.models.pretrained.load_dense` takes for the dense original."""
+        own = self.folder / "dense"
+        return str(own) if own.exists() else self.config().model
+
+    @property
     def control(self) -> Path:
         """The saved dense control."""
         return self.folder / "control"
@@ -157,7 +164,12 @@ def versions() -> dict[str, str]:
 
 
 def held_out_loss(
-    model: PreTrainedModel, blocks: Int[Tensor, "blocks tokens"], *, precision: str, batch_size: int = 8
+    model: PreTrainedModel,
+    blocks: Int[Tensor, "blocks tokens"],
+    *,
+    precision: str,
+    batch_size: int = 8,
+    prompt_tokens: int = 0,
 ) -> float:
     """Mean next-token cross-entropy of a model on the blocks, nats; in ``eval()`` mode."""
     model.eval()
@@ -169,7 +181,7 @@ def held_out_loss(
     ):
         for batch in blocks.split(batch_size):
             logits = model(input_ids=batch.to(device), use_cache=False).logits
-            total += cross_entropy(logits, batch.to(device)).item() * len(batch)
+            total += cross_entropy(logits, batch.to(device), prompt_tokens).item() * len(batch)
     return total / len(blocks)
 
 
@@ -213,7 +225,22 @@ def post_train(
     architecture_of(dense)
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
-        _begin(run, config, dense, tokenizer)
+        blocks = _load_blocks(config, dense, tokenizer)
+        with written_beside(run.folder) as staging:
+            write_beginning(staging, config, dense, blocks)
+    train_begun(run, config, dense, tokenizer, console, warn)
+    return run
+
+
+def train_begun(
+    run: Run,
+    config: RunConfig,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    warn: Callable[[str], None],
+) -> None:
+    """Train what a run that was begun does not have yet: the sparse model and, if wanted, the dense control."""
     record = run.record()
     tau_dense, tau = record["measured"]["loss_dense"], record["measured"]["tau"]
     if config.training.constraint == "ce" and tau < tau_dense:
@@ -225,7 +252,6 @@ def post_train(
         _train_sparse(run, config, dense, tokenizer, tau, console, warn)
     if config.control and not run.control.exists():
         _train_control(run, config, dense, console, warn)
-    return run
 
 
 def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
@@ -248,10 +274,9 @@ def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
         raise GossamerError(f"--seq-len {config.seq_len} leaves nothing to predict; give at least 2")
 
 
-def _begin(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the run's directory, whole: blocks, the dense model's loss, the configuration."""
+def _load_blocks(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     training = config.training
-    blocks = load_blocks(
+    return load_blocks(
         config.text,
         tokenizer,
         seq_len=config.seq_len,
@@ -261,17 +286,23 @@ def _begin(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTr
         seed=training.seed,
         model=dense,
     )
-    tau_dense = held_out_loss(dense, blocks.validation, precision=training.precision)
+
+
+def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -> None:
+    """Write what a run starts from into its folder: the blocks, the configuration, the dense model's loss."""
+    training = config.training
+    tau_dense = held_out_loss(
+        dense, blocks.validation, precision=training.precision, prompt_tokens=training.prompt_tokens
+    )
     tau = config.tau if config.tau is not None else tau_dense + config.slack
     record = {
         "config": asdict(config),
         "versions": versions(),
         "measured": {"loss_dense": tau_dense, "tau": tau},
     }
-    with written_beside(run.folder) as staging:
-        parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
-        save_file(parts, staging / "blocks.safetensors")
-        write_text(staging / "config.json", json.dumps(record, indent=2) + "\n")
+    parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
+    save_file(parts, folder / "blocks.safetensors")
+    write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
 
 def _device() -> torch.device:
@@ -306,7 +337,7 @@ def _train_sparse(
         run.folder / _CHECKPOINTS[0],
         tokenizer=tokenizer,
     )
-    _train(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
+    train_logged(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
     selected = trainer.select_weights()
     if selected is not None:
         _record_selection(run, asdict(selected))
@@ -330,7 +361,7 @@ def _train_control(
     control = copy.deepcopy(dense)
     _prepare(control, config)
     trainer = PostTrainer(control, config.training, BlockDataset(run.blocks("train")), run.folder / _CHECKPOINTS[1])
-    _train(trainer, run, config, "control", "control.jsonl", None, console, warn)
+    train_logged(trainer, run, config, "control", "control.jsonl", None, console, warn)
     if config.training.train == "lora":
         merge_adapters(control)
     with written_beside(run.control) as staging:
@@ -348,7 +379,7 @@ def _prepare(model: PreTrainedModel, config: RunConfig) -> None:
         choose_trained(model, config.training.train)
 
 
-def _train(
+def train_logged(
     trainer: PostTrainer,
     run: Run,
     config: RunConfig,
@@ -358,6 +389,7 @@ def _train(
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
+    """Train from the last checkpoint without a fault, with progress on the console and every step in the run's log."""
     for partial in trainer.folder.glob(".*.partial"):
         shutil.rmtree(partial)
     checkpoint, faults = last_sound(trainer.folder)

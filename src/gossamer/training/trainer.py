@@ -74,6 +74,7 @@ class TrainingConfig:
         constraint: kind of the constraint.
         multiplier: how lambda moves.
         validate_every: steps between measurements of the violation.
+        prompt_tokens: tokens at the start of every block that are given: the loss does not ask for them.
         precision: of the matrix products; weights and optimiser state stay float32.
         checkpoint_every: steps between checkpoints; 0 for none.
         seed: of data order, noise and everything else random.
@@ -92,6 +93,7 @@ class TrainingConfig:
     constraint: ConstraintKind = "ce"
     multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
     validate_every: int = 20
+    prompt_tokens: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: int = 100
     seed: int = 0
@@ -186,7 +188,8 @@ class PostTrainer(Trainer):
         self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
     ) -> tuple[Tensor, dict[str, float]]:
         """What to minimise on a batch, and what was measured on the way."""
-        loss = cross_entropy(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+        logits = model(input_ids=input_ids, use_cache=False).logits
+        loss = cross_entropy(logits, input_ids, self.config.prompt_tokens)
         return loss, {"constrained": loss.item()}
 
     def compute_loss(
@@ -350,11 +353,11 @@ class SparsityTrainer(PostTrainer):
     ) -> Float[Tensor, ""]:
         """Cross-entropy, or KL(dense || sparse): what may not exceed the bound."""
         if self.config.constraint == "ce":
-            return cross_entropy(logits, input_ids)
+            return cross_entropy(logits, input_ids, self.config.prompt_tokens)
         assert self.reference is not None
         with torch.no_grad():
             dense_logits = self.reference(input_ids=input_ids, use_cache=False).logits
-        return kl_divergence(dense_logits, logits)
+        return kl_divergence(dense_logits, logits, self.config.prompt_tokens)
 
     @torch.no_grad()
     def validate(self) -> Validation:

@@ -7,6 +7,7 @@ def examples(source, tokenizer, corruption):    # endless, random only through s
 register(Task("sums", "small sums", "logit_difference", ("other",), examples))
 """
 
+from gossamer.circuits.tasks.addition import ADDITION
 from gossamer.circuits.tasks.agreement import AGREEMENT
 from gossamer.circuits.tasks.base import Batch, Dropped, Example, Prompts, Task, Tokens
 from gossamer.circuits.tasks.custom import task_from_jsonl
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (IOI, GREATER_THAN, GENDERED_PRONOUN, DOCSTRING, AGREEMENT, INDUCTION)
+    task.name: task for task in (IOI, GREATER_THAN, GENDERED_PRONOUN, DOCSTRING, AGREEMENT, INDUCTION, ADDITION)
 }
 
 

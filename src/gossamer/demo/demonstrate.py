@@ -1,0 +1,263 @@
+"""``gossamer demo``: a model that learns to add, made sparse until its algorithm can be read.
+
+1. A small decoder is trained from scratch on two-digit sums until it adds pairs that it has never seen.
+2. It is made sparse by :mod:`gossamer.training`, its own loss on unseen sums the bound.
+3. Losses, open links and exact match of both are measured on held-out sums, and the circuits of both compared.
+4. What each open link does is measured and said in words (:mod:`gossamer.demo.findings`).
+
+The result is a run like any other, with the dense model in ``dense/`` and the sentences in ``findings.json``.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.tasks import TASKS
+from gossamer.demo.addition import CHARACTERS, PROMPT_TOKENS, TOKENS, Split, addition_tokenizer, split_pairs
+from gossamer.demo.findings import describe, model_accuracy
+from gossamer.errors import GossamerError
+from gossamer.evaluation.evaluate import evaluate_run
+from gossamer.files import remove_staging, write_text, written_beside
+from gossamer.training.constraint import MultiplierConfig
+from gossamer.training.data import BlockDataset, Blocks
+from gossamer.training.run import Run, RunConfig, load_sparse, train_begun, train_logged, write_beginning
+from gossamer.training.trainer import PostTrainer, TrainingConfig
+
+_BATCH = 256
+_SEQUENCES_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything that can be set; the defaults were found by the trials in ``docs/LOG.md``.
+
+    Attributes:
+        width, layers, heads: of the decoder.
+        dense: how it is trained.
+        sparse: how it is made sparse.
+        gate_bias: initial bias of every gate.
+        validation, held_out: how many of the 10,000 pairs steer the multiplier, and how many the figures stand on.
+        circuit_prompts: how many prompts the circuits are compared on; 0: they are not.
+        seed: of the split, the weights, the order of the data and the noise.
+    """
+
+    width: int = 64
+    layers: int = 4
+    heads: int = 4
+    dense: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            steps=800, batch_size=_BATCH, learning_rate=3e-3, prompt_tokens=PROMPT_TOKENS, checkpoint_every=0
+        )
+    )
+    sparse: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            steps=1500,
+            batch_size=_BATCH,
+            learning_rate=1e-3,
+            gate_learning_rate=0.05,
+            hard_fraction=0.4,
+            prompt_tokens=PROMPT_TOKENS,
+            multiplier=MultiplierConfig(initial=0.05, rate=0.2, largest_violation=0.02, largest=10.0),
+            checkpoint_every=20,
+        )
+    )
+    gate_bias: float = 0.0
+    validation: int = 1_000
+    held_out: int = 2_000
+    circuit_prompts: int = 100
+    seed: int = 0
+
+
+def demonstrate(
+    folder: Path,
+    config: DemoConfig,
+    *,
+    console: Console | None = None,
+    warn: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Run:
+    """Do all of it; ``folder`` appears whole at the end, or not at all.
+
+    Args:
+        folder: the run's directory; must not exist yet.
+        config: what to do.
+        console: where the progress of training is drawn; none if None.
+        warn: is given one line for each thing the user should know.
+        progress: is told in a few words what is being measured.
+
+    Raises:
+        GossamerError: if the directory exists or cannot be written; if a loss is not finite.
+    """
+    if folder.exists():
+        raise GossamerError(f"{folder} exists already; give another --out, or remove it")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    remove_staging(folder)
+    with _one_thread(), written_beside(folder) as staging:
+        _demonstrate(Run(staging), config, console or Console(quiet=True), warn, progress)
+    return Run(folder)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So small a model gains little from a second thread, and with one the result does not hang on how many there are.
+
+    On a machine that is busy, threads that wait for each other made training eight times slower.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _demonstrate(
+    run: Run,
+    config: DemoConfig,
+    console: Console,
+    warn: Callable[[str], None],
+    progress: Callable[[str], None],
+) -> None:
+    seconds: dict[str, float] = {}
+    split = split_pairs(validation=config.validation, held_out=config.held_out, seed=config.seed)
+    blocks = Blocks(split.train.blocks(), split.validation.blocks(), split.held_out.blocks())
+    tokenizer = addition_tokenizer()
+    settings = run_config(config)
+    with _timed(seconds, "training_dense"):
+        dense = train_dense(run, config, settings, split, console, warn)
+        dense.save_pretrained(run.folder / "dense")
+        tokenizer.save_pretrained(run.folder / "dense")
+    with _timed(seconds, "training_sparse"):
+        write_beginning(run.folder, settings, dense, blocks)
+        train_begun(run, settings, dense, tokenizer, console, warn)
+    with _timed(seconds, "measuring"):
+        evaluate_run(run, batch_size=_SEQUENCES_AT_ONCE, progress=progress)
+        sparse = load_sparse(run)
+        progress("findings")
+        findings = describe(sparse, split.held_out)
+        write_text(run.folder / "findings.json", json.dumps(findings, indent=2) + "\n")
+    if config.circuit_prompts:
+        with _timed(seconds, "circuits"):
+            try:
+                search = SearchConfig(examples=config.circuit_prompts, seed=config.seed, batch_size=64)
+                compare_circuits(run, TASKS["addition"], search, progress=progress)
+            except GossamerError as error:
+                warn(f"no circuits: {error}")
+    _add_figures(run, config, split, dense, findings, seconds)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
+
+
+def demo_config(seed: int) -> DemoConfig:
+    """The demo as the command line runs it."""
+    config = DemoConfig()
+    return replace(config, seed=seed, dense=replace(config.dense, seed=seed), sparse=replace(config.sparse, seed=seed))
+
+
+def run_config(config: DemoConfig) -> RunConfig:
+    """The demo as the configuration of a run."""
+    return RunConfig(
+        model="a decoder trained from scratch on two-digit sums",
+        text="two-digit sums, every pair of operands once",
+        seq_len=TOKENS,
+        validation_tokens=config.validation * TOKENS,
+        held_out_tokens=config.held_out * TOKENS,
+        slack=0.0,
+        margin=0.0,
+        gate_bias=config.gate_bias,
+        control=False,
+        training=config.sparse,
+    )
+
+
+def train_dense(
+    run: Run,
+    config: DemoConfig,
+    settings: RunConfig,
+    split: Split,
+    console: Console,
+    warn: Callable[[str], None],
+) -> PreTrainedModel:
+    """The dense model, trained from scratch; in ``eval()`` mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(CHARACTERS) + 1,
+                hidden_size=config.width,
+                intermediate_size=4 * config.width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                max_position_embeddings=TOKENS,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    trainer = PostTrainer(model, config.dense, BlockDataset(split.train.blocks()), run.folder / "dense-checkpoints")
+    train_logged(trainer, run, settings, "dense", "dense.jsonl", None, console, warn)
+    shutil.rmtree(run.folder / "dense-checkpoints", ignore_errors=True)
+    return model.eval()
+
+
+def _add_figures(
+    run: Run,
+    config: DemoConfig,
+    split: Split,
+    dense: PreTrainedModel,
+    findings: dict[str, Any],
+    seconds: dict[str, float],
+) -> None:
+    """Put what only sums have into ``metrics.json``, under ``addition``."""
+    metrics = json.loads(run.metrics.read_text())
+    metrics["addition"] = {
+        "sums_trained": len(split.train),
+        "sums_held_out": len(split.held_out),
+        "accuracy_dense": asdict(model_accuracy(dense, split.held_out)),
+        "accuracy_sparse": findings["accuracy"],
+        "open_links_mean": findings["open_links_mean"],
+        "open_links_most": findings["open_links_most"],
+        "open_links_union": findings["open_links_union"],
+        "links_allowed": config.layers * config.heads * TOKENS * (TOKENS + 1) // 2,
+        "steps_dense": config.dense.steps,
+        "steps_sparse": config.sparse.steps,
+        "seconds": seconds,
+    }
+    write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
+
+
+def addition_table(metrics: dict[str, Any]) -> Table:
+    """What ``metrics.json`` says under ``addition``, for the terminal."""
+    figures = metrics["addition"]
+    table = Table(title=f"{figures['sums_held_out']:,} sums never seen in training")
+    table.add_column("")
+    for heading in ("dense", "sparse"):
+        table.add_column(heading, justify="right")
+    dense, sparse = figures["accuracy_dense"], figures["accuracy_sparse"]
+    table.add_row("right", _percent(dense["exact"]), _percent(sparse["exact"]))
+    for group, share in dense["groups"].items():
+        table.add_row(f"right {group}", _percent(share), _percent(sparse["groups"][group]))
+    table.add_row("open links of a sum", f"{figures['links_allowed']}", f"{figures['open_links_mean']:.2f}")
+    table.add_row("loss (nat)", f"{metrics['loss_dense']:.5f}", f"{metrics['loss_sparse']:.5f}")
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
