@@ -239,6 +239,7 @@ def test_several_circuits_in_one_pass_are_each_alone() -> None:
         edges = (torch.rand(3, graph.sources, graph.destinations) < 0.5) & graph.possible()
         together = keep_edges(model, batch, edges)
         assert together.shape == (3, 3)
+        assert not any(result.requires_grad for result in (together, keep_nodes(model, batch, edges[0].any(1))))
         torch.testing.assert_close(together, torch.stack([keep_edges(model, batch, each) for each in edges]))
         links = torch.rand(2, 3, graph.layers, graph.heads, 7, 7) < 0.5
         torch.testing.assert_close(

@@ -42,6 +42,18 @@ class _Patched(Visitor):
             return self.other.read[kind, layer]
         return self.other.constant(self.graph, kind, layer) + self.replacement[:sources].sum(0)
 
+    def _mixed(
+        self, kept: Float[Tensor, "circuits sources destinations"], kind: str, layer: int
+    ) -> Float[Tensor, "destinations rows tokens d_model"]:
+        """What destinations of one kind read that keep these sources; circuit by circuit, since no copy is made so."""
+        circuits, sources, destinations = kept.shape
+        mixed = self.change.new_empty(destinations, *self.change.shape[1:])
+        mixed[:] = self._replaced("q" if kind in "qkv" else kind, layer, sources)
+        for circuit in range(circuits):
+            change = self.change[:sources, circuit]
+            mixed[:, circuit] += (kept[circuit].mT @ change.flatten(1)).view(destinations, *change.shape[1:])
+        return mixed.flatten(1, 2)
+
     def _write(self, sources: slice, values: Float[Tensor, "sources rows tokens d_model"]) -> None:
         rows = values.unflatten(1, self.change.shape[1:3])
         self.change[sources] = rows - self.replacement[sources, None]
@@ -63,8 +75,7 @@ class _PatchedNodes(_Patched):
 
     def _stream(self, kind: str, layer: int) -> Float[Tensor, "rows tokens d_model"]:
         sources = self.graph.sources_of(self.graph.read(layer, kind))
-        stream = torch.einsum("su,usbtd->sbtd", self.kept[:, :sources], self.change[:sources])
-        return (stream + self._replaced(kind, layer, sources)).flatten(0, 1)
+        return self._mixed(self.kept[:, :sources, None], kind, layer)[0]
 
     def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
         return self._stream("q", layer)
@@ -93,11 +104,7 @@ class _PatchedEdges(_Patched):
         graph = self.graph
         first = graph.read(layer, kind)
         reads = slice(first, first + (graph.heads if kind in "qkv" else 1))
-        sources = graph.sources_of(first)
-        change = self.change[:sources].transpose(0, 1).flatten(2)  # circuits, sources, all of a stream
-        changes = self.kept[:, :sources, reads].mT @ change
-        streams = changes.transpose(0, 1).unflatten(2, self.change.shape[2:])
-        return (streams + self._replaced("q" if kind in "qkv" else kind, layer, sources)).flatten(1, 2)
+        return self._mixed(self.kept[:, : graph.sources_of(first), reads], kind, layer)
 
     def _repetitions(self, layer: int) -> int:
         places = self.places[layer]
@@ -185,6 +192,7 @@ def _measured(model: PreTrainedModel, batch: Batch, visitor: Visitor, circuits: 
     return torch.stack([batch.measure(part) for part in logits.unflatten(0, (circuits, -1))])
 
 
+@torch.no_grad()
 def keep_nodes(
     model: PreTrainedModel,
     batch: Batch,
