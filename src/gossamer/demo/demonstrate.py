@@ -23,13 +23,23 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from gossamer.circuits.attention_record import AttentionPrompt, write_attention
 from gossamer.circuits.compare import SearchConfig, compare_circuits
 from gossamer.circuits.tasks import TASKS
-from gossamer.demo.addition import CHARACTERS, PROMPT_TOKENS, TOKENS, Split, addition_tokenizer, split_pairs
+from gossamer.demo.addition import (
+    CHARACTERS,
+    PROMPT_TOKENS,
+    TOKENS,
+    Split,
+    addition_tokenizer,
+    instructive_sums,
+    split_pairs,
+)
 from gossamer.demo.findings import describe, model_accuracy
 from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.files import remove_staging, write_text, written_beside
+from gossamer.report.html import write_report
 from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import BlockDataset, Blocks
 from gossamer.training.run import Run, RunConfig, load_sparse, train_begun, train_logged, write_beginning
@@ -149,6 +159,11 @@ def _demonstrate(
         progress("findings")
         findings = describe(sparse, split.held_out)
         write_text(run.folder / "findings.json", json.dumps(findings, indent=2) + "\n")
+        shown = [
+            AttentionPrompt(tuple(tokenizer(instructive.text)["input_ids"]), instructive.note)
+            for instructive in instructive_sums(split.held_out)
+        ]
+        write_attention(run.folder, {"dense": dense.eval(), "sparse": sparse.eval()}, tokenizer, shown)
     if config.circuit_prompts:
         with _timed(seconds, "circuits"):
             try:
@@ -157,6 +172,7 @@ def _demonstrate(
             except GossamerError as error:
                 warn(f"no circuits: {error}")
     _add_figures(run, config, split, dense, findings, seconds)
+    write_report(run.folder)
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""The attention of a run's models on some prompts, as a record that the pictures are made from.
+
+``attention.json`` is documented in ``docs/metrics.md``.
+"""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gossamer.circuits.streams import Pattern, Visitor, graph_of, visited
+from gossamer.files import write_text
+
+LIKELY = 3
+"""Next tokens that are recorded at each position."""
+
+
+@dataclass(frozen=True)
+class AttentionPrompt:
+    """What the models are shown.
+
+    Attributes:
+        ids: token ids.
+        note: what the prompt is, in a few words.
+    """
+
+    ids: tuple[int, ...]
+    note: str
+
+
+@dataclass
+class _Watcher(Visitor):
+    weights: list[Tensor] = field(default_factory=list)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        weights = pattern(q, k.repeat_interleave(groups, 1))
+        self.weights.append(weights)
+        return weights @ v.repeat_interleave(groups, 1)
+
+
+@torch.no_grad()
+def attention_of(
+    model: PreTrainedModel, ids: Sequence[int]
+) -> tuple[Float[Tensor, "layers heads tokens tokens"], Float[Tensor, "tokens vocab"]]:
+    """The attention weights of one prompt, closed links at 0, and the next-token probabilities."""
+    watcher = _Watcher()
+    rows = torch.tensor([list(ids)], device=model.device)
+    with visited(model, watcher):
+        logits = model(input_ids=rows, use_cache=False).logits[0]
+    return torch.stack([weights[0] for weights in watcher.weights]).float().cpu(), logits.float().softmax(-1).cpu()
+
+
+def record_attention(
+    models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompts: Sequence[AttentionPrompt]
+) -> dict[str, Any]:
+    """The record of some prompts; models in ``eval()`` mode."""
+    graph = graph_of(next(iter(models.values())))
+    rows = []
+    for prompt in prompts:
+        found = {name: _of_model(model, tokenizer, prompt.ids) for name, model in models.items()}
+        rows.append({"note": prompt.note, "tokens": [tokenizer.decode([i]) for i in prompt.ids], "models": found})
+    return {"layers": graph.layers, "heads": graph.heads, "prompts": rows}
+
+
+def write_attention(
+    folder: Path,
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[AttentionPrompt],
+) -> None:
+    """Write ``attention.json`` into a run's folder."""
+    write_text(folder / "attention.json", json.dumps(record_attention(models, tokenizer, prompts)) + "\n")
+
+
+def _of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict[str, Any]:
+    weights, probabilities = attention_of(model, ids)
+    tokens = weights.shape[-1]
+    query, key = torch.tril_indices(tokens, tokens)
+    triangle = weights[:, :, query, key]
+    best = probabilities.topk(min(LIKELY, probabilities.shape[-1]), dim=-1)
+    likely = [
+        [[tokenizer.decode([token]), round(share, 4)] for token, share in zip(*row, strict=True)]
+        for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    record: dict[str, Any] = {"next": likely, "open": int((triangle > 0).sum())}
+    if record["open"] > triangle.numel() // 8:
+        steps = (triangle * 255).round().to(torch.uint8).contiguous()
+        record["triangles"] = base64.b64encode(steps.numpy().tobytes()).decode("ascii")
+    else:
+        places = (weights > 0).nonzero()
+        values = weights[tuple(places.T)].tolist()
+        record["links"] = [[*place, round(value, 4)] for place, value in zip(places.tolist(), values, strict=True)]
+    return record

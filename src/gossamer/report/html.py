@@ -1,0 +1,85 @@
+"""A run's records as one self-contained page that opens offline."""
+
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from gossamer.files import write_text
+from gossamer.report.records import Records, load_records
+from gossamer.report.series import Chart, faithfulness_charts, loss_chart, training_charts
+
+
+def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page of a run.
+
+    Args:
+        folder: of the run.
+        out: the file; ``report.html`` in the folder if None.
+
+    Raises:
+        GossamerError: if the folder is not a run's, or a record of it is damaged.
+    """
+    records = load_records(folder)
+    file = Path(folder) / "report.html" if out is None else Path(out)
+    write_text(file, page(records))
+    return file
+
+
+def page(records: Records) -> str:
+    """The page as text."""
+    parts = files("gossamer.report") / "page"
+    filled = (parts / "page.html").read_text(encoding="utf-8")
+    for place, text in (
+        ("/*STYLE*/", (parts / "page.css").read_text(encoding="utf-8")),
+        ("/*SCRIPT*/", (parts / "page.js").read_text(encoding="utf-8")),
+        ("/*DATA*/", _embedded(_content(records))),
+    ):
+        filled = filled.replace(place, text, 1)
+    return filled
+
+
+def _embedded(content: dict[str, Any]) -> str:
+    """JSON that can stand in a script element: no character of it can end the element or start markup."""
+    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _content(records: Records) -> dict[str, Any]:
+    metrics = records.metrics or {}
+    heads = metrics.get("open_fraction_per_head")
+    links = {name: task.links for name, task in records.tasks.items() if task.links is not None}
+    charts = []
+    if metrics.get("topk"):
+        charts.append({"id": "loss", "title": "Loss", "figures": [_chart(loss_chart(metrics))]})
+    for name, task in records.tasks.items():
+        figures = [_chart(chart) for chart in faithfulness_charts(task.circuits)]
+        charts.append({"id": f"faithfulness-{name}", "title": f"Circuit size: {name}", "figures": figures})
+    training = [_chart(chart) for chart in training_charts(records)]
+    charts.append({"id": "training", "title": "Training", "figures": training})
+    return {
+        "name": records.folder.resolve().name,
+        "summary": records.summary(),
+        "layers": _layers(records),
+        "attention": records.attention,
+        "findings": records.findings,
+        "links": links,
+        "charts": charts,
+        "heads": heads,
+    }
+
+
+def _layers(records: Records) -> int:
+    """How many layers the model has, from whichever record tells."""
+    if records.attention is not None:
+        return int(records.attention["layers"])
+    if records.metrics is not None and records.metrics.get("open_fraction_per_layer"):
+        return len(records.metrics["open_fraction_per_layer"])
+    units = (task.circuits["models"]["dense"]["units"]["layers"] for task in records.tasks.values())
+    return next((int(layers) for layers in units), 1)
+
+
+def _chart(chart: Chart) -> dict[str, Any]:
+    found = asdict(chart)
+    return {**found, "options": {"xLog": found.pop("x_log"), "yLog": found.pop("y_log")}}

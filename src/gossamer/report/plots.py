@@ -1,0 +1,165 @@
+"""Figures for papers: pure functions from result records to matplotlib figures.
+
+Dense and sparse differ in line and marker as well as in colour (Okabe and Ito's, which colour-blind people tell apart).
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gossamer.errors import GossamerError
+from gossamer.files import file_beside
+from gossamer.report.records import Records
+from gossamer.report.series import Chart, faithfulness_charts, loss_chart, training_charts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+LINES = ("-", "--", ":", "-.", "-")
+MARKERS = ("o", "s", "^", "D", "v")
+TINTS = {"dense": "Blues", "sparse": "Oranges"}
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches, that belongs to no window.
+
+    Raises:
+        GossamerError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise GossamerError("figures need matplotlib: pip install 'gossamer[report]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def chart_figure(chart: Chart) -> "Figure":
+    """Series over common axes: training curves, loss against open fraction, faithfulness against circuit size."""
+    figure = new_figure(5.2, 3.4)
+    axes = figure.subplots()
+    for place, series in enumerate(chart.series):
+        x, y = zip(*series.points, strict=True) if series.points else ((), ())
+        style = "" if series.bare else LINES[place % len(LINES)]
+        marker = MARKERS[place % len(MARKERS)] if len(x) <= 60 and series.name != "90 %" else ""
+        axes.plot(x, y, linestyle=style, marker=marker, markersize=4, color=COLORS[place % 5], label=series.name)
+    axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)
+    if chart.x_log:
+        axes.set_xscale("log")
+    if chart.y_log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if len(chart.series) > 1:
+        axes.legend(fontsize="small")
+    return figure
+
+
+def heads_figure(metrics: Mapping[str, Any]) -> "Figure":
+    """Open fraction by layer (rows) and head (columns), on a logarithmic scale; what is all closed is blank."""
+    shares = np.array(metrics["open_fraction_per_head"])
+    figure = new_figure(2 + 0.28 * shares.shape[1], 1.4 + 0.19 * shares.shape[0])
+    axes = figure.subplots()
+    shown = np.ma.masked_less_equal(shares, 0)
+    from matplotlib.colors import LogNorm
+
+    image = axes.imshow(shown, cmap="Oranges", norm=LogNorm(1e-4, 1), aspect="auto")
+    axes.set(title=f"Open fraction, T = {metrics['seq_len']}", xlabel="head", ylabel="layer")
+    figure.colorbar(image)
+    return figure
+
+
+def attention_figure(attention: Mapping[str, Any], prompt: int = 0) -> "Figure":
+    """The attention of one prompt, all heads, dense beside sparse; rows are layers, columns heads."""
+    shown = attention["prompts"][prompt]
+    layers, heads, names = attention["layers"], attention["heads"], list(shown["models"])
+    side = 0.32 if layers > 8 else 0.9
+    figure = new_figure(len(names) * (side * heads + 0.5), side * layers + 0.7)
+    for part, name in zip(figure.subfigures(1, len(names), squeeze=False)[0], names, strict=True):
+        weights = attention_weights(attention, prompt, name)
+        part.suptitle(name, fontsize=10)
+        for layer, row in enumerate(part.subplots(layers, heads, squeeze=False)):
+            for head, axes in enumerate(row):
+                axes.imshow(weights[layer, head], cmap=TINTS.get(name, "Greys"), vmin=0, vmax=1)
+                axes.set(xticks=[], yticks=[])
+                if head == 0:
+                    axes.set_ylabel(str(layer), fontsize=6, rotation=0, labelpad=6, va="center")
+    return figure
+
+
+def attention_weights(attention: Mapping[str, Any], prompt: int, model: str) -> np.ndarray:
+    """``[layers, heads, tokens, tokens]`` from ``attention.json``."""
+    shown = attention["prompts"][prompt]
+    tokens, record = len(shown["tokens"]), shown["models"][model]
+    weights = np.zeros((attention["layers"], attention["heads"], tokens, tokens), dtype=np.float32)
+    if "triangles" in record:
+        steps = np.frombuffer(base64.b64decode(record["triangles"]), dtype=np.uint8)
+        query, key = np.tril_indices(tokens)
+        weights[:, :, query, key] = steps.reshape(*weights.shape[:2], -1) / 255
+    else:
+        for layer, head, query, key, weight in record["links"]:
+            weights[layer, head, query, key] = weight
+    return weights
+
+
+def circuit_figure(links: Mapping[str, Any], layers: int) -> "Figure":
+    """The circuit of one prompt as a layered graph: tokens along x, layers upwards, widths by score."""
+    tokens, names = links["tokens"], list(links["models"])
+    figure = new_figure(len(names) * max(3.5, 0.34 * len(tokens)), 5)
+    for place, (axes, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
+        found = links["models"][name]["links"]
+        most = max((abs(score) for *_, score in found), default=1.0) or 1.0
+        for layer, _, query, key, score in found:
+            # Dashed links work against the answer: patching them raises the metric.
+            axes.plot(
+                (key, query), (layer, layer + 1), color=COLORS[place], alpha=0.7,
+                linewidth=0.3 + 3 * abs(score) / most, linestyle="--" if score > 0 else "-",
+            )  # fmt: skip
+        axes.set(title=f"{name}: {len(found):,} links", ylabel="layer", ylim=(-0.3, layers + 0.3))
+        # Matplotlib reads text between dollar signs as mathematics.
+        labels = [repr(token)[1:-1].replace("$", r"\$") for token in tokens]
+        axes.set_xticks(range(len(tokens)), labels, rotation=60, ha="right", fontsize=7)
+    return figure
+
+
+def all_figures(records: Records) -> Iterator[tuple[str, "Figure"]]:
+    """Every figure that the records of a run allow, with a name for its file."""
+    metrics = records.metrics or {}
+    for chart, name in zip(training_charts(records), ("constraint", "open_links", "multiplier"), strict=False):
+        yield f"training_{name}", chart_figure(chart)
+    if metrics.get("topk"):
+        yield "loss", chart_figure(loss_chart(metrics))
+    if metrics.get("open_fraction_per_head"):
+        yield "heads", heads_figure(metrics)
+    if records.attention is not None:
+        for prompt in range(len(records.attention["prompts"])):
+            yield f"attention_{prompt}", attention_figure(records.attention, prompt)
+    for task, record in records.tasks.items():
+        for level, chart in zip(
+            record.circuits["models"]["dense"]["levels"], faithfulness_charts(record.circuits), strict=True
+        ):
+            yield f"faithfulness_{task}_{level}", chart_figure(chart)
+        if record.links is not None:
+            layers = record.circuits["models"]["dense"]["units"]["layers"]
+            yield f"circuit_{task}", circuit_figure(record.links, layers)
+
+
+def save_figures(records: Records, folder: Path) -> list[Path]:
+    """Write every figure as PNG and as SVG into a folder.
+
+    Raises:
+        GossamerError: without matplotlib; if the folder cannot be written.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in all_figures(records):
+            for suffix in (".png", ".svg"):
+                with file_beside(folder / f"{name}{suffix}") as staging:
+                    figure.savefig(staging, dpi=150)
+                written.append(folder / f"{name}{suffix}")
+    except OSError as error:
+        raise GossamerError(f"cannot write {folder}: {error.strerror or error}") from error
+    return written

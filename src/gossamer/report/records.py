@@ -1,0 +1,130 @@
+"""The records that a run leaves, read back. What each key means is in ``docs/metrics.md``."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from gossamer.errors import GossamerError
+
+SHOWN = {
+    "open_fraction": "open fraction",
+    "open_links_per_query": "open links per query and head",
+    "loss_dense": "loss, dense (nats)",
+    "loss_sparse": "loss, sparse (nats)",
+    "loss_dense_control": "loss, dense control (nats)",
+    "tau": "bound on the loss (nats)",
+    "kl": "KL(dense ‖ sparse) (nats)",
+    "epsilon": "bound on the KL (nats)",
+    "constraint_met": "constraint met",
+    "seq_len": "tokens in a block",
+    "tokens_trained": "tokens trained",
+    "seed": "seed",
+}
+"""What a summary shows of ``metrics.json``, and how it calls it."""
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What ``gossamer circuits`` left of one task.
+
+    Attributes:
+        circuits: ``circuits.json``.
+        links: ``links.json``; None where there is none.
+    """
+
+    circuits: Mapping[str, Any]
+    links: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Records:
+    """All records of a run; in a notebook it shows its main figures.
+
+    Attributes:
+        folder: of the run.
+        config: ``config.json``.
+        metrics: ``metrics.json``; None before the run was evaluated.
+        training: the lines of ``training.jsonl``.
+        tasks: by name.
+        attention: ``attention.json``; None where there is none.
+        findings: ``findings.json``; likewise.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None
+    training: tuple[Mapping[str, Any], ...]
+    tasks: Mapping[str, TaskRecord] = field(default_factory=dict)
+    attention: Mapping[str, Any] | None = None
+    findings: Mapping[str, Any] | None = None
+
+    def summary(self) -> dict[str, str]:
+        """The main figures by name, as texts."""
+        metrics = self.metrics or {}
+        return {name: _text(metrics[key]) for key, name in SHOWN.items() if metrics.get(key) is not None}
+
+    def __repr__(self) -> str:
+        return f"Records({str(self.folder)!r}, " + ", ".join(f"{k}={v}" for k, v in self.summary().items()) + ")"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.summary().items())
+        return f"<table><caption>{escape(str(self.folder))}</caption>{rows}</table>"
+
+
+def load_records(folder: str | Path) -> Records:
+    """Read what a run has left so far.
+
+    Raises:
+        GossamerError: if the folder is not a run's; naming the file and the line of a record that is damaged.
+    """
+    folder = Path(folder)
+    config = _json(folder / "config.json")
+    if not isinstance(config, dict) or "config" not in config:
+        raise GossamerError(f"{folder} is not a run: it has no config.json of gossamer sparsify or demo")
+    tasks = {}
+    for file in sorted(folder.glob("circuits/*/circuits.json")):
+        tasks[file.parent.name] = TaskRecord(_json(file), _json(file.parent / "links.json"))
+    return Records(
+        folder,
+        config,
+        _json(folder / "metrics.json"),
+        _lines(folder / "training.jsonl"),
+        tasks,
+        _json(folder / "attention.json"),
+        _json(folder / "findings.json"),
+    )
+
+
+def _json(file: Path) -> Any:
+    """What stands in the file; None if there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise GossamerError(f"{file} cannot be read: {error}") from error
+    except ValueError as error:
+        raise GossamerError(f"{file} is not valid JSON: {error}") from error
+
+
+def _lines(file: Path) -> tuple[Mapping[str, Any], ...]:
+    if not file.exists():
+        return ()
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise GossamerError(f"{file}, line {number}: not valid JSON: {error}") from error
+    return tuple(rows)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

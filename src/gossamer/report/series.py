@@ -1,0 +1,105 @@
+"""What the charts show, as named series of points: pure functions of result records.
+
+The page draws them itself, :mod:`gossamer.report.plots` draws them with matplotlib.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gossamer.report.records import Records
+
+AT_MOST = 400
+"""Points of a training curve that are drawn; of longer ones, evenly spaced ones."""
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points under one name; ``bare`` ones are not joined by a line."""
+
+    name: str
+    points: tuple[Point, ...]
+    bare: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Series over common axes, with their names and units."""
+
+    title: str
+    x: str
+    y: str
+    series: tuple[Series, ...]
+    x_log: bool = False
+    y_log: bool = False
+
+
+def training_charts(records: Records) -> list[Chart]:
+    """Constrained loss with its bound, open fraction and multiplier by step; none without ``training.jsonl``."""
+    rows = records.training
+    if not rows:
+        return []
+    metrics = records.metrics or {}
+    kl = records.config["config"].get("training", {}).get("constraint") == "kl"
+    measured = records.config.get("measured", {})
+    bound = metrics.get("epsilon") if kl else metrics.get("tau", measured.get("tau"))
+    name = "KL(dense ‖ sparse)" if kl else "cross-entropy"
+    ends = (rows[0]["step"], rows[-1]["step"])
+    losses = [
+        Series("training batch", _column(rows, "constrained")),
+        Series("validation, hard gates", _column(rows, "constrained_held_out")),
+    ]
+    if bound is not None:
+        losses.append(Series("bound", ((ends[0], bound), (ends[1], bound))))
+    return [
+        Chart(f"The constraint: {name}", "step", f"{name} (nats)", tuple(losses)),
+        Chart(
+            "Open links", "step", "fraction",
+            (Series("open (hard)", _column(rows, "open_fraction")),
+             Series("expected", _column(rows, "expected_open_fraction"))), y_log=True,
+        ),
+        Chart("The multiplier", "step", "λ", (Series("λ", _column(rows, "multiplier")),), y_log=True),
+    ]  # fmt: skip
+
+
+def loss_chart(metrics: Mapping[str, Any]) -> Chart:
+    """Loss against open fraction: dense, its top-k, the sparse model, the dense control."""
+    series = [
+        Series(
+            "dense, top-k renormalised" if renormalised else "dense, top-k",
+            tuple(
+                (row["open_fraction"], row["loss"]) for row in metrics["topk"] if row["renormalised"] == renormalised
+            ),
+        )
+        for renormalised in (False, True)
+    ]
+    points = (
+        ("sparse", metrics["open_fraction"], metrics["loss_sparse"]),
+        ("dense", 1.0, metrics["loss_dense"]),
+        ("dense control", 1.0, metrics.get("loss_dense_control")),
+    )
+    series += [Series(name, ((x, y),), bare=True) for name, x, y in points if y is not None]
+    return Chart("Loss against open links", "open fraction", "loss (nats)", tuple(series), x_log=True)
+
+
+def faithfulness_charts(circuits: Mapping[str, Any]) -> list[Chart]:
+    """Share of the metric explained by circuit size, dense and sparse, a chart for each level."""
+    charts = []
+    for level in circuits["models"]["dense"]["levels"]:
+        series = tuple(
+            Series(name, tuple((point["size"], point["faithfulness"]) for point in model["levels"][level]["points"]))
+            for name, model in circuits["models"].items()
+        )
+        total = circuits["models"]["dense"]["levels"][level]["total"]
+        line = Series("90 %", ((1, 0.9), (total, 0.9)))
+        what = "links kept (of one prompt)" if level == "links" else f"{level} kept"
+        charts.append(Chart(f"Explained by {level}", what, "faithfulness", (*series, line), x_log=True))
+    return charts
+
+
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Point, ...]:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    every = -(-len(points) // AT_MOST) or 1
+    return tuple(points[::every] + (points[-1:] if (len(points) - 1) % every else []))
