@@ -159,9 +159,15 @@ function attentionSection() {
   }
   function matrix(panel) {
     const canvas = panel.matrix, tokens = prompts[state.prompt].tokens;
-    const cell = Math.max(4, Math.min(26, Math.floor(Math.min(canvas.parentElement.clientWidth, 480) / tokens.length)));
-    size(canvas, cell * tokens.length + 1, cell * tokens.length + 1);
+    const cell = Math.max(4, Math.min(26, Math.floor((Math.min(canvas.parentElement.clientWidth, 560) - 80) / tokens.length)));
+    const names = cell >= 9 ? 76 : 0;  // room for the tokens' names along the diagonal
+    size(canvas, cell * tokens.length + 1 + names, cell * tokens.length + 1);
     const context = canvas.getContext("2d"), get = weights[panel.name];
+    context.font = `${Math.min(12, cell)}px ui-monospace, monospace`; context.textBaseline = "middle";
+    if (names) tokens.forEach((text, place) => {
+      context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--soft");
+      context.fillText("\u2068" + shown(text).slice(0, 10) + "\u2069", (place + 1) * cell + 4, place * cell + cell / 2);
+    });
     for (let query = 0; query < tokens.length; query++) for (let key = 0; key <= query; key++) {
       const weight = get(state.layer, state.head, query, key);
       context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--line");
@@ -219,18 +225,18 @@ function size(canvas, width, height) {
 }
 
 // Tokens along x, layers upwards; a link goes from what is read to what reads it, one layer up.
-function layered(tokens, layers, links, color, picked = []) {
+function layered(tokens, layers, links, color, picked = [], label = (text) => shown(text).slice(0, 12)) {
   const wide = Math.max(360, tokens.length * 46), rise = Math.max(14, Math.min(70, 420 / layers));
   const x = (place) => 36 + (place + .5) * (wide - 40) / tokens.length, y = (level) => 12 + (layers - level) * rise;
   const most = Math.max(...links.map((link) => Math.abs(link[4] ?? 1)), 1e-9);
-  const svg = drawn("svg", { viewBox: `0 0 ${wide} ${layers * rise + 70}`, role: "img", style: `min-width:${Math.min(wide, 640)}px` });
+  const svg = drawn("svg", { viewBox: `0 0 ${wide} ${layers * rise + 34 + 5.4 * Math.max(...tokens.map((text) => label(text).length))}`, role: "img", style: `min-width:${Math.min(wide, 640)}px` });
   for (let level = 0; level <= layers; level += layers > 12 ? 5 : 1)
     svg.append(drawn("line", { x1: 32, x2: wide, y1: y(level), y2: y(level), class: "grid" }),
       drawn("text", { x: 2, y: y(level) + 4, class: "soft" }, level ? String(level - 1) : "in"));
   tokens.forEach((text, place) => {
-    const label = drawn("text", { x: 0, y: 0, "text-anchor": "end", direction: "ltr", style: "unicode-bidi:isolate",
-      transform: `translate(${x(place) + 4},${y(0) + 12}) rotate(-50)` }, shown(text).slice(0, 12));
-    svg.append(label);
+    const name = drawn("text", { x: 0, y: 0, "text-anchor": "end", direction: "ltr", style: "unicode-bidi:isolate",
+      transform: `translate(${x(place) + 4},${y(0) + 12}) rotate(-50)` }, label(text));
+    svg.append(name);
   });
   links.forEach(([layer, head, query, key, score = 1], place) => {
     const width = 0.6 + 5 * Math.abs(score) / most, chosen = picked.includes(place);
@@ -284,7 +290,8 @@ function findingsSection() {
     buttons.forEach((item, index) => item.firstChild.setAttribute("aria-current", index === place));
     const wanted = new Set(sentences[place].links.map((link) => link.join()));
     const picked = all.map((link, index) => wanted.has(link.join()) ? index : -1).filter((index) => index >= 0);
-    picture.replaceChildren(layered(positions, data.layers, all, "sparse", picked.length === all.length ? [] : picked));
+    picture.replaceChildren(layered(positions, data.layers, all, "sparse",
+      picked.length === all.length ? [] : picked, (text) => text));
     evidence.replaceChildren(element("table", {}, element("tbody", {}, Object.entries(sentences[place].evidence).map(([name, value]) =>
       element("tr", {}, element("th", { scope: "row" }, name), element("td", {}, typeof value === "number" ? number(value, 4) : String(value)))))));
   };
