@@ -39,6 +39,13 @@ class Part(str, Enum):
     lora = "lora"
 
 
+class MLPActivation(str, Enum):
+    """Activation functions of GPT-2's MLPs."""
+
+    gelu_new = "gelu_new"
+    gelu = "gelu"
+
+
 class Precision(str, Enum):
     """Precision of the matrix products."""
 
@@ -280,6 +287,40 @@ def _load(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # 
     if is_saved_model(Path(target)):
         return load(target), PreTrainedTokenizerFast.from_pretrained(target)
     return load_dense(target)
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A file that torch.save wrote, in nanoGPT's or TransformerLens' layout.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the sparse model; must not exist yet.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A directory or Hub id whose tokenizer is saved along (GPT-2's: gpt2).")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads. [default: from the file, or GPT-2's for its width]")
+    ] = None,
+    activation: Annotated[
+        MLPActivation, typer.Option(help="Of the MLPs: GPT-2's own gelu_new, or the exact gelu of newer nanoGPT.")
+    ] = MLPActivation.gelu_new,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many vocabulary rows: 50257 drops the padding. [default: all]")
+    ] = None,
+) -> None:
+    """Turn a GPT-2 CHECKPOINT trained under gates elsewhere into a sparse model of gossamer's."""
+    from transformers.utils import logging
+
+    from gossamer.models.checkpoint import save
+    from gossamer.models.imported import import_checkpoint
+    from gossamer.models.pretrained import load_tokenizer
+
+    logging.disable_progress_bar()
+    if out.exists():
+        raise GossamerError(f"{out} exists already; give another --out")
+    words = load_tokenizer(tokenizer) if tokenizer is not None else None
+    save(import_checkpoint(checkpoint, heads=heads, activation=activation.value, vocab_size=vocab_size), out, words)
+    _inspect_model(str(out))
 
 
 @app.command()

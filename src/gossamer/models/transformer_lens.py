@@ -158,7 +158,7 @@ class _LastHook:
 
 
 class _Check:
-    """Does a bridge say what the model says? Asked before its first run with gates, and its first in compatibility mode.
+    """Does a bridge say what the model says? Asked before its first run, and its first in compatibility mode.
 
     That mode is entered in place, and may fold the value biases.
     """
