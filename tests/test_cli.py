@@ -343,3 +343,46 @@ def test_import_leaves_a_sparse_model_or_nothing(saved_llama: Path, tmp_path: Pa
     result = gossamer_command("import", tmp_path / "ckpt.pt", "--out", tmp_path / "none", "--tokenizer", tmp_path)
     assert_refused(result, "no tokenizer")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "cut.pt", "model"]
+
+
+TINY_TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: tiny.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+def test_evaluate_adds_tasks_to_the_figures(finished, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    out, _, _ = finished
+    (tmp_path / "tiny.yaml").write_text(TINY_TASK)
+    rows = [{"prompt": f"the {word}", "choices": ["one", "two"], "answer": 0} for word in ("sparse", "model", "row")]
+    (tmp_path / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = json.loads((out / "metrics.json").read_text())
+    arguments = ("evaluate", out, "--task-path", tmp_path, "--tasks")
+    assert_refused(
+        gossamer_command("evaluate", out, "--task-path", tmp_path / "none", "--tasks", "tiny"), "none is not"
+    )
+    assert_refused(gossamer_command(*arguments, "tiny,other"), "no task 'other'", str(tmp_path))
+    assert json.loads((out / "metrics.json").read_text()) == before
+    result = gossamer_command(*arguments, "tiny")
+    assert result.returncode == 0, result.stderr
+    after = json.loads((out / "metrics.json").read_text())
+    record = after.pop("tasks")["tiny"]
+    assert after == before
+    assert set(record["models"]) == {"dense", "sparse", "control"}
+    assert record["examples"] == 3
+    value = record["models"]["sparse"]["acc"]["value"]
+    assert 3 * value == pytest.approx(round(3 * value))
+    assert f"{value:.4f} ±" in result.stdout
+    shown = gossamer_command("inspect", out)
+    assert "tiny" in shown.stdout
+    again = gossamer_command("evaluate", out)
+    assert again.returncode == 0
+    assert json.loads((out / "metrics.json").read_text())["tasks"]["tiny"] == record

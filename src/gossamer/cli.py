@@ -165,14 +165,68 @@ def sparsify(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
     precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks, or requests of a task, in one forward pass.")] = 8,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Also these tasks of lm-eval-harness, with commas between: arc_easy,lambada_openai."),
+    ] = None,
+    task_path: Annotated[
+        Path | None,
+        typer.Option(help="Directory with tasks of one's own, in YAML files as lm-eval-harness reads them."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. [default: the task's own]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many examples of each task. [default: all]")
+    ] = None,
 ) -> None:
-    """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline."""
+    """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
     from gossamer.training.memory import keep_freed_memory
     from gossamer.training.run import Run
 
     keep_freed_memory()
-    _evaluate(Run(run), precision, batch_size)
+    if tasks is None:
+        _evaluate(Run(run), precision, batch_size)
+    else:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        _evaluate_tasks(Run(run), names, task_path, precision, batch_size, num_fewshot, limit)
+
+
+def _evaluate_tasks(
+    run: "Run",  # type: ignore[name-defined]
+    names: list[str],
+    task_path: Path | None,
+    precision: Precision,
+    batch_size: int,
+    num_fewshot: int | None,
+    limit: int | None,
+) -> None:
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging
+
+    from gossamer.evaluation.capability import add_tasks, check_tasks, task_table
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    if not names:
+        raise GossamerError("--tasks names no task")
+    run.record()
+    check_tasks(names, task_path)
+    _evaluate(run, precision, batch_size)
+    metrics = add_tasks(
+        run,
+        names,
+        task_path=task_path,
+        shots=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        precision=precision.value,
+        seed=run.config().training.seed,
+        progress=lambda what: console.print(what),
+    )
+    console.print(task_table(metrics))
 
 
 def _evaluate(run: "Run", precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from gossamer.evaluation.capability import task_table
 from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.sparsity import LinkTally
 from gossamer.evaluation.topk import topk_curve
@@ -110,13 +111,16 @@ def evaluate_run(
         "versions_trained": record["versions"],
         "versions_evaluated": versions(),
     }
+    if run.metrics.exists() and (tasks := json.loads(run.metrics.read_text()).get("tasks")):
+        metrics["tasks"] = tasks  # gossamer.evaluation.capability; a finished run's models stay what they are
     write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
 def summary_tables(metrics: dict[str, Any]) -> list[Table]:
     """The contents of ``metrics.json`` as tables for the terminal."""
-    return [_losses(metrics), _links(metrics), _topk(metrics)]
+    tasks = [task_table(metrics)] if "tasks" in metrics else []
+    return [_losses(metrics), _links(metrics), _topk(metrics), *tasks]
 
 
 def verdict(metrics: dict[str, Any]) -> str:
