@@ -386,3 +386,49 @@ def test_evaluate_adds_tasks_to_the_figures(finished, tmp_path: Path) -> None:
     again = gossamer_command("evaluate", out)
     assert again.returncode == 0
     assert json.loads((out / "metrics.json").read_text())["tasks"]["tiny"] == record
+
+
+def test_a_preset_gives_what_the_command_line_does_not_say(saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = [
+        "--preset",
+        "gpt2",
+        "--text",
+        text,
+        "--out",
+        out,
+        *QUICK,
+        "--tokens",
+        128,
+        "--batch-size",
+        2,
+        "--no-control",
+    ]
+    result = gossamer_command("sparsify", saved_llama, *given)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((out / "config.json").read_text())["config"]
+    assert config["model"] == str(saved_llama)
+    assert config["seq_len"] == 16
+    assert config["training"]["precision"] == "fp32"
+    assert config["training"]["batch_size"] == 2
+    assert config["training"]["gradient_accumulation"] == 2  # the preset's; 1 without it
+    assert config["training"]["steps"] == 2
+    result = gossamer_command("sparsify", "--preset", "gpt2", "--out", tmp_path / "other")
+    assert_refused(result, "no model 'openai-community/gpt2'")
+    assert not (tmp_path / "other").exists()
+    assert_refused(gossamer_command("sparsify", "--preset", "gpt3", "--out", out), "no preset 'gpt3'", "smollm2")
+
+
+def test_plan_says_whether_it_fits_and_what_would() -> None:
+    roomy = gossamer_command("plan", "smollm2", "--gpus", 2, "--gpu-memory", 80)
+    assert roomy.returncode == 0, roomy.stderr
+    assert "134,515,008" in roomy.stdout
+    assert "estimated" in roomy.stdout
+    assert "It should fit" in roomy.stdout
+    narrow = gossamer_command("plan", "llama-3.2-1b", "--gpu-memory", 16, "--train", "attention", "--seq-len", 2048)
+    assert narrow.returncode == 0, narrow.stderr
+    assert "It does not fit" in narrow.stdout
+    assert "blocks of 2048 tokens; train attention" in narrow.stdout
+    assert re.search(r"--batch-size 1 --gradient-accumulation 16.*: .* GiB, fits", narrow.stdout)
+    assert "tokens/s" in narrow.stdout
+    assert_refused(gossamer_command("plan", "gpt2", "--seq-len", 4096), "--seq-len 4096", "context of 1024")

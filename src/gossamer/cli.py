@@ -53,6 +53,15 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+def _use_preset(context: typer.Context, name: str | None) -> str | None:
+    """Let the preset's settings stand where the command line says nothing."""
+    if name is not None:
+        from gossamer.training.presets import find_preset
+
+        context.default_map = {**(context.default_map or {}), **find_preset(name).settings}
+    return name
+
+
 def _warn(line: str) -> None:
     Console(stderr=True).print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
 
@@ -69,6 +78,15 @@ def sparsify(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            is_eager=True,
+            callback=_use_preset,
+            help="Settings by name, MODEL and --text among them: gpt2, smollm2, llama-3.2-1b, olmo-2-7b. "
+            "What stands on the command line goes before them.",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 1_000_000,
     seq_len: Annotated[int, typer.Option(help="Tokens in a training block. Train at the length you need.")] = 256,
     constraint: Annotated[
@@ -90,6 +108,9 @@ def sparsify(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for a quarter to a third more time.")
+    ] = False,
     learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the weights.")] = 3e-4,
     gate_learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the gate biases.")] = 0.2,
     gate_bias: Annotated[
@@ -147,6 +168,7 @@ def sparsify(
             steps=steps,
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
+            gradient_checkpointing=gradient_checkpointing,
             learning_rate=learning_rate,
             gate_learning_rate=gate_learning_rate,
             hard_fraction=hard_fraction,
@@ -341,6 +363,100 @@ def _load(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # 
     if is_saved_model(Path(target)):
         return load(target), PreTrainedTokenizerFast.from_pretrained(target)
     return load_dense(target)
+
+
+@app.command()
+def plan(
+    preset: Annotated[
+        str, typer.Argument(callback=_use_preset, is_eager=True, help="gpt2, smollm2, llama-3.2-1b or olmo-2-7b.")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="Devices, each with a copy of the model.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB of each.")] = 80.0,
+    gpu_tflops: Annotated[
+        float, typer.Option(min=0.01, help="Peak arithmetic of each by its data sheet, 10^12 operations a second.")
+    ] = 312.0,
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of that which a step uses.")] = 0.3,
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 1_000_000,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a training block.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass of one device.")] = 4,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations a second time.")] = False,
+    train: Annotated[Part, typer.Option(help="Weights to train.")] = Part.all,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    constraint: Annotated[
+        Constraint, typer.Option(help="kl runs the dense model beside the sparse one.")
+    ] = Constraint.ce,
+    precision: Annotated[Precision, typer.Option(help="Of the matrix products.")] = Precision.bf16,
+    control: Annotated[bool, typer.Option(help="Train the dense control as well.")] = True,
+) -> None:
+    """Estimate memory and time of a run with the settings of PRESET, and say whether it fits. Needs no network."""
+    from transformers.utils import logging
+
+    from gossamer.training.plan import RESERVE, StepShape, alternatives, plan_run
+    from gossamer.training.presets import find_preset
+
+    logging.set_verbosity_error()
+    chosen = find_preset(preset)
+    shape = StepShape(
+        seq_len=seq_len,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        train=train.value,
+        lora_rank=lora_rank,
+        constraint=constraint.value,
+        precision=precision.value,
+        gradient_checkpointing=gradient_checkpointing,
+        gpus=gpus,
+    )
+    estimate = plan_run(chosen.config, shape)
+    gib = 2**30
+    moments = estimate.moments
+    table = Table(title=escape(f"{chosen.summary}: estimated memory of one device, GiB, at four moments of a step"))
+    table.add_column("")
+    for name in moments:
+        table.add_column(name, justify="right")
+    for term in dict.fromkeys(term for terms in moments.values() for term in terms):
+        if any(terms.get(term) for terms in moments.values()):
+            table.add_row(term, *(f"{terms.get(term, 0) / gib:.2f}" for terms in moments.values()))
+    table.add_section()
+    table.add_row("sum", *(f"{sum(terms.values()) / gib:.2f}" for terms in moments.values()))
+    console.print(table)
+
+    room = gpu_memory * gib - RESERVE
+    speed = estimate.tokens_per_second(gpus, gpu_tflops, utilisation)
+    seconds = tokens / speed
+    if control:
+        seconds *= 1 + estimate.control_flops_per_token / estimate.flops_per_token
+    facts: dict[str, object] = {
+        "parameters, trained": f"{estimate.parameters:,}, {estimate.trained:,}",
+        "step": f"{gpus} × {gradient_accumulation} × {batch_size} blocks of {seq_len} tokens; train {train.value}, "
+        f"constraint {constraint.value}, {precision.value}" + (", checkpointing" if gradient_checkpointing else ""),
+        "peak, estimated": f"{estimate.peak / gib:.1f} GiB of {gpu_memory:.1f}, of which {RESERVE / gib:.1f} are left "
+        "to CUDA and its allocator",
+        "speed, estimated": f"{speed:,.0f} tokens/s, if {100 * utilisation:.0f} % of {gpu_tflops:g} TFLOP/s are used",
+        f"{tokens:,} tokens{', and the control' if control else ''}": _duration(seconds),
+        "settings tried": "yes, see docs/results.md" if chosen.tried else "no: carried over from smaller models",
+    }
+    console.print(_facts("Estimate", facts))
+    if estimate.peak <= room:
+        console.print(f"It should fit: {(room - estimate.peak) / gib:.1f} GiB to spare.", style="bold")
+        return
+    console.print(
+        f"It does not fit: {(estimate.peak - room) / gib:.1f} GiB too much. What would change that:", style="bold"
+    )
+    flags = ""
+    for words, _, peak in alternatives(chosen.config, shape, room):
+        flags = f"{flags} {words}".strip()
+        console.print(f"  {flags}: {peak / gib:.1f} GiB{', fits' if peak <= room else ''}", soft_wrap=True)
+    if peak > room:
+        console.print("None of these is enough: take a device with more memory.")
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 @app.command("import")

@@ -65,6 +65,7 @@ class TrainingConfig:
         steps: optimiser steps.
         batch_size: blocks in one forward pass.
         gradient_accumulation: forward passes in one optimiser step.
+        gradient_checkpointing: keep only what goes into each layer for the backward pass, and compute the rest again.
         learning_rate: of the weights, after warm-up; falls to ``final_rate`` of it along a cosine.
         gate_learning_rate: of the gate biases, on the same schedule.
         warmup: share of the steps over which the rates rise from 0.
@@ -83,6 +84,7 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
     learning_rate: float = 3e-4
     gate_learning_rate: float = 0.2
     warmup: float = 0.03
@@ -162,6 +164,10 @@ class PostTrainer(Trainer):
             seed=config.seed,
             data_seed=config.seed,
         )
+        if config.gradient_checkpointing:
+            # The reentrant kind has no gradient for what leaves a layer beside its output: the expected links.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         super().__init__(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
