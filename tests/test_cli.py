@@ -188,6 +188,7 @@ BAD_INPUT = {
     "no length": (["{model}", "--seq-len", "1"], ["--seq-len 1", "at least 2"]),
     "unwritable": (["{model}", "--out", "{folder}/empty.txt/run"], ["cannot write", "empty.txt/run"]),
     "read-only": (["{model}", "--out", "/proc/gossamer/run"], ["cannot write", "/proc/gossamer/run"]),
+    "unknown watcher": (["{model}", "--report-to", "tensorbord"], ["--report-to tensorbord", "tensorboard, wandb"]),
     "gated already": (["{folder}/gated"], ["gated", "give the dense model"]),
 }
 

@@ -138,6 +138,9 @@ def sparsify(
     control: Annotated[
         bool, typer.Option(help="Also fine-tune the dense model on the same text, for comparison.")
     ] = True,
+    report_to: Annotated[
+        str, typer.Option(help="Show the training elsewhere too: tensorboard, wandb, trackio, with commas between.")
+    ] = "",
 ) -> None:
     """Post-train MODEL until as few attention links are open as its loss allows, and measure it.
 
@@ -179,7 +182,8 @@ def sparsify(
             seed=seed,
         ),
     )
-    run = post_train(config, out, resume=resume, console=console, warn=_warn)
+    watchers = [name.strip() for name in report_to.split(",") if name.strip()]
+    run = post_train(config, out, resume=resume, report_to=watchers, console=console, warn=_warn)
     _evaluate(Run(run.folder), Precision.fp32, 8)
 
 
@@ -392,7 +396,7 @@ def plan(
     """Estimate memory and time of a run with the settings of PRESET, and say whether it fits. Needs no network."""
     from transformers.utils import logging
 
-    from gossamer.training.plan import RESERVE, StepShape, alternatives, plan_run
+    from gossamer.training.plan import MARGIN, RESERVE, StepShape, alternatives, plan_run
     from gossamer.training.presets import find_preset
 
     logging.set_verbosity_error()
@@ -438,17 +442,19 @@ def plan(
         "settings tried": "yes, see docs/results.md" if chosen.tried else "no: carried over from smaller models",
     }
     console.print(_facts("Estimate", facts))
-    if estimate.peak <= room:
-        console.print(f"It should fit: {(room - estimate.peak) / gib:.1f} GiB to spare.", style="bold")
+    margin = f"the {100 * (MARGIN - 1):.0f} % by which the estimate may be low"
+    needed = MARGIN * estimate.peak
+    if needed <= room:
+        console.print(f"It should fit, with {(room - needed) / gib:.1f} GiB to spare beyond {margin}.", style="bold")
         return
-    console.print(
-        f"It does not fit: {(estimate.peak - room) / gib:.1f} GiB too much. What would change that:", style="bold"
-    )
+    verdict = f"It may just fit, without {margin}" if estimate.peak <= room else "It does not fit"
+    console.print(f"{verdict}. What would help:", style="bold")
     flags = ""
-    for words, _, peak in alternatives(chosen.config, shape, room):
+    for words, _, peak in alternatives(chosen.config, shape, room / MARGIN):
         flags = f"{flags} {words}".strip()
-        console.print(f"  {flags}: {peak / gib:.1f} GiB{', fits' if peak <= room else ''}", soft_wrap=True)
-    if peak > room:
+        fits = MARGIN * peak <= room
+        console.print(f"  {flags}: {peak / gib:.1f} GiB{', fits' if fits else ''}", soft_wrap=True)
+    if not fits:
         console.print("None of these is enough: take a device with more memory.")
 
 

@@ -36,6 +36,9 @@ _FAKE_ATTENTION = "gossamer-plan"
 RESERVE = 1.5 * 2**30
 """Bytes of a GPU left to the CUDA context and to what the allocator cannot use; assumed, not measured."""
 
+MARGIN = 1.2
+"""Measured peaks were at most so many times the estimate: benchmarks/README.md."""
+
 UTILISATION = 0.3
 """Share of a device's peak arithmetic that a step is assumed to use."""
 

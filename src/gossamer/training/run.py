@@ -6,6 +6,7 @@
     RUN/checkpoints/       of the run in progress; control-checkpoints/ likewise
     RUN/model/             the sparse model
     RUN/control/           the dense control: the dense model fine-tuned on the same text for the same steps
+    RUN/tensorboard/       what TensorBoard shows, if asked for; wandb/ likewise
     RUN/metrics.json       the figures, written by gossamer.evaluation
 
 Everything that depends on chance is a function of the seed, so a run that is killed and resumed ends
@@ -16,7 +17,7 @@ import copy
 import json
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +50,7 @@ from gossamer.training.trainer import (
     choose_trained,
     without_dropout,
 )
+from gossamer.training.watching import check_watchers, watch
 
 _CHECKPOINTS = ("checkpoints", "control-checkpoints")
 
@@ -178,6 +180,7 @@ def post_train(
     folder: str | Path,
     *,
     resume: bool = False,
+    report_to: Sequence[str] = (),
     console: Console | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Run:
@@ -187,6 +190,7 @@ def post_train(
         config: what to do.
         folder: the run's directory; must not exist yet, or with ``resume`` must hold the same run begun.
         resume: go on from the last checkpoint without a fault; begin if there is nothing yet.
+        report_to: what shows the training of the sparse model: names of :mod:`gossamer.training.watching`.
         console: where progress is drawn; none if None.
         warn: is given one line for each thing the user should know at once.
 
@@ -201,6 +205,7 @@ def post_train(
     transformers_logging.disable_progress_bar()
     console = console or Console(quiet=True)
     warn = warn or (lambda line: None)
+    check_watchers(report_to)
     run = Run(Path(folder))
     if resume:
         for target in (run.folder, run.model, run.control, *(run.folder / name for name in _CHECKPOINTS)):
@@ -222,7 +227,7 @@ def post_train(
             "the constraint may be out of reach"
         )
     if not run.model.exists():
-        _train_sparse(run, config, dense, tokenizer, tau, console, warn)
+        _train_sparse(run, config, dense, tokenizer, tau, report_to, console, warn)
     if config.control and not run.control.exists():
         _train_control(run, config, dense, console, warn)
     return run
@@ -284,6 +289,7 @@ def _train_sparse(
     dense: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tau: float,
+    report_to: Sequence[str],
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
@@ -306,6 +312,8 @@ def _train_sparse(
         run.folder / _CHECKPOINTS[0],
         tokenizer=tokenizer,
     )
+    begun = last_sound(trainer.folder)[0]
+    watch(trainer, report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1)
     _train(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
     selected = trainer.select_weights()
     if selected is not None:

@@ -321,6 +321,7 @@ class SparsityTrainer(PostTrainer):
         self.validation = validation
         self.multiplier = Multiplier(config.multiplier)
         self.validation_result: Validation | None = None
+        self.open_by_layer: Float[Tensor, " layers"] | None = None
 
     @property
     def hard(self) -> bool:
@@ -341,7 +342,9 @@ class SparsityTrainer(PostTrainer):
             logits = model(input_ids=input_ids, use_cache=False).logits
         allowed = torch.stack([count.allowed_links.sum() for count in counts.values()]).sum()
         expected = torch.stack([count.expected_open.sum() for count in counts.values()]).sum() / allowed
-        opened = torch.stack([count.open_links.sum() for count in counts.values()]).sum() / allowed
+        opened_by_layer = torch.stack([count.open_links.sum() for count in counts.values()])
+        self.open_by_layer = opened_by_layer / torch.stack([count.allowed_links.sum() for count in counts.values()])
+        opened = opened_by_layer.sum() / allowed
         constrained = self.constrained_quantity(logits, input_ids)
         measured = {
             "constrained": constrained.item(),
