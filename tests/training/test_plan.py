@@ -12,7 +12,7 @@ from families import CONFIGS, tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.training.data import BlockDataset
 from gossamer.training.losses import cross_entropy
-from gossamer.training.plan import StepShape, alternatives, plan_run
+from gossamer.training.plan import StepShape, alternatives, margin, plan_run
 from gossamer.training.presets import find_preset, presets
 from gossamer.training.run import RunConfig
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained
@@ -93,13 +93,14 @@ def test_alternatives_end_where_a_step_fits() -> None:
     room = 24 * 2**30
     assert plan_run(config, shape).peak > room
     found = alternatives(config, shape, room)
-    assert found[-1][2] <= room
-    assert all(peak > room for _, _, peak in found[:-1])
-    assert [words for words, _, _ in found][:2] == [
-        "--batch-size 1 --gradient-accumulation 8",
-        "--gradient-checkpointing",
-    ]
-    assert alternatives(config, replace(shape, train="lora"), 1.0)[-1][0] == "--seq-len 512"
+    needed = [margin(changed) * peak for _, changed, peak in found]
+    assert needed[-1] <= room
+    assert all(bytes_needed > room for bytes_needed in needed[:-1])
+    one = "--batch-size 1 --gradient-accumulation 8"
+    assert [flags for flags, _, _ in found][:2] == [one, f"{one} --gradient-checkpointing"]
+    last = alternatives(config, shape, 1.0)[-1][0]
+    assert last == f"{one} --gradient-checkpointing --train lora --seq-len 512"
+    assert "--train" not in alternatives(config, replace(shape, train="lora"), 1.0)[-1][0]
 
 
 def test_what_cannot_be_planned_is_named() -> None:

@@ -36,8 +36,8 @@ _FAKE_ATTENTION = "gossamer-plan"
 RESERVE = 1.5 * 2**30
 """Bytes of a GPU left to the CUDA context and to what the allocator cannot use; assumed, not measured."""
 
-MARGIN = 1.2
-"""Measured peaks were at most so many times the estimate: benchmarks/README.md."""
+MARGIN, CHECKPOINTING_MARGIN = 1.2, 1.65
+"""Measured peaks were at most so many times the estimate, without and with checkpointing: benchmarks/README.md."""
 
 UTILISATION = 0.3
 """Share of a device's peak arithmetic that a step is assumed to use."""
@@ -75,6 +75,11 @@ class StepShape:
     def tokens(self) -> int:
         """Of one forward pass on one device."""
         return self.batch_size * self.seq_len
+
+
+def margin(shape: StepShape) -> float:
+    """How many times the estimate the peak may be."""
+    return CHECKPOINTING_MARGIN if shape.gradient_checkpointing else MARGIN
 
 
 @dataclass(frozen=True)
@@ -147,28 +152,34 @@ def plan_run(config: dict[str, Any], shape: StepShape) -> Plan:
 
 
 def alternatives(config: dict[str, Any], shape: StepShape, room: float) -> list[tuple[str, StepShape, int]]:
-    """Changes, one after another, until a step fits into ``room`` bytes: what, the shape with it, its peak.
+    """Changes, one more each time, until a step fits into ``room`` bytes with its margin: flags, shape, peak.
 
     The batch of a step stays the same; the last one fits, unless nothing does.
     """
     found: list[tuple[str, StepShape, int]] = []
     step = shape.batch_size * shape.gradient_accumulation
-    changes: list[tuple[str, dict[str, Any]]] = [
-        (f"--batch-size 1 --gradient-accumulation {step}", {"batch_size": 1, "gradient_accumulation": step}),
-        ("--gradient-checkpointing", {"gradient_checkpointing": True}),
-        ("--train attention", {"train": "attention"}),
-        ("--train lora", {"train": "lora"}),
-        (f"--seq-len {max(2, shape.seq_len // 2)}", {"seq_len": max(2, shape.seq_len // 2)}),
+    half = max(2, shape.seq_len // 2)
+    changes: list[tuple[dict[str, str], dict[str, Any]]] = [
+        (
+            {"--batch-size": "1", "--gradient-accumulation": str(step)},
+            {"batch_size": 1, "gradient_accumulation": step},
+        ),
+        ({"--gradient-checkpointing": ""}, {"gradient_checkpointing": True}),
+        ({"--train": "attention"}, {"train": "attention"}),
+        ({"--train": "lora"}, {"train": "lora"}),
+        ({"--seq-len": str(half)}, {"seq_len": half}),
     ]
     order = {"all": 0, "attention": 1, "lora": 2}
+    flags: dict[str, str] = {}
     for words, values in changes:
         changed = replace(shape, **values)
         if changed == shape or order[changed.train] < order[shape.train]:
             continue
         shape = changed
+        flags |= words
         peak = plan_run(config, shape).peak
-        found.append((words, shape, peak))
-        if peak <= room:
+        found.append((" ".join(f"{flag} {value}".strip() for flag, value in flags.items()), shape, peak))
+        if margin(shape) * peak <= room:
             break
     return found
 
