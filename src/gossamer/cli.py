@@ -396,7 +396,7 @@ def plan(
     """Estimate memory and time of a run with the settings of PRESET, and say whether it fits. Needs no network."""
     from transformers.utils import logging
 
-    from gossamer.training.plan import RESERVE, StepShape, alternatives, margin, plan_run
+    from gossamer.training.plan import MARGIN, RESERVE, StepShape, alternatives, plan_run
     from gossamer.training.presets import find_preset
 
     logging.set_verbosity_error()
@@ -442,15 +442,15 @@ def plan(
         "settings tried": "yes, see docs/results.md" if chosen.tried else "no: carried over from smaller models",
     }
     console.print(_facts("Estimate", facts))
-    low = f"the {100 * (margin(shape) - 1):.0f} % by which the estimate may be low"
-    needed = margin(shape) * estimate.peak
+    low = f"the {100 * (MARGIN - 1):.0f} % that an allocator may take besides"
+    needed = MARGIN * estimate.peak
     if needed <= room:
         console.print(f"It should fit, with {(room - needed) / gib:.1f} GiB to spare beyond {low}.", style="bold")
         return
     verdict = f"It may just fit, without {low}" if estimate.peak <= room else "It does not fit"
     console.print(f"{verdict}. What would help:", style="bold")
-    for flags, changed, peak in alternatives(chosen.config, shape, room):
-        fits = margin(changed) * peak <= room
+    for flags, _, peak in alternatives(chosen.config, shape, room):
+        fits = MARGIN * peak <= room
         console.print(f"  {flags}: {peak / gib:.1f} GiB{', fits' if fits else ''}", soft_wrap=True)
     if not fits:
         console.print("None of these is enough: take a device with more memory.")

@@ -12,7 +12,7 @@ from families import CONFIGS, tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.training.data import BlockDataset
 from gossamer.training.losses import cross_entropy
-from gossamer.training.plan import StepShape, alternatives, margin, plan_run
+from gossamer.training.plan import MARGIN, StepShape, alternatives, plan_run
 from gossamer.training.presets import find_preset, presets
 from gossamer.training.run import RunConfig
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained
@@ -93,7 +93,7 @@ def test_alternatives_end_where_a_step_fits() -> None:
     room = 24 * 2**30
     assert plan_run(config, shape).peak > room
     found = alternatives(config, shape, room)
-    needed = [margin(changed) * peak for _, changed, peak in found]
+    needed = [MARGIN * peak for _, _, peak in found]
     assert needed[-1] <= room
     assert all(bytes_needed > room for bytes_needed in needed[:-1])
     one = "--batch-size 1 --gradient-accumulation 8"

@@ -36,8 +36,8 @@ _FAKE_ATTENTION = "gossamer-plan"
 RESERVE = 1.5 * 2**30
 """Bytes of a GPU left to the CUDA context and to what the allocator cannot use; assumed, not measured."""
 
-MARGIN, CHECKPOINTING_MARGIN = 1.2, 1.65
-"""Measured peaks were at most so many times the estimate, without and with checkpointing: benchmarks/README.md."""
+MARGIN = 1.2
+"""What an allocator may take, as a multiple of the estimate of what is alive; assumed: see benchmarks/README.md."""
 
 UTILISATION = 0.3
 """Share of a device's peak arithmetic that a step is assumed to use."""
@@ -75,11 +75,6 @@ class StepShape:
     def tokens(self) -> int:
         """Of one forward pass on one device."""
         return self.batch_size * self.seq_len
-
-
-def margin(shape: StepShape) -> float:
-    """How many times the estimate the peak may be."""
-    return CHECKPOINTING_MARGIN if shape.gradient_checkpointing else MARGIN
 
 
 @dataclass(frozen=True)
@@ -179,7 +174,7 @@ def alternatives(config: dict[str, Any], shape: StepShape, room: float) -> list[
         flags |= words
         peak = plan_run(config, shape).peak
         found.append((" ".join(f"{flag} {value}".strip() for flag, value in flags.items()), shape, peak))
-        if margin(shape) * peak <= room:
+        if MARGIN * peak <= room:
             break
     return found
 
