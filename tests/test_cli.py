@@ -188,6 +188,7 @@ BAD_INPUT = {
     "no length": (["{model}", "--seq-len", "1"], ["--seq-len 1", "at least 2"]),
     "unwritable": (["{model}", "--out", "{folder}/empty.txt/run"], ["cannot write", "empty.txt/run"]),
     "read-only": (["{model}", "--out", "/proc/gossamer/run"], ["cannot write", "/proc/gossamer/run"]),
+    "unknown watcher": (["{model}", "--report-to", "tensorbord"], ["--report-to tensorbord", "tensorboard, wandb"]),
     "gated already": (["{folder}/gated"], ["gated", "give the dense model"]),
 }
 
@@ -347,3 +348,115 @@ def test_what_circuits_cannot_use_is_refused(finished, own_task: Path, tmp_path:
     refused = [result for result in ability.values() if result.returncode]
     assert refused  # a model cannot prefer both answers
     assert_refused(refused[0], "the model cannot do backwards", "% of 4 prompts right", "--force")
+
+
+def test_import_leaves_a_sparse_model_or_nothing(saved_llama: Path, tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    tensors = {name: t.T.contiguous() if name.endswith(linear) else t for name, t in model.state_dict().items()}
+    torch.save({"model": tensors, "model_args": {"n_head": 4}}, tmp_path / "ckpt.pt")
+    options = ("--out", tmp_path / "model", "--tokenizer", saved_llama)
+    result = gossamer_command("import", tmp_path / "ckpt.pt", *options)
+    assert result.returncode == 0, result.stderr
+    assert "gate bias" in result.stdout
+    ids = torch.arange(3, 12)[None]
+    wanted = gossamer.sparsify(model)(input_ids=ids).logits
+    assert torch.equal(gossamer.load(tmp_path / "model")(input_ids=ids).logits, wanted)
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+    assert_refused(gossamer_command("import", tmp_path / "ckpt.pt", *options), "exists already")
+    del tensors["transformer.h.1.ln_2.bias"]
+    torch.save(tensors, tmp_path / "cut.pt")
+    options = ("--out", tmp_path / "none", "--heads", 4)
+    assert_refused(gossamer_command("import", tmp_path / "cut.pt", *options), "cut.pt", "transformer.h.1.ln_2.bias")
+    result = gossamer_command("import", tmp_path / "ckpt.pt", "--out", tmp_path / "none", "--tokenizer", tmp_path)
+    assert_refused(result, "no tokenizer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "cut.pt", "model"]
+
+
+TINY_TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: tiny.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+def test_evaluate_adds_tasks_to_the_figures(finished, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    out, _, _ = finished
+    (tmp_path / "tiny.yaml").write_text(TINY_TASK)
+    rows = [{"prompt": f"the {word}", "choices": ["one", "two"], "answer": 0} for word in ("sparse", "model", "row")]
+    (tmp_path / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = json.loads((out / "metrics.json").read_text())
+    arguments = ("evaluate", out, "--task-path", tmp_path, "--tasks")
+    assert_refused(
+        gossamer_command("evaluate", out, "--task-path", tmp_path / "none", "--tasks", "tiny"), "none is not"
+    )
+    assert_refused(gossamer_command(*arguments, "tiny,other"), "no task 'other'", str(tmp_path))
+    assert json.loads((out / "metrics.json").read_text()) == before
+    result = gossamer_command(*arguments, "tiny")
+    assert result.returncode == 0, result.stderr
+    after = json.loads((out / "metrics.json").read_text())
+    record = after.pop("tasks")["tiny"]
+    assert after == before
+    assert set(record["models"]) == {"dense", "sparse", "control"}
+    assert record["examples"] == 3
+    value = record["models"]["sparse"]["acc"]["value"]
+    assert 3 * value == pytest.approx(round(3 * value))
+    assert f"{value:.4f} ±" in result.stdout
+    shown = gossamer_command("inspect", out)
+    assert "tiny" in shown.stdout
+    again = gossamer_command("evaluate", out)
+    assert again.returncode == 0
+    assert json.loads((out / "metrics.json").read_text())["tasks"]["tiny"] == record
+
+
+def test_a_preset_gives_what_the_command_line_does_not_say(saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = [
+        "--preset",
+        "gpt2",
+        "--text",
+        text,
+        "--out",
+        out,
+        *QUICK,
+        "--tokens",
+        128,
+        "--batch-size",
+        2,
+        "--no-control",
+    ]
+    result = gossamer_command("sparsify", saved_llama, *given)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((out / "config.json").read_text())["config"]
+    assert config["model"] == str(saved_llama)
+    assert config["seq_len"] == 16
+    assert config["training"]["precision"] == "fp32"
+    assert config["training"]["batch_size"] == 2
+    assert config["training"]["gradient_accumulation"] == 2  # the preset's; 1 without it
+    assert config["training"]["steps"] == 2
+    result = gossamer_command("sparsify", "--preset", "gpt2", "--out", tmp_path / "other")
+    assert_refused(result, "no model 'openai-community/gpt2'")
+    assert not (tmp_path / "other").exists()
+    assert_refused(gossamer_command("sparsify", "--preset", "gpt3", "--out", out), "no preset 'gpt3'", "smollm2")
+
+
+def test_plan_says_whether_it_fits_and_what_would() -> None:
+    roomy = gossamer_command("plan", "smollm2", "--gpus", 2, "--gpu-memory", 80)
+    assert roomy.returncode == 0, roomy.stderr
+    assert "134,515,008" in roomy.stdout
+    assert "estimated" in roomy.stdout
+    assert "It should fit" in roomy.stdout
+    narrow = gossamer_command("plan", "llama-3.2-1b", "--gpu-memory", 16, "--train", "attention", "--seq-len", 2048)
+    assert narrow.returncode == 0, narrow.stderr
+    assert "It does not fit" in narrow.stdout
+    assert "blocks of 2048 tokens; train attention" in narrow.stdout
+    assert re.search(r"--batch-size 1 --gradient-accumulation 16.*: .* GiB, fits", narrow.stdout)
+    assert "tokens/s" in narrow.stdout
+    assert_refused(gossamer_command("plan", "gpt2", "--seq-len", 4096), "--seq-len 4096", "context of 1024")

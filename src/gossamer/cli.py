@@ -39,11 +39,27 @@ class Part(str, Enum):
     lora = "lora"
 
 
+class MLPActivation(str, Enum):
+    """Activation functions of GPT-2's MLPs."""
+
+    gelu_new = "gelu_new"
+    gelu = "gelu"
+
+
 class Precision(str, Enum):
     """Precision of the matrix products."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+def _use_preset(context: typer.Context, name: str | None) -> str | None:
+    """Let the preset's settings stand where the command line says nothing."""
+    if name is not None:
+        from gossamer.training.presets import find_preset
+
+        context.default_map = {**(context.default_map or {}), **find_preset(name).settings}
+    return name
 
 
 def _warn(line: str) -> None:
@@ -106,6 +122,15 @@ def sparsify(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            is_eager=True,
+            callback=_use_preset,
+            help="Settings by name, MODEL and --text among them: gpt2, smollm2, llama-3.2-1b, olmo-2-7b. "
+            "What stands on the command line goes before them.",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 1_000_000,
     seq_len: Annotated[int, typer.Option(help="Tokens in a training block. Train at the length you need.")] = 256,
     constraint: Annotated[
@@ -127,6 +152,9 @@ def sparsify(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for a quarter to a third more time.")
+    ] = False,
     learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the weights.")] = 3e-4,
     gate_learning_rate: Annotated[float, typer.Option(min=0.0, max=1e30, help="Of the gate biases.")] = 0.2,
     gate_bias: Annotated[
@@ -154,6 +182,9 @@ def sparsify(
     control: Annotated[
         bool, typer.Option(help="Also fine-tune the dense model on the same text, for comparison.")
     ] = True,
+    report_to: Annotated[
+        str, typer.Option(help="Show the training elsewhere too: tensorboard, wandb, trackio, with commas between.")
+    ] = "",
 ) -> None:
     """Post-train MODEL until as few attention links are open as its loss allows, and measure it.
 
@@ -184,6 +215,7 @@ def sparsify(
             steps=steps,
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
+            gradient_checkpointing=gradient_checkpointing,
             learning_rate=learning_rate,
             gate_learning_rate=gate_learning_rate,
             hard_fraction=hard_fraction,
@@ -194,7 +226,8 @@ def sparsify(
             seed=seed,
         ),
     )
-    run = post_train(config, out, resume=resume, console=console, warn=_warn)
+    watchers = [name.strip() for name in report_to.split(",") if name.strip()]
+    run = post_train(config, out, resume=resume, report_to=watchers, console=console, warn=_warn)
     _evaluate(Run(run.folder), Precision.fp32, 8)
 
 
@@ -202,14 +235,68 @@ def sparsify(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
     precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks, or requests of a task, in one forward pass.")] = 8,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Also these tasks of lm-eval-harness, with commas between: arc_easy,lambada_openai."),
+    ] = None,
+    task_path: Annotated[
+        Path | None,
+        typer.Option(help="Directory with tasks of one's own, in YAML files as lm-eval-harness reads them."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. [default: the task's own]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many examples of each task. [default: all]")
+    ] = None,
 ) -> None:
-    """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline."""
+    """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
     from gossamer.training.memory import keep_freed_memory
     from gossamer.training.run import Run
 
     keep_freed_memory()
-    _evaluate(Run(run), precision, batch_size)
+    if tasks is None:
+        _evaluate(Run(run), precision, batch_size)
+    else:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        _evaluate_tasks(Run(run), names, task_path, precision, batch_size, num_fewshot, limit)
+
+
+def _evaluate_tasks(
+    run: "Run",  # type: ignore[name-defined]
+    names: list[str],
+    task_path: Path | None,
+    precision: Precision,
+    batch_size: int,
+    num_fewshot: int | None,
+    limit: int | None,
+) -> None:
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging
+
+    from gossamer.evaluation.capability import add_tasks, check_tasks, task_table
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    if not names:
+        raise GossamerError("--tasks names no task")
+    run.record()
+    check_tasks(names, task_path)
+    _evaluate(run, precision, batch_size)
+    metrics = add_tasks(
+        run,
+        names,
+        task_path=task_path,
+        shots=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        precision=precision.value,
+        seed=run.config().training.seed,
+        progress=lambda what: console.print(what),
+    )
+    console.print(task_table(metrics))
 
 
 def _evaluate(run: "Run", precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
@@ -492,6 +579,134 @@ def _load(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # 
     if is_saved_model(Path(target)):
         return load(target), PreTrainedTokenizerFast.from_pretrained(target)
     return load_dense(target)
+
+
+@app.command()
+def plan(
+    preset: Annotated[
+        str, typer.Argument(callback=_use_preset, is_eager=True, help="gpt2, smollm2, llama-3.2-1b or olmo-2-7b.")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="Devices, each with a copy of the model.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB of each.")] = 80.0,
+    gpu_tflops: Annotated[
+        float, typer.Option(min=0.01, help="Peak arithmetic of each by its data sheet, 10^12 operations a second.")
+    ] = 312.0,
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of that which a step uses.")] = 0.3,
+    tokens: Annotated[int, typer.Option(min=1, help="Training tokens.")] = 1_000_000,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a training block.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass of one device.")] = 4,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations a second time.")] = False,
+    train: Annotated[Part, typer.Option(help="Weights to train.")] = Part.all,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    constraint: Annotated[
+        Constraint, typer.Option(help="kl runs the dense model beside the sparse one.")
+    ] = Constraint.ce,
+    precision: Annotated[Precision, typer.Option(help="Of the matrix products.")] = Precision.bf16,
+    control: Annotated[bool, typer.Option(help="Train the dense control as well.")] = True,
+) -> None:
+    """Estimate memory and time of a run with the settings of PRESET, and say whether it fits. Needs no network."""
+    from transformers.utils import logging
+
+    from gossamer.training.plan import MARGIN, RESERVE, StepShape, alternatives, plan_run
+    from gossamer.training.presets import find_preset
+
+    logging.set_verbosity_error()
+    chosen = find_preset(preset)
+    shape = StepShape(
+        seq_len=seq_len,
+        batch_size=batch_size,
+        gradient_accumulation=gradient_accumulation,
+        train=train.value,
+        lora_rank=lora_rank,
+        constraint=constraint.value,
+        precision=precision.value,
+        gradient_checkpointing=gradient_checkpointing,
+        gpus=gpus,
+    )
+    estimate = plan_run(chosen.config, shape)
+    gib = 2**30
+    moments = estimate.moments
+    table = Table(title=escape(f"{chosen.summary}: estimated memory of one device, GiB, at four moments of a step"))
+    table.add_column("")
+    for name in moments:
+        table.add_column(name, justify="right")
+    for term in dict.fromkeys(term for terms in moments.values() for term in terms):
+        if any(terms.get(term) for terms in moments.values()):
+            table.add_row(term, *(f"{terms.get(term, 0) / gib:.2f}" for terms in moments.values()))
+    table.add_section()
+    table.add_row("sum", *(f"{sum(terms.values()) / gib:.2f}" for terms in moments.values()))
+    console.print(table)
+
+    room = gpu_memory * gib - RESERVE
+    speed = estimate.tokens_per_second(gpus, gpu_tflops, utilisation)
+    seconds = tokens / speed
+    if control:
+        seconds *= 1 + estimate.control_flops_per_token / estimate.flops_per_token
+    facts: dict[str, object] = {
+        "parameters, trained": f"{estimate.parameters:,}, {estimate.trained:,}",
+        "step": f"{gpus} × {gradient_accumulation} × {batch_size} blocks of {seq_len} tokens; train {train.value}, "
+        f"constraint {constraint.value}, {precision.value}" + (", checkpointing" if gradient_checkpointing else ""),
+        "peak, estimated": f"{estimate.peak / gib:.1f} GiB of {gpu_memory:.1f}, of which {RESERVE / gib:.1f} are left "
+        "to CUDA and its allocator",
+        "speed, estimated": f"{speed:,.0f} tokens/s, if {100 * utilisation:.0f} % of {gpu_tflops:g} TFLOP/s are used",
+        f"{tokens:,} tokens{', and the control' if control else ''}": _duration(seconds),
+        "settings tried": "yes, see docs/results.md" if chosen.tried else "no: carried over from smaller models",
+    }
+    console.print(_facts("Estimate", facts))
+    low = f"the {100 * (MARGIN - 1):.0f} % that an allocator may take besides"
+    needed = MARGIN * estimate.peak
+    if needed <= room:
+        console.print(f"It should fit, with {(room - needed) / gib:.1f} GiB to spare beyond {low}.", style="bold")
+        return
+    verdict = f"It may just fit, without {low}" if estimate.peak <= room else "It does not fit"
+    console.print(f"{verdict}. What would help:", style="bold")
+    for flags, _, peak in alternatives(chosen.config, shape, room):
+        fits = MARGIN * peak <= room
+        console.print(f"  {flags}: {peak / gib:.1f} GiB{', fits' if fits else ''}", soft_wrap=True)
+    if not fits:
+        console.print("None of these is enough: take a device with more memory.")
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A file that torch.save wrote, in nanoGPT's or TransformerLens' layout.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the sparse model; must not exist yet.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A directory or Hub id whose tokenizer is saved along (GPT-2's: gpt2).")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads. [default: from the file, or GPT-2's for its width]")
+    ] = None,
+    activation: Annotated[
+        MLPActivation, typer.Option(help="Of the MLPs: GPT-2's own gelu_new, or the exact gelu of newer nanoGPT.")
+    ] = MLPActivation.gelu_new,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many vocabulary rows: 50257 drops the padding. [default: all]")
+    ] = None,
+) -> None:
+    """Turn a GPT-2 CHECKPOINT trained under gates elsewhere into a sparse model of gossamer's."""
+    from transformers.utils import logging
+
+    from gossamer.models.checkpoint import save
+    from gossamer.models.imported import import_checkpoint
+    from gossamer.models.pretrained import load_tokenizer
+
+    logging.disable_progress_bar()
+    if out.exists():
+        raise GossamerError(f"{out} exists already; give another --out")
+    words = load_tokenizer(tokenizer) if tokenizer is not None else None
+    save(import_checkpoint(checkpoint, heads=heads, activation=activation.value, vocab_size=vocab_size), out, words)
+    _inspect_model(str(out))
 
 
 @app.command()

@@ -77,6 +77,27 @@ def test_hard_gates_with_a_cache_equal_those_without(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
+def test_hard_gates_padded_and_cached_equal_those_alone_and_without_a_cache(name: str) -> None:
+    gated = gossamer.sparsify(tiny_model(name))
+    alone = tokens(1, 9, seed=3)
+    wanted = alone
+    for _ in range(6):
+        wanted = torch.cat([wanted, gated(input_ids=wanted, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    batch = tokens(2, 14)
+    batch[1, 5:] = alone[0]
+    mask = padded("left")
+    options = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert torch.equal(gated.generate(batch, **options)[1, 5:], wanted[0])
+    right = tokens(2, 14)
+    right[1, :9] = alone[0]
+    logits = gated(input_ids=alone).logits[0]
+    limit = 1e-5 * max(1.0, logits.abs().max())
+    for given in (padded("right"), None):  # behind the real tokens, padding needs no mask
+        assert (gated(input_ids=right, attention_mask=given).logits[1, :9] - logits).abs().max() < limit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
 def test_counts_are_those_of_causality_window_and_padding(name: str) -> None:
     gated = gossamer.sparsify(tiny_model(name))
     mask = padded("left")

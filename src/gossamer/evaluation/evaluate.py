@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from gossamer.evaluation.capability import task_table
 from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.sparsity import LinkTally
 from gossamer.evaluation.topk import topk_curve
@@ -124,7 +125,8 @@ def evaluate_run(
 
 def summary_tables(metrics: dict[str, Any]) -> list[Table]:
     """The contents of ``metrics.json`` as tables for the terminal."""
-    return [_losses(metrics), _links(metrics), _topk(metrics)]
+    tasks = [task_table(metrics)] if "tasks" in metrics else []
+    return [_losses(metrics), _links(metrics), _topk(metrics), *tasks]
 
 
 def verdict(metrics: dict[str, Any]) -> str:

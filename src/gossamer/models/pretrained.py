@@ -62,6 +62,21 @@ def load_dense(
     return model.to(device).eval(), tokenizer
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or a Hub id.
+
+    Raises:
+        GossamerError: if there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise GossamerError(
+            f"no tokenizer {name!r}: give a directory that a tokenizer was saved to, or the id of a model on the Hub "
+            "that can be reached"
+        ) from error
+
+
 def _no_such_model(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
     return (

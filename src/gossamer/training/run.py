@@ -7,6 +7,7 @@
     RUN/model/             the sparse model
     RUN/dense/             the dense model, where the run itself trained it (gossamer demo)
     RUN/control/           the dense control: the dense model fine-tuned on the same text for the same steps
+    RUN/tensorboard/       what TensorBoard shows, if asked for; wandb/ likewise
     RUN/metrics.json       the figures, written by gossamer.evaluation
 
 Everything that depends on chance is a function of the seed, so a run that is killed and resumed ends
@@ -17,7 +18,7 @@ import copy
 import json
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,7 @@ from gossamer.training.trainer import (
     choose_trained,
     without_dropout,
 )
+from gossamer.training.watching import check_watchers, watch
 
 _CHECKPOINTS = ("checkpoints", "control-checkpoints")
 
@@ -190,6 +192,7 @@ def post_train(
     folder: str | Path,
     *,
     resume: bool = False,
+    report_to: Sequence[str] = (),
     console: Console | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Run:
@@ -199,6 +202,7 @@ def post_train(
         config: what to do.
         folder: the run's directory; must not exist yet, or with ``resume`` must hold the same run begun.
         resume: go on from the last checkpoint without a fault; begin if there is nothing yet.
+        report_to: what shows the training of the sparse model: names of :mod:`gossamer.training.watching`.
         console: where progress is drawn; none if None.
         warn: is given one line for each thing the user should know at once.
 
@@ -213,6 +217,7 @@ def post_train(
     transformers_logging.disable_progress_bar()
     console = console or Console(quiet=True)
     warn = warn or (lambda line: None)
+    check_watchers(report_to)
     run = Run(Path(folder))
     if resume:
         for target in (run.folder, run.model, run.control, *(run.folder / name for name in _CHECKPOINTS)):
@@ -228,7 +233,7 @@ def post_train(
         blocks = _load_blocks(config, dense, tokenizer)
         with written_beside(run.folder) as staging:
             write_beginning(staging, config, dense, blocks)
-    train_begun(run, config, dense, tokenizer, console, warn)
+    train_begun(run, config, dense, tokenizer, console, warn, report_to)
     return run
 
 
@@ -239,6 +244,7 @@ def train_begun(
     tokenizer: PreTrainedTokenizerBase,
     console: Console,
     warn: Callable[[str], None],
+    report_to: Sequence[str] = (),
 ) -> None:
     """Train what a run that was begun does not have yet: the sparse model and, if wanted, the dense control."""
     record = run.record()
@@ -249,7 +255,7 @@ def train_begun(
             "the constraint may be out of reach"
         )
     if not run.model.exists():
-        _train_sparse(run, config, dense, tokenizer, tau, console, warn)
+        _train_sparse(run, config, dense, tokenizer, tau, report_to, console, warn)
     if config.control and not run.control.exists():
         _train_control(run, config, dense, console, warn)
 
@@ -315,6 +321,7 @@ def _train_sparse(
     dense: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tau: float,
+    report_to: Sequence[str],
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
@@ -337,6 +344,8 @@ def _train_sparse(
         run.folder / _CHECKPOINTS[0],
         tokenizer=tokenizer,
     )
+    begun = last_sound(trainer.folder)[0]
+    watch(trainer, report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1)
     train_logged(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
     selected = trainer.select_weights()
     if selected is not None:

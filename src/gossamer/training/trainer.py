@@ -65,6 +65,7 @@ class TrainingConfig:
         steps: optimiser steps.
         batch_size: blocks in one forward pass.
         gradient_accumulation: forward passes in one optimiser step.
+        gradient_checkpointing: keep only what goes into each layer for the backward pass, and compute the rest again.
         learning_rate: of the weights, after warm-up; falls to ``final_rate`` of it along a cosine.
         gate_learning_rate: of the gate biases, on the same schedule.
         warmup: share of the steps over which the rates rise from 0.
@@ -84,6 +85,7 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
     learning_rate: float = 3e-4
     gate_learning_rate: float = 0.2
     warmup: float = 0.03
@@ -164,6 +166,10 @@ class PostTrainer(Trainer):
             seed=config.seed,
             data_seed=config.seed,
         )
+        if config.gradient_checkpointing:
+            # The reentrant kind has no gradient for what leaves a layer beside its output: the expected links.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         super().__init__(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
@@ -318,6 +324,7 @@ class SparsityTrainer(PostTrainer):
         self.validation = validation
         self.multiplier = Multiplier(config.multiplier)
         self.validation_result: Validation | None = None
+        self.open_by_layer: Float[Tensor, " layers"] | None = None
 
     @property
     def hard(self) -> bool:
@@ -338,7 +345,9 @@ class SparsityTrainer(PostTrainer):
             logits = model(input_ids=input_ids, use_cache=False).logits
         allowed = torch.stack([count.allowed_links.sum() for count in counts.values()]).sum()
         expected = torch.stack([count.expected_open.sum() for count in counts.values()]).sum() / allowed
-        opened = torch.stack([count.open_links.sum() for count in counts.values()]).sum() / allowed
+        opened_by_layer = torch.stack([count.open_links.sum() for count in counts.values()])
+        self.open_by_layer = opened_by_layer / torch.stack([count.allowed_links.sum() for count in counts.values()])
+        opened = opened_by_layer.sum() / allowed
         constrained = self.constrained_quantity(logits, input_ids)
         measured = {
             "constrained": constrained.item(),

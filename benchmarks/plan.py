@@ -1,0 +1,127 @@
+"""What ``gossamer plan`` estimates beside what training steps take: peak memory of a process on a CPU.
+
+    python benchmarks/plan.py [--only WORD] [--record FILE]
+
+Each case trains in a process of its own for three steps on random tokens, a randomly initialised model of its shape.
+Measured is the process's largest resident set from the making of the model on, less its resident set before, when a
+tiny model has been trained so that everything is imported and compiled: the baseline, printed beside. The estimate is
+that of the worst moment for a CPU. Only memory is compared; the time estimate rests on a peak rate and a share of it
+that are the user's to give.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from attention import record
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gossamer import sparsify
+from gossamer.training.lora import add_adapters
+from gossamer.training.plan import StepShape, plan_run
+from gossamer.training.presets import presets
+from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained, without_dropout
+from training import Blocks
+
+SMOL = presets()["smollm2"].config
+GPT2 = presets()["gpt2"].config
+SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1536,
+         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+TINY = {**SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+
+BASE = StepShape(device="cpu")
+CASES: dict[str, tuple[dict[str, Any], StepShape]] = {
+    "SmolLM2-135M, T=256, batch 1": (SMOL, replace(BASE, batch_size=1)),
+    "SmolLM2-135M, T=256, batch 4": (SMOL, BASE),
+    "SmolLM2-135M, T=1,024, batch 1": (SMOL, replace(BASE, seq_len=1024, batch_size=1)),
+    "SmolLM2-135M, T=1,024, batch 4": (SMOL, replace(BASE, seq_len=1024)),
+    "SmolLM2-135M, T=256, batch 4, float32": (SMOL, replace(BASE, precision="fp32")),
+    "SmolLM2-135M, T=256, batch 4, attention": (SMOL, replace(BASE, train="attention")),
+    "SmolLM2-135M, T=256, batch 4, LoRA": (SMOL, replace(BASE, train="lora")),
+    "SmolLM2-135M, T=1,024, batch 4, checkpointing": (SMOL, replace(BASE, seq_len=1024, gradient_checkpointing=True)),
+    "SmolLM2-135M, T=256, batch 4, KL": (SMOL, replace(BASE, constraint="kl")),
+    "SmolLM2-135M, T=256, batch 2 × 2": (SMOL, replace(BASE, batch_size=2, gradient_accumulation=2)),
+    "GPT-2 124M, T=512, batch 2": (GPT2, replace(BASE, seq_len=512, batch_size=2)),
+    "LLaMA 8 × 512, T=512, batch 4": (SMALL, replace(BASE, seq_len=512)),
+}
+
+
+def train(config: dict[str, Any], shape: StepShape) -> None:
+    fields = dict(config)
+    with torch.random.fork_rng():
+        model = sparsify(AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)),
+                         inplace=True)  # fmt: skip
+    reference = None
+    if shape.constraint == "kl":
+        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
+        reference = reference.to(torch.bfloat16) if shape.precision == "bf16" else reference
+    if shape.train == "lora":
+        add_adapters(model, rank=shape.lora_rank, alpha=1.0)
+    else:
+        choose_trained(model, shape.train)
+    settings = TrainingConfig(
+        train=shape.train, steps=3, batch_size=shape.batch_size, gradient_accumulation=shape.gradient_accumulation,
+        gradient_checkpointing=shape.gradient_checkpointing, constraint=shape.constraint, precision=shape.precision,
+        checkpoint_every=0, validate_every=10**6,
+    )  # fmt: skip
+    blocks = Blocks(3 * shape.batch_size * shape.gradient_accumulation, shape.seq_len, config["vocab_size"])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SparsityTrainer(model, reference, 3.0, settings, blocks, blocks.rows[:1, :16], Path(folder))
+        with without_dropout(model):
+            trainer.train()
+
+
+def resident(key: str) -> float:
+    """Megabytes; key VmRSS: now, VmHWM: at most since the last reset."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+
+
+def measure(name: str) -> None:
+    """One case in this process."""
+    config, shape = CASES[name]
+    tiny = replace(shape, seq_len=min(shape.seq_len, 128), batch_size=1)
+    train(TINY, tiny)
+    baseline = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    train(config, shape)
+    print(json.dumps({"baseline": baseline, "measured": resident("VmHWM") - baseline}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--record", type=Path, help="write the figures here")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        return measure(arguments.case)
+    result = record(arguments)
+    result["rows"] = []
+    for name, (config, shape) in CASES.items():
+        if arguments.only not in name:
+            continue
+        command = [sys.executable, __file__, "--case", name]
+        found = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
+        plan = plan_run(config, shape)
+        moment = max(plan.moments, key=lambda m: sum(plan.moments[m].values()))
+        row = {"case": name, "shape": asdict(shape), "estimate_megabytes": plan.peak / 2**20, "moment": moment,
+               "measured_megabytes": found["measured"], "baseline_megabytes": found["baseline"]}  # fmt: skip
+        result["rows"].append(row)
+        print(f"{name:48} {row['estimate_megabytes']:7.0f} : {found['measured']:7.0f} MB "
+              f"({row['estimate_megabytes'] / found['measured']:.2f})  {moment}; baseline {found['baseline']:.0f} MB",
+              flush=True)  # fmt: skip
+    if arguments.record:
+        arguments.record.parent.mkdir(parents=True, exist_ok=True)
+        arguments.record.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""What the models of a run can still do: tasks of lm-eval-harness, sparse beside dense and the dense control.
+
+The harness pads multiple-choice requests on the right and generates from prompts padded on the left, with a cache;
+gated attention gives padding no links, so a request's result does not depend on what it is batched with.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from gossamer.errors import GossamerError
+from gossamer.files import write_text
+from gossamer.models.pretrained import load_dense
+from gossamer.training.run import Run, load_sparse
+
+
+def measure_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    task_path: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Results of one model on tasks of lm-eval-harness.
+
+    Args:
+        model: dense or gated, with hard gates.
+        tokenizer: of the model.
+        tasks: names of tasks, groups or tags that the harness has, or of tasks in ``task_path``.
+        task_path: a directory with tasks of one's own, YAML files as the harness reads them; ``data_files`` in them
+            are found from that directory.
+        shots: examples before each question; None leaves it to the task.
+        limit: at most so many examples of each task; None takes all.
+        batch_size: requests in one forward pass.
+        precision: ``bf16`` runs the matrix products under autocast.
+        seed: of the choice of shots.
+
+    Returns:
+        For each task: ``version``, ``shots``, ``examples``, and ``metrics``, which for each metric has ``value``,
+        ``stderr`` (None where the harness knows none) and ``higher_is_better``.
+
+    Raises:
+        GossamerError: if lm-eval is not installed, or a task is unknown or cannot be loaded.
+    """
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise GossamerError("--tasks needs the package lm-eval: pip install 'gossamer[lm-eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager, loaded = _load(tasks, task_path)
+    reader = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        mixed_precision_dtype=torch.bfloat16 if precision == "bf16" else None,
+    )
+    found = simple_evaluate(
+        reader,
+        tasks=loaded,
+        task_manager=manager,  # else it reads all its own tasks again
+        num_fewshot=shots,
+        limit=limit,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    return {name: _figures(name, found) for name in found["results"]}
+
+
+def add_tasks(
+    run: Run,
+    tasks: Sequence[str],
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure tasks with every model of a finished, evaluated run and add them to its ``metrics.json``.
+
+    Args:
+        run: the run.
+        tasks: as for :func:`measure_tasks`.
+        progress: is told in a few words which model is at work.
+        options: those of :func:`measure_tasks`.
+
+    Returns:
+        The contents of ``metrics.json``.
+
+    Raises:
+        GossamerError: as :func:`measure_tasks` does, before any model is loaded.
+    """
+    metrics: dict[str, Any] = json.loads(run.metrics.read_text())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run.model)
+    found: dict[str, dict[str, Any]] = {}
+    for name, load in _models(run).items():
+        progress(f"tasks: {name}")
+        for task, figures in measure_tasks(load(), tokenizer, tasks, **options).items():
+            facts = {key: figures[key] for key in ("version", "shots", "examples")}
+            record = found.setdefault(task, {**facts, "harness": f"lm-eval {version('lm-eval')}", "models": {}})
+            record["models"][name] = figures["metrics"]
+    metrics["tasks"] = {**metrics.get("tasks", {}), **found}
+    write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def check_tasks(tasks: Sequence[str], task_path: Path | None) -> None:
+    """Stop at a task that is unknown or cannot be loaded, before anything long begins.
+
+    Raises:
+        GossamerError: naming the task.
+    """
+    _load(tasks, task_path)
+
+
+def task_table(metrics: dict[str, Any]) -> Table:
+    """The entry ``tasks`` of ``metrics.json`` for the terminal."""
+    names = [name for name in ("dense", "sparse", "control") if _have(metrics, name)]
+    table = Table(title="Tasks (value ± standard error)")
+    for heading in ("task", "metric", "examples", *names, "sparse minus dense"):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for task, record in metrics["tasks"].items():
+        models = record["models"]
+        for metric, dense in models["dense"].items():
+            cells = [_cell(models[name][metric]) if name in models else "" for name in names]
+            difference = models["sparse"][metric]["value"] - dense["value"]
+            better = "↑" if dense["higher_is_better"] else "↓"
+            table.add_row(task, f"{metric} {better}", str(record["examples"]), *cells, f"{difference:+.4f}")
+    return table
+
+
+def _have(metrics: dict[str, Any], name: str) -> bool:
+    return any(name in record["models"] for record in metrics["tasks"].values())
+
+
+def _cell(figure: dict[str, Any]) -> str:
+    if figure["stderr"] is None:
+        return f"{figure['value']:.4f}"
+    return f"{figure['value']:.4f} ± {figure['stderr']:.4f}"
+
+
+def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
+    config = run.config()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models: dict[str, Callable[[], PreTrainedModel]] = {
+        "dense": lambda: load_dense(config.model, device=device)[0],
+        "sparse": lambda: load_sparse(run),
+    }
+    if run.control.exists():
+        models["control"] = lambda: AutoModelForCausalLM.from_pretrained(run.control).to(device).eval()
+    return models
+
+
+def _load(tasks: Sequence[str], task_path: Path | None) -> tuple[Any, list[Any]]:
+    """The harness's task manager, and its task and group objects in the order named."""
+    manager = _manager(tasks, task_path)
+    known = set(manager.all_tasks)
+    for name in tasks:
+        if name not in known:
+            where = "" if task_path is None else f" and {task_path}"
+            raise GossamerError(f"no task {name!r} in lm-eval-harness{where}; lm-eval ls tasks names those it has")
+    objects: list[Any] = []
+    with _within(task_path):
+        for name in tasks:
+            try:
+                loaded = manager.load([name])
+            # A task is anybody's YAML, code and data set: whatever it raises, the task is at fault.
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise GossamerError(f"the task {name!r} cannot be loaded: {reason}") from error
+            objects += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+    return manager, objects
+
+
+def _manager(tasks: Sequence[str], task_path: Path | None) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise GossamerError("--tasks needs the package lm-eval: pip install 'gossamer[lm-eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if task_path is None:
+        return _all_tasks(None)
+    if not task_path.is_dir():
+        raise GossamerError(f"--task-path {task_path} is not a directory with tasks in YAML files")
+    own = TaskManager(include_path=task_path.resolve(), include_defaults=False)
+    return own if set(tasks) <= set(own.all_tasks) else _all_tasks(task_path.resolve())
+
+
+@cache
+def _all_tasks(task_path: Path | None) -> Any:
+    """Those of the harness too: it reads some 15,000 files for that, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_path)
+
+
+@contextmanager
+def _within(folder: Path | None) -> Iterator[None]:
+    before = Path.cwd()
+    if folder is not None:
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _figures(task: str, found: dict[str, Any]) -> dict[str, Any]:
+    """One task's part of the harness's results, whose metrics are called ``acc,none`` and ``acc_stderr,none``."""
+    own = found["results"][task]
+    better = found["higher_is_better"].get(task, {})
+    metrics = {}
+    for key, value in own.items():
+        name, _, rule = key.partition(",")
+        if not rule or name.endswith("_stderr"):
+            continue
+        stderr = own.get(f"{name}_stderr,{rule}")
+        metrics[name if rule == "none" else f"{name} ({rule})"] = {
+            "value": float(value),
+            "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
+            "higher_is_better": better.get(name) is not False,
+        }
+    return {
+        "version": found["versions"].get(task),
+        "shots": found["n-shot"].get(task),
+        "examples": found["n-samples"].get(task, {}).get("effective"),
+        "metrics": metrics,
+    }
