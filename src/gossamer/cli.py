@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gossamer.errors import GossamerError
+from gossamer.errors import GossamerError, StoppedTogether, one_line
 
 app = typer.Typer(
     name="gossamer",
@@ -150,7 +153,7 @@ def sparsify(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks in one forward pass of one process.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Forward passes in one step.")] = 1,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for a quarter to a third more time.")
@@ -189,15 +192,20 @@ def sparsify(
     """Post-train MODEL until as few attention links are open as its loss allows, and measure it.
 
     Leaves in --out: model/ (the sparse model), control/ (the dense model fine-tuned alike), metrics.json
-    (the figures), training.jsonl (every step), config.json (all settings).
+    (the figures), training.jsonl (every step), config.json (all settings). In several processes:
+    torchrun --nproc_per_node 2 -m gossamer sparsify MODEL ...
     """
     from gossamer.training.constraint import MultiplierConfig
     from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.processes import leave, processes, speak_when_terminated
     from gossamer.training.run import Run, RunConfig, post_train
     from gossamer.training.trainer import TrainingConfig
 
     keep_freed_memory()
-    steps = max(1, tokens // (batch_size * gradient_accumulation * seq_len)) if seq_len > 0 else 1
+    speak_when_terminated()
+    here = processes()
+    blocks_per_step = batch_size * gradient_accumulation * here.num_processes
+    steps = max(1, tokens // (blocks_per_step * seq_len)) if seq_len > 0 else 1
     config = RunConfig(
         model=model,
         text=text,
@@ -215,6 +223,7 @@ def sparsify(
             steps=steps,
             batch_size=batch_size,
             gradient_accumulation=gradient_accumulation,
+            processes=here.num_processes,
             gradient_checkpointing=gradient_checkpointing,
             learning_rate=learning_rate,
             gate_learning_rate=gate_learning_rate,
@@ -228,7 +237,9 @@ def sparsify(
     )
     watchers = [name.strip() for name in report_to.split(",") if name.strip()]
     run = post_train(config, out, resume=resume, report_to=watchers, console=console, warn=_warn)
-    _evaluate(Run(run.folder), Precision.fp32, 8)
+    leave()
+    if here.is_main_process:
+        _evaluate(Run(run.folder), Precision.fp32, 8)
 
 
 @app.command()
@@ -773,20 +784,46 @@ def _facts(title: str, facts: dict[str, object]) -> Table:
 
 
 def main() -> None:
-    """Run the command line; one line to stderr and exit code 2 for what the user can mend."""
+    """Run the command line; one line to stderr and exit code 2 for what the user can mend.
+
+    Of several processes the first one speaks; faults that are not the user's have their traceback from any.
+    """
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        app()
-    except GossamerError as error:
-        _fail(" ".join(str(error).split()))
-    except OSError as error:
-        _fail(f"cannot read or write {error.filename or 'a file of the run'}: {error.strerror or error}")
+        with nullcontext() if first else _silence():
+            app()
+    except StoppedTogether as error:
+        from gossamer.training.processes import leave
+
+        if first:
+            _say(one_line(error))
+        leave()
+    except (GossamerError, OSError) as error:
+        if first:
+            _say(one_line(error))
     except KeyboardInterrupt:
-        _fail("interrupted; go on with --resume")
+        if first:
+            _say("interrupted; go on with --resume")
+    except RuntimeError as error:
+        from gossamer.training.processes import HOW_TO_GO_ON, lost_process
 
-
-def _fail(line: str) -> None:
-    print(f"gossamer: {line}", file=sys.stderr)
+        if not lost_process(error):
+            raise
+        _say(f"another process of the run ended; {HOW_TO_GO_ON}")
+        os._exit(2)
+    else:
+        return
     raise SystemExit(2)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
+
+
+def _say(line: str) -> None:
+    print(f"gossamer: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class GateState:
         dense_implementation: transformers' attention implementation before the gates were put in.
         sampled: sample the gates rather than take the hard ones of evaluation.
         seed: of the noise; each layer folds its own index into it.
+        first_row: where in the batch of a whole training step the rows of a forward pass begin.
         forced_open: every gate is open, whatever its logit: the dense model's own attention.
         counts: link counts by layer, filled where it is not None.
     """
@@ -46,6 +47,7 @@ class GateState:
     dense_implementation: str = "eager"
     sampled: bool = False
     seed: int = 0
+    first_row: int = 0
     forced_open: bool = False
     counts: dict[int, LinkCounts] | None = field(default=None, repr=False)
 
@@ -76,9 +78,13 @@ def _set(state: GateState, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def sampled_gates(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Within it, gates are sampled with the noise of ``seed``; outside, they are hard."""
-    with _set(gate_state(model), sampled=True, seed=seed):
+def sampled_gates(model: PreTrainedModel, seed: int, first_row: int = 0) -> Iterator[None]:
+    """Within it, gates are sampled with the noise of ``seed``; outside, they are hard.
+
+    Forward passes over parts of a batch draw what one over the whole of it would, if each is given the index
+    ``first_row`` at which its part begins.
+    """
+    with _set(gate_state(model), sampled=True, seed=seed, first_row=first_row):
         yield
 
 
@@ -132,6 +138,7 @@ def gated_attention_forward(
         softcap=softcap,
         sample=state.sampled,
         seed=fold_seed(state.seed, layer),
+        first_row=state.first_row,
         expect=state.counts is not None,
     )
     if state.counts is not None:

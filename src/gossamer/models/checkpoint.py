@@ -53,7 +53,10 @@ unknown to it and there is no `model.safetensors`. The one line that loads it:
 
 
 def save(
-    model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write a gated model to a directory that :func:`load` reads back to the same logits.
 
@@ -61,15 +64,21 @@ def save(
         model: a gated model.
         path: the directory; one that exists is replaced, whole or not at all.
         tokenizer: saved along if given.
+        state_dict: all weights in full, where the model's own are in parts in several processes.
 
     Raises:
         GossamerError: if the model has no gates, or the directory cannot be written.
     """
     with written_beside(Path(path)) as staging:
-        write_model(model, staging, tokenizer)
+        write_model(model, staging, tokenizer, state_dict)
 
 
-def write_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def write_model(
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write the files of :func:`save` into an existing folder."""
     if not is_gated(model):
         raise GossamerError("this model has no gates; save a dense model with save_pretrained")
@@ -83,7 +92,8 @@ def write_model(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedToken
     (folder / "README.md").write_text(_CARD.format(base=base, family=model.config.model_type))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    save_torch_state_dict(model.state_dict(), folder, filename_pattern="gossamer{suffix}.safetensors")
+    tensors = model.state_dict() if state_dict is None else state_dict
+    save_torch_state_dict(tensors, folder, filename_pattern="gossamer{suffix}.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

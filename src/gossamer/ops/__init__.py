@@ -35,6 +35,7 @@ def gated_attention(
     softcap: float | None = None,
     sample: bool = False,
     seed: int = 0,
+    first_row: int = 0,
     expect: bool = True,
     implementation: Implementation | None = None,
 ) -> GatedAttention:
@@ -59,6 +60,7 @@ def gated_attention(
         softcap: c in ``S = c tanh(S / c)`` (Gemma 2).
         sample: sampled gates (training) rather than hard ones (evaluation).
         seed: of the noise; see :mod:`gossamer.ops.gates` for its formula.
+        first_row: where in a larger batch these rows begin; they draw the noise that they have there.
         expect: sum up the expected open links; evaluation that does not need them is faster without.
         implementation: None picks ``triton`` on an NVIDIA GPU for head sizes up to 256, ``chunked`` elsewhere.
 
@@ -82,7 +84,7 @@ def gated_attention(
         pairs,
         scale=_scale(scale, q),
         softcap=softcap,
-        noise_keys=noise_keys(seed, batch, heads, q.device) if sample else None,
+        noise_keys=noise_keys(seed, batch, heads, q.device, first_row) if sample else None,
         expect=expect,
     )
     assert isinstance(result, GatedAttention)

@@ -18,7 +18,8 @@ Every step from ``i << 16 | j`` to ``x`` is a bijection of the 32-bit integers, 
 exact in float32, and lies in [2^-24, 1 - 2^-24]. The multipliers are those of the `lowbias32` finaliser
 (C. Wellons, "hash-prospector", public domain).
 
-``i`` and ``j`` count from the row's first real token, so neither padding (left or right) nor
+``batch`` counts the rows of the whole batch of a training step, over its forward passes and processes: a part of it
+draws the noise that its rows have in the whole. ``i`` and ``j`` count from the row's first real token, so neither padding (left or right) nor
 truncating a sequence changes the noise of the pairs that stay.
 """
 
@@ -120,13 +121,17 @@ def fold_seed(seed: int, *words: int) -> int:
     return high << 32 | low
 
 
-def noise_keys(seed: int, batch: int, heads: int, device: torch.device) -> Int[Tensor, "2 batch heads"]:
+def noise_keys(
+    seed: int, batch: int, heads: int, device: torch.device, first_row: int = 0
+) -> Int[Tensor, "2 batch heads"]:
     """The keys k0 and k1 of every (batch, head), as int32 with the bits of the unsigned words.
 
-    torch has no arithmetic on unsigned 32-bit integers; words are kept in int64 here.
+    The rows are those from ``first_row`` on of a larger batch. torch has no arithmetic on unsigned 32-bit integers;
+    words are kept in int64 here.
     """
     start = torch.tensor(_absorb(_absorb(0, seed & _WORD), seed >> 32 & _WORD))
-    streams = _absorb(_absorb(start, torch.arange(batch)[:, None]), torch.arange(heads)[None])
+    rows = torch.arange(first_row, first_row + batch)[:, None]
+    streams = _absorb(_absorb(start, rows), torch.arange(heads)[None])
     keys = torch.stack([_absorb(streams, torch.tensor(which)) for which in (0, 1)])
     return keys.to(torch.int32).to(device)
 

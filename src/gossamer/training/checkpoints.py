@@ -11,8 +11,8 @@ _SEAL = "checksums.json"
 def seal(checkpoint: Path) -> None:
     """Record size and CRC-32 of every file of a checkpoint, for :func:`fault`, and flush all to disk."""
     sums = {}
-    for file in sorted(checkpoint.iterdir()):
-        sums[file.name] = _checksum(file)
+    for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        sums[str(file.relative_to(checkpoint))] = _checksum(file)
         _flush(file)
     (checkpoint / _SEAL).write_text(json.dumps(sums, indent=2))
     _flush(checkpoint / _SEAL)

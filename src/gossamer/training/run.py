@@ -43,6 +43,7 @@ from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import BlockDataset, Blocks, load_blocks
 from gossamer.training.lora import add_adapters, merge_adapters
 from gossamer.training.losses import cross_entropy
+from gossamer.training.processes import by_first, check_processes, processes, together
 from gossamer.training.progress import StepLog
 from gossamer.training.trainer import (
     PostTrainer,
@@ -94,7 +95,7 @@ class RunConfig:
     @property
     def tokens_per_step(self) -> int:
         """Training tokens in one optimiser step."""
-        return self.training.batch_size * self.training.gradient_accumulation * self.seq_len
+        return self.training.blocks_per_step * self.seq_len
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -198,6 +199,9 @@ def post_train(
 ) -> Run:
     """Make a sparse model of a dense one, and its dense control, in ``folder``.
 
+    Started in several processes (torchrun, ``accelerate launch``), they train together: the first one prepares, draws
+    and writes, and all of them have to see the folder.
+
     Args:
         config: what to do.
         folder: the run's directory; must not exist yet, or with ``resume`` must hold the same run begun.
@@ -211,14 +215,32 @@ def post_train(
 
     Raises:
         GossamerError: on bad input, before anything is written; on a loss that is not finite; if the
-            directory cannot be written.
+            directory cannot be written. On all processes, if one finds it.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     console = console or Console(quiet=True)
     warn = warn or (lambda line: None)
-    check_watchers(report_to)
     run = Run(Path(folder))
+    here = processes()
+    with together():
+        check_processes(config.training.processes)
+        if here.is_main_process:
+            dense, tokenizer = _begin(run, config, resume, report_to)
+        else:
+            console, warn = Console(quiet=True), lambda line: None
+    with together():
+        if not here.is_main_process:
+            dense, tokenizer = load_dense(config.model)
+    train_begun(run, config, dense, tokenizer, console, warn, report_to)
+    return run
+
+
+def _begin(
+    run: Run, config: RunConfig, resume: bool, report_to: Sequence[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Write what a run starts from, or check that it is there; gives the dense model and its tokenizer."""
+    check_watchers(report_to)
     if resume:
         for target in (run.folder, run.model, run.control, *(run.folder / name for name in _CHECKPOINTS)):
             remove_staging(target)
@@ -233,8 +255,7 @@ def post_train(
         blocks = _load_blocks(config, dense, tokenizer)
         with written_beside(run.folder) as staging:
             write_beginning(staging, config, dense, blocks)
-    train_begun(run, config, dense, tokenizer, console, warn, report_to)
-    return run
+    return dense, tokenizer
 
 
 def train_begun(
@@ -262,6 +283,11 @@ def train_begun(
 
 def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
     before, now = asdict(begun), asdict(asked)
+    if begun.training.processes != asked.training.processes:
+        raise GossamerError(
+            f"{folder} was begun with {begun.training.processes} processes, not {asked.training.processes}; "
+            "resume with as many, or give another --out"
+        )
     for key in before:
         if before[key] != now[key]:
             raise GossamerError(
@@ -286,7 +312,7 @@ def _load_blocks(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTraine
         config.text,
         tokenizer,
         seq_len=config.seq_len,
-        train_blocks=training.steps * training.batch_size * training.gradient_accumulation,
+        train_blocks=training.steps * training.blocks_per_step,
         validation_blocks=max(1, config.validation_tokens // config.seq_len),
         held_out_blocks=max(1, config.held_out_tokens // config.seq_len),
         seed=training.seed,
@@ -344,18 +370,25 @@ def _train_sparse(
         run.folder / _CHECKPOINTS[0],
         tokenizer=tokenizer,
     )
-    begun = last_sound(trainer.folder)[0]
-    watch(trainer, report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1)
+    if processes().is_main_process:
+        begun = last_sound(trainer.folder)[0]
+        watch(trainer, report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1)
     train_logged(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
     selected = trainer.select_weights()
-    if selected is not None:
-        _record_selection(run, asdict(selected))
-        if selected.step != training.steps:
-            warn(f"the last step missed the bound or was less sparse; the model kept is that of step {selected.step}")
-    if training.train == "lora":
-        merge_adapters(model)
-    save(model, run.model, tokenizer)
-    shutil.rmtree(run.folder / _CHECKPOINTS[0], ignore_errors=True)
+    whole = trainer.whole_weights()
+    with together():
+        if not processes().is_main_process:
+            return
+        if selected is not None:
+            _record_selection(run, asdict(selected))
+            if selected.step != training.steps:
+                warn(
+                    f"the last step missed the bound or was less sparse; the model kept is that of step {selected.step}"
+                )
+        if training.train == "lora":
+            merge_adapters(model)
+        save(model, run.model, tokenizer, whole)
+        shutil.rmtree(run.folder / _CHECKPOINTS[0], ignore_errors=True)
 
 
 def _record_selection(run: Run, selected: dict[str, Any]) -> None:
@@ -371,11 +404,15 @@ def _train_control(
     _prepare(control, config)
     trainer = PostTrainer(control, config.training, BlockDataset(run.blocks("train")), run.folder / _CHECKPOINTS[1])
     train_logged(trainer, run, config, "control", "control.jsonl", None, console, warn)
-    if config.training.train == "lora":
-        merge_adapters(control)
-    with written_beside(run.control) as staging:
-        control.save_pretrained(staging)
-    shutil.rmtree(run.folder / _CHECKPOINTS[1], ignore_errors=True)
+    whole = trainer.whole_weights()
+    with together():
+        if not processes().is_main_process:
+            return
+        if config.training.train == "lora":
+            merge_adapters(control)
+        with written_beside(run.control) as staging:
+            control.save_pretrained(staging, state_dict=whole)
+        shutil.rmtree(run.folder / _CHECKPOINTS[1], ignore_errors=True)
 
 
 def _prepare(model: PreTrainedModel, config: RunConfig) -> None:
@@ -399,14 +436,7 @@ def train_logged(
     warn: Callable[[str], None],
 ) -> None:
     """Train from the last checkpoint without a fault, with progress on the console and every step in the run's log."""
-    for partial in trainer.folder.glob(".*.partial"):
-        shutil.rmtree(partial)
-    checkpoint, faults = last_sound(trainer.folder)
-    for line in faults:
-        warn(f"{line}; resuming from {checkpoint or 'the start'}")
-    for damaged in checkpoints(trainer.folder):
-        if checkpoint is None or int(damaged.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
-            shutil.rmtree(damaged)
+    checkpoint = by_first(lambda: _resume_point(trainer.folder, warn))
     steps = StepLog(
         trainer,
         label,
@@ -415,12 +445,26 @@ def train_logged(
         tokens_per_step=config.tokens_per_step,
         console=console,
     )
-    trainer.add_callback(steps)
+    if processes().is_main_process:
+        trainer.add_callback(steps)
     with without_dropout(cast(PreTrainedModel, trainer.model)):
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             steps.progress.stop()
+
+
+def _resume_point(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The last checkpoint without a fault; what is newer, or was not finished, is removed."""
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial)
+    checkpoint, faults = last_sound(folder)
+    for line in faults:
+        warn(f"{line}; resuming from {checkpoint or 'the start'}")
+    for damaged in checkpoints(folder):
+        if checkpoint is None or int(damaged.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
+            shutil.rmtree(damaged)
+    return checkpoint
 
 
 def load_sparse(run: Run) -> PreTrainedModel:

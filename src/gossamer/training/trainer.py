@@ -16,7 +16,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ from gossamer.training.constraint import (
     lagrangian,
 )
 from gossamer.training.losses import cross_entropy, kl_divergence
+from gossamer.training.processes import by_first, check_processes, stopped_together, together
 
 TrainedPart = Literal["all", "attention", "lora"]
 
@@ -63,8 +64,9 @@ class TrainingConfig:
     Attributes:
         train: which weights move besides the gate biases.
         steps: optimiser steps.
-        batch_size: blocks in one forward pass.
-        gradient_accumulation: forward passes in one optimiser step.
+        batch_size: blocks in one forward pass of one process.
+        gradient_accumulation: forward passes of each process in one optimiser step.
+        processes: how many train together, each on its own part of a step's batch.
         gradient_checkpointing: keep only what goes into each layer for the backward pass, and compute the rest again.
         learning_rate: of the weights, after warm-up; falls to ``final_rate`` of it along a cosine.
         gate_learning_rate: of the gate biases, on the same schedule.
@@ -85,6 +87,7 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
+    processes: int = 1
     gradient_checkpointing: bool = False
     learning_rate: float = 3e-4
     gate_learning_rate: float = 0.2
@@ -99,6 +102,11 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_every: int = 100
     seed: int = 0
+
+    @property
+    def blocks_per_step(self) -> int:
+        """Blocks in one optimiser step, over its forward passes and all processes."""
+        return self.batch_size * self.gradient_accumulation * self.processes
 
 
 @contextmanager
@@ -141,6 +149,7 @@ class PostTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        check_processes(config.processes)
         self.config = config
         self.folder = folder
         self.tokenizer = tokenizer
@@ -165,7 +174,10 @@ class PostTrainer(Trainer):
             remove_unused_columns=False,
             seed=config.seed,
             data_seed=config.seed,
+            ddp_find_unused_parameters=False,
         )
+        # Without a launcher Trainer would spread a batch over threads, one a GPU, which share the state of the gates.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         if config.gradient_checkpointing:
             # The reentrant kind has no gradient for what leaves a layer beside its output: the expected links.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -207,16 +219,23 @@ class PostTrainer(Trainer):
     ) -> Tensor:
         """The objective of a batch; stops the run when it is not finite, before the weights are touched."""
         loss, measured = self.batch_objective(model, inputs["input_ids"])
-        if not math.isfinite(loss.item()):
-            self._stop_diverged(loss.item())
-        self.measured.append(measured)
+        value, *figures = self.mean_over_processes([loss.item(), *measured.values()])
+        if not math.isfinite(value):
+            self._stop_diverged(value)
+        self.measured.append(dict(zip(measured, figures, strict=True)))
         return loss
+
+    def mean_over_processes(self, figures: Sequence[float]) -> list[float]:
+        """The mean of each figure over the processes, the same bits on all of them."""
+        here = torch.tensor(figures, dtype=torch.float64, device=self.args.device)
+        return cast(list[float], self.accelerator.reduce(here, "mean").tolist())
 
     def _stop_diverged(self, loss: float) -> NoReturn:
         # A checkpoint of this very step holds the weights that gave this loss.
-        shutil.rmtree(self.folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+        if self.args.should_save:
+            shutil.rmtree(self.folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
         good = checkpoints(self.folder)
-        raise GossamerError(
+        raise stopped_together(
             f"the loss became {loss} in step {self.state.global_step + 1} and the run stopped there; last good "
             f"checkpoint: {good[-1] if good else 'none'}. Begin anew with a lower --learning-rate"
         )
@@ -230,35 +249,56 @@ class PostTrainer(Trainer):
         return str(self.staging) if self.staging is not None else str(self.folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         if is_gated(self.model):
-            write_model(self.model, folder, self.tokenizer)
+            write_model(self.model, folder, self.tokenizer, state_dict)
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write the checkpoint beside its place, with the checksums of its files, and rename it there."""
         name = f"checkpoint-{self.state.global_step}"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.staging = self.folder / f".{name}.partial"
+        writes = self.args.should_save
         try:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            super()._save_checkpoint(model, trial)
-            written = self.staging / name
-            self.write_extra_state(written)
-            seal(written)
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            os.rename(written, self.folder / name)
+            with together(), self._faults_named(name):
+                if writes:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    shutil.rmtree(self.staging, ignore_errors=True)
+            with together(), self._faults_named(name):
+                super()._save_checkpoint(model, trial)
+            with together(), self._faults_named(name):
+                if writes:
+                    written = self.staging / name
+                    self.write_extra_state(written)
+                    seal(written)
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                    os.rename(written, self.folder / name)
+        finally:
+            if writes:
+                shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging = None
+        if writes:
+            for old in self.superfluous_checkpoints():
+                shutil.rmtree(old)
+
+    @contextmanager
+    def _faults_named(self, checkpoint: str) -> Iterator[None]:
+        try:
+            yield
         except (OSError, RuntimeError, SafetensorError) as error:
             raise GossamerError(
-                f"cannot write {self.folder / name}: {_first_line(error)}; the checkpoints before it are untouched"
+                f"cannot write {self.folder / checkpoint}: {_first_line(error)}; the checkpoints before it are untouched"
             ) from error
-        finally:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            self.staging = None
-        for old in self.superfluous_checkpoints():
-            shutil.rmtree(old)
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """All weights in full, on the first process; None where each process has them all. All have to call it."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        return cast(dict[str, Tensor], self.accelerator.get_state_dict(self.model_wrapped))
 
     def superfluous_checkpoints(self) -> list[Path]:
         """Checkpoints that need not be kept: all but the last two."""
@@ -333,8 +373,11 @@ class SparsityTrainer(PostTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward under the gates of the step: activations that are recomputed meet the same gates."""
-        seed = fold_seed(self.config.seed, self.state.global_step, len(self.measured))
-        with nullcontext() if self.hard else sampled_gates(self.model, seed):
+        # The 0 has no meaning; without it, the runs of docs/results.md could not be repeated.
+        seed = fold_seed(self.config.seed, self.state.global_step, 0)
+        parts_before = len(self.measured) * self.config.processes + self.args.process_index
+        first_row = parts_before * self.config.batch_size
+        with nullcontext() if self.hard else sampled_gates(self.model, seed, first_row):
             return cast(Tensor, super().training_step(*args, **kwargs))
 
     def batch_objective(
@@ -372,19 +415,29 @@ class SparsityTrainer(PostTrainer):
     def validate(self) -> Validation:
         """Measure the constrained quantity and the open fraction on the validation blocks, with hard gates."""
         self.model.eval()
-        total, opened, allowed = 0.0, 0, 0
-        for batch in self.validation.split(2 * self.config.batch_size):
+        sums = torch.zeros(3, dtype=torch.float64)
+        batches = self.validation.split(2 * self.config.batch_size)
+        processes = self.config.processes
+        # Each process takes as many turns: where weights are sharded, all take part in each other's forward passes.
+        for turn in range(math.ceil(len(batches) / processes)):
+            index = turn * processes + self.args.process_index
+            batch = batches[index % len(batches)]
             with self.compute_loss_context_manager(), counted_links(self.model) as counts:
                 ids = batch.to(self.args.device)
                 logits = self.model(input_ids=ids, use_cache=False).logits
-                total += self.constrained_quantity(logits, ids).item() * len(batch)
-            opened += sum(int(count.open_links.sum()) for count in counts.values())
-            allowed += sum(int(count.allowed_links.sum()) for count in counts.values())
-        return Validation(self.state.global_step, total / len(self.validation), opened / allowed)
+                constrained = self.constrained_quantity(logits, ids).item() * len(batch)
+            opened = sum(int(count.open_links.sum()) for count in counts.values())
+            allowed = sum(int(count.allowed_links.sum()) for count in counts.values())
+            if index < len(batches):
+                sums += torch.tensor([constrained, opened, allowed], dtype=torch.float64)
+        constrained, opened, allowed = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        return Validation(self.state.global_step, constrained / len(self.validation), opened / allowed)
 
     def finish_step(self) -> None:
         """Take the dual step, with a new measurement of the violation if it is time for one."""
         super().finish_step()
+        if self.open_by_layer is not None:
+            self.open_by_layer = self.accelerator.reduce(self.open_by_layer, "mean")
         self.last["multiplier"] = self.multiplier.value
         step = self.state.global_step
         if step % self.config.validate_every == 0 or step == self.config.steps:
@@ -417,12 +470,12 @@ class SparsityTrainer(PostTrainer):
         Returns:
             What was measured of the weights the model now has.
         """
-        last, best = self.validation_result, self.best_checkpoint()
+        last, best = self.validation_result, by_first(self.best_checkpoint)
         if best is None:
             return last
         if last is not None and self.holds_bound(last) and last.open_fraction <= best[1].open_fraction:
             return last
-        super()._load_from_checkpoint(str(best[0]))
+        self._load_from_checkpoint(str(best[0]))
         return best[1]
 
     def write_extra_state(self, folder: Path) -> None:
@@ -434,10 +487,11 @@ class SparsityTrainer(PostTrainer):
         }
         (folder / _STATE).write_text(json.dumps(state))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        multiplier, self.validation_result = _read_state(Path(resume_from_checkpoint))
-        self.multiplier.load_state_dict(multiplier)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            multiplier, self.validation_result = _read_state(Path(checkpoint))
+            self.multiplier.load_state_dict(multiplier)
 
 
 _STATE = "multiplier.json"
