@@ -108,6 +108,7 @@ def _show_demo(run: "Run") -> None:  # type: ignore[name-defined]
     seconds = metrics["addition"]["seconds"]
     stages = ", ".join(f"{stage.replace('_', ' ')} {value:.0f} s" for stage, value in seconds.items())
     console.print(f"{run.folder}: {stages}", markup=False)
+    console.print(f"to look at: {run.folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
