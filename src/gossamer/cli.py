@@ -546,7 +546,7 @@ def view(
 
     records = load_records(run)
     models, tokenizer = _both(Run(run))
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise GossamerError("the prompt is empty; give some text")
     longest = getattr(models["dense"].config, "max_position_embeddings", None)
