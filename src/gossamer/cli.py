@@ -251,17 +251,39 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many examples of each task. [default: all]")
     ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Also at these sequence lengths, with commas between: 256,512,1024.")
+    ] = None,
 ) -> None:
     """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
     from gossamer.training.memory import keep_freed_memory
     from gossamer.training.run import Run
 
     keep_freed_memory()
-    if tasks is None:
+    if lengths is not None:
+        _evaluate_lengths(Run(run), lengths, precision, batch_size)
+    elif tasks is None:
         _evaluate(Run(run), precision, batch_size)
-    else:
+    if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         _evaluate_tasks(Run(run), names, task_path, precision, batch_size, num_fewshot, limit)
+
+
+def _evaluate_lengths(run: "Run", lengths: str, precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
+    from gossamer.evaluation.lengths import add_lengths, lengths_table
+
+    try:
+        asked = [int(length) for length in lengths.split(",")]
+    except ValueError as error:
+        raise GossamerError(f"--lengths {lengths!r} is not a list of numbers; give for example 256,512") from error
+    run.record()
+    if not run.metrics.exists():
+        _evaluate(run, precision, batch_size)
+    with console.status("evaluating") as status:
+        metrics = add_lengths(
+            run, asked, precision=precision.value, progress=lambda what: status.update(f"evaluating: {what}")
+        )
+    console.print(lengths_table(metrics))
 
 
 def _evaluate_tasks(
