@@ -23,7 +23,7 @@ from attention import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gossamer import sparsify
-from gossamer.training.lora import add_adapters
+from gossamer.models.lora import add_adapters
 from gossamer.training.plan import StepShape, plan_run
 from gossamer.training.presets import presets
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained, without_dropout
