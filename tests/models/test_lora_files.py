@@ -13,6 +13,7 @@ from families import CONFIGS, tiny_config, tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.models.checkpoint import gate_biases
 from gossamer.models.lora import add_adapters, has_adapters
+from gossamer.models.lora_files import SAMPLES, samples
 
 IDS = tokens(2, 14)
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "gossamer_gates.safetensors"}
@@ -151,6 +152,15 @@ def test_one_changed_weight_is_noticed(tmp_path: Path) -> None:
     base.model.layers[2].mlp.up_proj.weight.data.mul_(1.1)
     with pytest.raises(GossamerError, match=r"its model\.layers\.2\.mlp\.up_proj\.weight has other values"):
         gossamer.load_adapter(tmp_path / "adapter", base)
+
+
+def test_samples_are_the_ends_of_a_weight_of_any_size_and_what_is_between() -> None:
+    large = torch.empty(49152, 576)
+    large[0, 0], large[-1, -1] = 1.0, 2.0
+    found = samples({"ten": torch.arange(10.0).reshape(2, 5), "large": large, "one": torch.tensor([3.0])})
+    assert found[0].tolist() == [0, 3, 6, 9]
+    assert found[1, [0, -1]].tolist() == [1.0, 2.0]
+    assert found[2].tolist() == [3.0] * SAMPLES
 
 
 def test_only_gated_models_with_adapters_are_saved(tmp_path: Path) -> None:

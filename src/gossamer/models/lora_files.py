@@ -90,7 +90,7 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
         config.save_pretrained(str(staging))
         named = {f"{_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in adapters.items()}
         save_file(named, staging / _WEIGHTS, metadata={"format": "pt"})
-        gates = {"gate_bias": gate_biases(model).cpu().contiguous(), "base_samples": _samples(weights)}
+        gates = {"gate_bias": gate_biases(model).cpu().contiguous(), "base_samples": samples(weights)}
         save_file(gates, staging / _GATES, metadata={"gossamer": json.dumps(described)})
         (staging / "README.md").write_text(_CARD.format(base=base, family=model.config.model_type))
 
@@ -144,16 +144,17 @@ def _base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _samples(weights: dict[str, Tensor]) -> Tensor:
-    """``[weights, SAMPLES]``, float32."""
+def samples(weights: dict[str, Tensor]) -> Tensor:
+    """Values of each weight, ``[weights, SAMPLES]``, float32: the first, the last, and those evenly between."""
     rows = []
     for weight in weights.values():
-        places = torch.linspace(0, weight.numel() - 1, SAMPLES).long().to(weight.device)
+        # Not linspace: in float32 it passes the end of a large weight.
+        places = torch.arange(SAMPLES, device=weight.device) * (weight.numel() - 1) // (SAMPLES - 1)
         rows.append(weight.detach().flatten()[places].float().cpu())
     return torch.stack(rows)
 
 
-def _check_base(model: PreTrainedModel, name: str, folder: Path, described: dict[str, Any], samples: Tensor) -> None:
+def _check_base(model: PreTrainedModel, name: str, folder: Path, described: dict[str, Any], known: Tensor) -> None:
     if is_gated(model) or has_adapters(model):
         raise GossamerError(f"{name} has gates or adapters already; give the dense model that {folder} was trained on")
     family = described["base_model_type"]
@@ -177,7 +178,7 @@ def _check_base(model: PreTrainedModel, name: str, folder: Path, described: dict
         raise GossamerError(f"{folder} was trained on a model without {more[0]}, which {name} has")
     ordered = {key: weights[key] for key in described["base_shapes"]}
     # Wide enough for a base that went through bfloat16 on one of the two sides.
-    same = torch.isclose(_samples(ordered), samples, rtol=2**-7, atol=1e-6).all(dim=1)
+    same = torch.isclose(samples(ordered), known, rtol=2**-7, atol=1e-6).all(dim=1)
     if not same.all():
         key = list(ordered)[int(same.int().argmin())]
         raise GossamerError(f"{name} is not the model that {folder} was trained on: its {key} has other values")
