@@ -93,8 +93,8 @@ def add_adapters(
         target_modules=list(adapter_targets(model, targets)),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in _linear_maps(model).values()),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # peft makes adapters on the CPU, wherever the model is
+        torch.default_generator.manual_seed(seed)
         inject_adapters(model, config)
 
 
