@@ -3,6 +3,7 @@
     python benchmarks/plan.py [--only WORD] [--copy] [--record FILE]
 
 Each case trains in a process of its own for three steps on random tokens, a randomly initialised model of its shape.
+With all the lengths of one model (`--only length`) a straight line and a parabola are fitted to what was measured.
 Measured is the process's largest resident set from the making of the model on, less its resident set before, when a
 tiny model has been trained so that everything is imported and compiled: the baseline, printed beside. The estimate is
 that of the worst moment for a CPU. Only memory is compared; the time estimate rests on a peak rate and a share of it
@@ -18,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attention import record
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,7 +34,8 @@ from training import Blocks
 SMOL = presets()["smollm2"].config
 GPT2 = presets()["gpt2"].config
 SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1536,
-         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "max_position_embeddings": 4096}  # fmt: skip
 TINY = {**SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 
 BASE = StepShape(device="cpu")
@@ -51,6 +54,8 @@ CASES: dict[str, tuple[dict[str, Any], StepShape]] = {
     "GPT-2 124M, T=512, batch 2": (GPT2, replace(BASE, seq_len=512, batch_size=2)),
     "LLaMA 8 × 512, T=512, batch 4": (SMALL, replace(BASE, seq_len=512)),
 }
+LENGTHS = {f"LLaMA 8 × 512, length {tokens:,}": tokens for tokens in (256, 512, 1024, 2048, 4096)}
+CASES |= {name: (SMALL, replace(BASE, seq_len=tokens, batch_size=1)) for name, tokens in LENGTHS.items()}
 
 
 def train(config: dict[str, Any], shape: StepShape, *, copy: bool = False) -> None:
@@ -94,6 +99,18 @@ def measure(name: str, *, copy: bool) -> None:
     print(json.dumps({"baseline": baseline, "measured": resident("VmHWM") - baseline}))
 
 
+def fit(points: list[tuple[int, float]]) -> dict[str, float]:
+    """Memory over length: a straight line by least squares, and what a parabola would give to the square."""
+    tokens, megabytes = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    slope, start = np.polyfit(tokens, megabytes, 1)
+    return {
+        "start_megabytes": start,
+        "kilobytes_per_token": slope * 1024,
+        "largest_residual_megabytes": np.abs(start + slope * tokens - megabytes).max(),
+        "share_of_square_at_longest": np.polyfit(tokens, megabytes, 2)[0] * tokens[-1] ** 2 / megabytes[-1],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
@@ -120,6 +137,10 @@ def main() -> None:
         print(f"{name:48} {row['estimate_megabytes']:7.0f} : {found['measured']:7.0f} MB "
               f"({row['estimate_megabytes'] / found['measured']:.2f})  {moment}; baseline {found['baseline']:.0f} MB",
               flush=True)  # fmt: skip
+    points = [(LENGTHS[row["case"]], row["measured_megabytes"]) for row in result["rows"] if row["case"] in LENGTHS]
+    if len(points) == len(LENGTHS):
+        result["fit"] = fit(points)
+        print(json.dumps(result["fit"]))
     if arguments.record:
         arguments.record.parent.mkdir(parents=True, exist_ok=True)
         arguments.record.write_text(json.dumps(result, indent=1) + "\n")

@@ -108,6 +108,7 @@ def _show_demo(run: "Run") -> None:  # type: ignore[name-defined]
     seconds = metrics["addition"]["seconds"]
     stages = ", ".join(f"{stage.replace('_', ' ')} {value:.0f} s" for stage, value in seconds.items())
     console.print(f"{run.folder}: {stages}", markup=False)
+    console.print(f"to look at: {run.folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -560,7 +561,7 @@ def view(
 
     records = load_records(run)
     models, tokenizer = _both(Run(run))
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise GossamerError("the prompt is empty; give some text")
     longest = getattr(models["dense"].config, "max_position_embeddings", None)
