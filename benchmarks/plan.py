@@ -1,6 +1,6 @@
 """What ``gossamer plan`` estimates beside what training steps take: peak memory of a process on a CPU.
 
-    python benchmarks/plan.py [--only WORD] [--record FILE]
+    python benchmarks/plan.py [--only WORD] [--copy] [--record FILE]
 
 Each case trains in a process of its own for three steps on random tokens, a randomly initialised model of its shape.
 With all the lengths of one model (`--only length`) a straight line and a parabola are fitted to what was measured.
@@ -25,7 +25,7 @@ from attention import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gossamer import sparsify
-from gossamer.training.lora import add_adapters
+from gossamer.models.lora import add_adapters
 from gossamer.training.plan import StepShape, plan_run
 from gossamer.training.presets import presets
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained, without_dropout
@@ -49,6 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], StepShape]] = {
     "SmolLM2-135M, T=256, batch 4, LoRA": (SMOL, replace(BASE, train="lora")),
     "SmolLM2-135M, T=1,024, batch 4, checkpointing": (SMOL, replace(BASE, seq_len=1024, gradient_checkpointing=True)),
     "SmolLM2-135M, T=256, batch 4, KL": (SMOL, replace(BASE, constraint="kl")),
+    "SmolLM2-135M, T=256, batch 4, LoRA, KL": (SMOL, replace(BASE, train="lora", constraint="kl")),
     "SmolLM2-135M, T=256, batch 2 × 2": (SMOL, replace(BASE, batch_size=2, gradient_accumulation=2)),
     "GPT-2 124M, T=512, batch 2": (GPT2, replace(BASE, seq_len=512, batch_size=2)),
     "LLaMA 8 × 512, T=512, batch 4": (SMALL, replace(BASE, seq_len=512)),
@@ -57,13 +58,13 @@ LENGTHS = {f"LLaMA 8 × 512, length {tokens:,}": tokens for tokens in (256, 512,
 CASES |= {name: (SMALL, replace(BASE, seq_len=tokens, batch_size=1)) for name, tokens in LENGTHS.items()}
 
 
-def train(config: dict[str, Any], shape: StepShape) -> None:
+def train(config: dict[str, Any], shape: StepShape, *, copy: bool = False) -> None:
     fields = dict(config)
     with torch.random.fork_rng():
         model = sparsify(AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)),
                          inplace=True)  # fmt: skip
     reference = None
-    if shape.constraint == "kl":
+    if shape.constraint == "kl" and (copy or shape.train != "lora"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
         reference = reference.to(torch.bfloat16) if shape.precision == "bf16" else reference
     if shape.train == "lora":
@@ -87,14 +88,14 @@ def resident(key: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
-def measure(name: str) -> None:
+def measure(name: str, *, copy: bool) -> None:
     """One case in this process."""
     config, shape = CASES[name]
     tiny = replace(shape, seq_len=min(shape.seq_len, 128), batch_size=1)
     train(TINY, tiny)
     baseline = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    train(config, shape)
+    train(config, shape, copy=copy)
     print(json.dumps({"baseline": baseline, "measured": resident("VmHWM") - baseline}))
 
 
@@ -114,16 +115,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--record", type=Path, help="write the figures here")
+    parser.add_argument("--copy", action="store_true", help="with LoRA, take the KL to a copy of the dense model")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        return measure(arguments.case)
+        return measure(arguments.case, copy=arguments.copy)
     result = record(arguments)
     result["rows"] = []
     for name, (config, shape) in CASES.items():
         if arguments.only not in name:
             continue
-        command = [sys.executable, __file__, "--case", name]
+        command = [sys.executable, __file__, "--case", name, *(["--copy"] if arguments.copy else [])]
         found = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         )

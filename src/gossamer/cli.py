@@ -180,6 +180,14 @@ def sparsify(
     held_out_tokens: Annotated[int, typer.Option(min=1, help="Other unseen text, to measure the figures on.")] = 32_768,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 100,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(min=1e-3, help="Adapters count lora-alpha / lora-rank times.")] = 32.0,
+    lora_targets: Annotated[
+        str,
+        typer.Option(
+            help="Linear maps that adapters go on, with commas between: q_proj,v_proj,mlp.up_proj. "
+            "[default: all of the attention]"
+        ),
+    ] = "",
     control: Annotated[
         bool, typer.Option(help="Also fine-tune the dense model on the same text, for comparison.")
     ] = True,
@@ -190,7 +198,8 @@ def sparsify(
     """Post-train MODEL until as few attention links are open as its loss allows, and measure it.
 
     Leaves in --out: model/ (the sparse model), control/ (the dense model fine-tuned alike), metrics.json
-    (the figures), training.jsonl (every step), config.json (all settings).
+    (the figures), training.jsonl (every step), config.json (all settings); with lora also adapter/ (adapters and
+    gates alone).
     """
     from gossamer.training.constraint import MultiplierConfig
     from gossamer.training.memory import keep_freed_memory
@@ -210,6 +219,8 @@ def sparsify(
         epsilon=epsilon,
         gate_bias=gate_bias,
         lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_targets=_names(lora_targets),
         control=control,
         training=TrainingConfig(
             train=train.value,
@@ -230,6 +241,10 @@ def sparsify(
     watchers = [name.strip() for name in report_to.split(",") if name.strip()]
     run = post_train(config, out, resume=resume, report_to=watchers, console=console, warn=_warn)
     _evaluate(Run(run.folder), Precision.fp32, 8)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 @app.command()
@@ -622,8 +637,11 @@ def plan(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations a second time.")] = False,
     train: Annotated[Part, typer.Option(help="Weights to train.")] = Part.all,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    lora_targets: Annotated[
+        str, typer.Option(help="Linear maps that adapters go on. [default: all of the attention]")
+    ] = "",
     constraint: Annotated[
-        Constraint, typer.Option(help="kl runs the dense model beside the sparse one.")
+        Constraint, typer.Option(help="kl runs the dense model too: a copy of it, but with lora.")
     ] = Constraint.ce,
     precision: Annotated[Precision, typer.Option(help="Of the matrix products.")] = Precision.bf16,
     control: Annotated[bool, typer.Option(help="Train the dense control as well.")] = True,
@@ -642,6 +660,7 @@ def plan(
         gradient_accumulation=gradient_accumulation,
         train=train.value,
         lora_rank=lora_rank,
+        lora_targets=_names(lora_targets),
         constraint=constraint.value,
         precision=precision.value,
         gradient_checkpointing=gradient_checkpointing,
@@ -729,6 +748,30 @@ def import_(
         raise GossamerError(f"{out} exists already; give another --out")
     words = load_tokenizer(tokenizer) if tokenizer is not None else None
     save(import_checkpoint(checkpoint, heads=heads, activation=activation.value, vocab_size=vocab_size), out, words)
+    _inspect_model(str(out))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Directory with adapters and gates: RUN/adapter of a run with lora.")],
+    model: Annotated[
+        str,
+        typer.Option(help="The dense model it was trained on: smollm2, a directory with a saved model, or a Hub id."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the sparse model; must not exist yet.")],
+) -> None:
+    """Put ADAPTER on its dense model: a sparse model as sparsify leaves it in model/."""
+    from transformers.utils import logging
+
+    from gossamer.models.checkpoint import save
+    from gossamer.models.lora_files import load_adapter
+    from gossamer.models.pretrained import load_dense
+
+    logging.disable_progress_bar()
+    if out.exists():
+        raise GossamerError(f"{out} exists already; give another --out")
+    dense, tokenizer = load_dense(model)
+    save(load_adapter(adapter, dense, inplace=True), out, tokenizer)
     _inspect_model(str(out))
 
 
