@@ -1,8 +1,9 @@
 """What ``gossamer plan`` estimates beside what training steps take: peak memory of a process on a CPU.
 
-    python benchmarks/plan.py [--only WORD] [--record FILE]
+    python benchmarks/plan.py [--only WORD] [--copy] [--record FILE]
 
 Each case trains in a process of its own for three steps on random tokens, a randomly initialised model of its shape.
+With all the lengths of one model (`--only length`) a straight line and a parabola are fitted to what was measured.
 Measured is the process's largest resident set from the making of the model on, less its resident set before, when a
 tiny model has been trained so that everything is imported and compiled: the baseline, printed beside. The estimate is
 that of the worst moment for a CPU. Only memory is compared; the time estimate rests on a peak rate and a share of it
@@ -18,12 +19,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attention import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gossamer import sparsify
-from gossamer.training.lora import add_adapters
+from gossamer.models.lora import add_adapters
 from gossamer.training.plan import StepShape, plan_run
 from gossamer.training.presets import presets
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained, without_dropout
@@ -32,7 +34,8 @@ from training import Blocks
 SMOL = presets()["smollm2"].config
 GPT2 = presets()["gpt2"].config
 SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1536,
-         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+         "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "max_position_embeddings": 4096}  # fmt: skip
 TINY = {**SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 
 BASE = StepShape(device="cpu")
@@ -46,19 +49,22 @@ CASES: dict[str, tuple[dict[str, Any], StepShape]] = {
     "SmolLM2-135M, T=256, batch 4, LoRA": (SMOL, replace(BASE, train="lora")),
     "SmolLM2-135M, T=1,024, batch 4, checkpointing": (SMOL, replace(BASE, seq_len=1024, gradient_checkpointing=True)),
     "SmolLM2-135M, T=256, batch 4, KL": (SMOL, replace(BASE, constraint="kl")),
+    "SmolLM2-135M, T=256, batch 4, LoRA, KL": (SMOL, replace(BASE, train="lora", constraint="kl")),
     "SmolLM2-135M, T=256, batch 2 × 2": (SMOL, replace(BASE, batch_size=2, gradient_accumulation=2)),
     "GPT-2 124M, T=512, batch 2": (GPT2, replace(BASE, seq_len=512, batch_size=2)),
     "LLaMA 8 × 512, T=512, batch 4": (SMALL, replace(BASE, seq_len=512)),
 }
+LENGTHS = {f"LLaMA 8 × 512, length {tokens:,}": tokens for tokens in (256, 512, 1024, 2048, 4096)}
+CASES |= {name: (SMALL, replace(BASE, seq_len=tokens, batch_size=1)) for name, tokens in LENGTHS.items()}
 
 
-def train(config: dict[str, Any], shape: StepShape) -> None:
+def train(config: dict[str, Any], shape: StepShape, *, copy: bool = False) -> None:
     fields = dict(config)
     with torch.random.fork_rng():
         model = sparsify(AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)),
                          inplace=True)  # fmt: skip
     reference = None
-    if shape.constraint == "kl":
+    if shape.constraint == "kl" and (copy or shape.train != "lora"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
         reference = reference.to(torch.bfloat16) if shape.precision == "bf16" else reference
     if shape.train == "lora":
@@ -82,31 +88,44 @@ def resident(key: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
-def measure(name: str) -> None:
+def measure(name: str, *, copy: bool) -> None:
     """One case in this process."""
     config, shape = CASES[name]
     tiny = replace(shape, seq_len=min(shape.seq_len, 128), batch_size=1)
     train(TINY, tiny)
     baseline = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    train(config, shape)
+    train(config, shape, copy=copy)
     print(json.dumps({"baseline": baseline, "measured": resident("VmHWM") - baseline}))
+
+
+def fit(points: list[tuple[int, float]]) -> dict[str, float]:
+    """Memory over length: a straight line by least squares, and what a parabola would give to the square."""
+    tokens, megabytes = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    slope, start = np.polyfit(tokens, megabytes, 1)
+    return {
+        "start_megabytes": start,
+        "kilobytes_per_token": slope * 1024,
+        "largest_residual_megabytes": np.abs(start + slope * tokens - megabytes).max(),
+        "share_of_square_at_longest": np.polyfit(tokens, megabytes, 2)[0] * tokens[-1] ** 2 / megabytes[-1],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--record", type=Path, help="write the figures here")
+    parser.add_argument("--copy", action="store_true", help="with LoRA, take the KL to a copy of the dense model")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        return measure(arguments.case)
+        return measure(arguments.case, copy=arguments.copy)
     result = record(arguments)
     result["rows"] = []
     for name, (config, shape) in CASES.items():
         if arguments.only not in name:
             continue
-        command = [sys.executable, __file__, "--case", name]
+        command = [sys.executable, __file__, "--case", name, *(["--copy"] if arguments.copy else [])]
         found = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         )
@@ -118,6 +137,10 @@ def main() -> None:
         print(f"{name:48} {row['estimate_megabytes']:7.0f} : {found['measured']:7.0f} MB "
               f"({row['estimate_megabytes'] / found['measured']:.2f})  {moment}; baseline {found['baseline']:.0f} MB",
               flush=True)  # fmt: skip
+    points = [(LENGTHS[row["case"]], row["measured_megabytes"]) for row in result["rows"] if row["case"] in LENGTHS]
+    if len(points) == len(LENGTHS):
+        result["fit"] = fit(points)
+        print(json.dumps(result["fit"]))
     if arguments.record:
         arguments.record.parent.mkdir(parents=True, exist_ok=True)
         arguments.record.write_text(json.dumps(result, indent=1) + "\n")

@@ -111,6 +111,7 @@ def _show_demo(run: "Run") -> None:  # type: ignore[name-defined]
     seconds = metrics["addition"]["seconds"]
     stages = ", ".join(f"{stage.replace('_', ' ')} {value:.0f} s" for stage, value in seconds.items())
     console.print(f"{run.folder}: {stages}", markup=False)
+    console.print(f"to look at: {run.folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -182,6 +183,14 @@ def sparsify(
     held_out_tokens: Annotated[int, typer.Option(min=1, help="Other unseen text, to measure the figures on.")] = 32_768,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 100,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(min=1e-3, help="Adapters count lora-alpha / lora-rank times.")] = 32.0,
+    lora_targets: Annotated[
+        str,
+        typer.Option(
+            help="Linear maps that adapters go on, with commas between: q_proj,v_proj,mlp.up_proj. "
+            "[default: all of the attention]"
+        ),
+    ] = "",
     control: Annotated[
         bool, typer.Option(help="Also fine-tune the dense model on the same text, for comparison.")
     ] = True,
@@ -192,8 +201,8 @@ def sparsify(
     """Post-train MODEL until as few attention links are open as its loss allows, and measure it.
 
     Leaves in --out: model/ (the sparse model), control/ (the dense model fine-tuned alike), metrics.json
-    (the figures), training.jsonl (every step), config.json (all settings). In several processes:
-    torchrun --nproc_per_node 2 -m gossamer sparsify MODEL ...
+    (the figures), training.jsonl (every step), config.json (all settings); with lora also adapter/ (adapters and
+    gates alone). In several processes: torchrun --nproc_per_node 2 -m gossamer sparsify MODEL ...
     """
     from gossamer.training.constraint import MultiplierConfig
     from gossamer.training.memory import keep_freed_memory
@@ -217,6 +226,8 @@ def sparsify(
         epsilon=epsilon,
         gate_bias=gate_bias,
         lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_targets=_names(lora_targets),
         control=control,
         training=TrainingConfig(
             train=train.value,
@@ -242,6 +253,10 @@ def sparsify(
         _evaluate(Run(run.folder), Precision.fp32, 8)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
@@ -261,17 +276,39 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many examples of each task. [default: all]")
     ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Also at these sequence lengths, with commas between: 256,512,1024.")
+    ] = None,
 ) -> None:
     """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
     from gossamer.training.memory import keep_freed_memory
     from gossamer.training.run import Run
 
     keep_freed_memory()
-    if tasks is None:
+    if lengths is not None:
+        _evaluate_lengths(Run(run), lengths, precision, batch_size)
+    elif tasks is None:
         _evaluate(Run(run), precision, batch_size)
-    else:
+    if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         _evaluate_tasks(Run(run), names, task_path, precision, batch_size, num_fewshot, limit)
+
+
+def _evaluate_lengths(run: "Run", lengths: str, precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
+    from gossamer.evaluation.lengths import add_lengths, lengths_table
+
+    try:
+        asked = [int(length) for length in lengths.split(",")]
+    except ValueError as error:
+        raise GossamerError(f"--lengths {lengths!r} is not a list of numbers; give for example 256,512") from error
+    run.record()
+    if not run.metrics.exists():
+        _evaluate(run, precision, batch_size)
+    with console.status("evaluating") as status:
+        metrics = add_lengths(
+            run, asked, precision=precision.value, progress=lambda what: status.update(f"evaluating: {what}")
+        )
+    console.print(lengths_table(metrics))
 
 
 def _evaluate_tasks(
@@ -556,7 +593,7 @@ def view(
 
     records = load_records(run)
     models, tokenizer = _both(Run(run))
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
         raise GossamerError("the prompt is empty; give some text")
     longest = getattr(models["dense"].config, "max_position_embeddings", None)
@@ -610,8 +647,11 @@ def plan(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations a second time.")] = False,
     train: Annotated[Part, typer.Option(help="Weights to train.")] = Part.all,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    lora_targets: Annotated[
+        str, typer.Option(help="Linear maps that adapters go on. [default: all of the attention]")
+    ] = "",
     constraint: Annotated[
-        Constraint, typer.Option(help="kl runs the dense model beside the sparse one.")
+        Constraint, typer.Option(help="kl runs the dense model too: a copy of it, but with lora.")
     ] = Constraint.ce,
     precision: Annotated[Precision, typer.Option(help="Of the matrix products.")] = Precision.bf16,
     control: Annotated[bool, typer.Option(help="Train the dense control as well.")] = True,
@@ -630,6 +670,7 @@ def plan(
         gradient_accumulation=gradient_accumulation,
         train=train.value,
         lora_rank=lora_rank,
+        lora_targets=_names(lora_targets),
         constraint=constraint.value,
         precision=precision.value,
         gradient_checkpointing=gradient_checkpointing,
@@ -717,6 +758,30 @@ def import_(
         raise GossamerError(f"{out} exists already; give another --out")
     words = load_tokenizer(tokenizer) if tokenizer is not None else None
     save(import_checkpoint(checkpoint, heads=heads, activation=activation.value, vocab_size=vocab_size), out, words)
+    _inspect_model(str(out))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Directory with adapters and gates: RUN/adapter of a run with lora.")],
+    model: Annotated[
+        str,
+        typer.Option(help="The dense model it was trained on: smollm2, a directory with a saved model, or a Hub id."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the sparse model; must not exist yet.")],
+) -> None:
+    """Put ADAPTER on its dense model: a sparse model as sparsify leaves it in model/."""
+    from transformers.utils import logging
+
+    from gossamer.models.checkpoint import save
+    from gossamer.models.lora_files import load_adapter
+    from gossamer.models.pretrained import load_dense
+
+    logging.disable_progress_bar()
+    if out.exists():
+        raise GossamerError(f"{out} exists already; give another --out")
+    dense, tokenizer = load_dense(model)
+    save(load_adapter(adapter, dense, inplace=True), out, tokenizer)
     _inspect_model(str(out))
 
 

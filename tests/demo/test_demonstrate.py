@@ -66,6 +66,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_demo_leaves_a_run(quick: Run) -> None:
     names = {path.name for path in quick.folder.iterdir()}
     assert names == {
+        "attention.json",
         "blocks.safetensors",
         "config.json",
         "dense",
@@ -73,6 +74,7 @@ def test_a_demo_leaves_a_run(quick: Run) -> None:
         "findings.json",
         "metrics.json",
         "model",
+        "report.html",
         "training.jsonl",
     }
     assert not [path for path in quick.folder.parent.iterdir() if path != quick.folder]

@@ -198,3 +198,9 @@ def test_sentences_repeat_what_was_measured(sums: Sums) -> None:
         assert f"Layer {links[0][0]}, head" in sentence["text"]
         assert sentence["evidence"]["exact match, cut"] == measured.cut(links).exact
         assert sentence["evidence"]["open"] == measured.opening(links)[0]
+
+
+def test_too_few_sums_to_exchange_are_said_to_be_too_few() -> None:
+    few = split_pairs(validation=10, held_out=6, seed=0).held_out
+    sentences = describe(tiny_adder(), few)["sentences"]
+    assert any("the sums are too few to exchange" in each["text"] for each in sentences)

@@ -74,6 +74,11 @@ def test_terms_are_what_can_be_counted_by_hand() -> None:
     assert attention.trained == 3 * (32 * 32 * 2 + 32 * 16 * 2)
     adapted = plan_run(tiny("llama"), replace(SHAPE, train="lora", lora_rank=2))
     assert adapted.trained == 3 * 2 * ((32 + 32) * 2 + (32 + 16) * 2)
+    inside = plan_run(tiny("llama"), replace(SHAPE, train="lora", lora_rank=2, constraint="kl")).moments["loss"]
+    assert inside["dense reference of the KL"] == 0
+    assert inside["logits and their gradient"] == 3 * 4 * 2 * 16 * 97
+    chosen = plan_run(tiny("llama"), replace(SHAPE, train="lora", lora_rank=2, lora_targets=("up_proj",)))
+    assert chosen.trained == 3 * 2 * (32 + 48)
     less = plan_run(tiny("llama"), replace(SHAPE, gradient_checkpointing=True))
     assert less.moments["loss"]["activations"] < loss["activations"]
 

@@ -421,6 +421,8 @@ def _ways(groups: Sequence[MeasuredGroup]) -> list[dict[str, Any]]:
 
 
 def _exchange(quantity: str | None, tried: Mapping[str, float]) -> str:
+    if not tried:
+        return "What it passes on is not known: the sums are too few to exchange it among equals."
     if quantity is None:
         best = max(tried, key=lambda name: tried[name])
         return (

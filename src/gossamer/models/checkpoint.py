@@ -31,6 +31,7 @@ from gossamer.errors import GossamerError
 from gossamer.files import written_beside
 from gossamer.models.architectures import attention_modules
 from gossamer.models.convert import is_gated, sparsify
+from gossamer.models.lora import has_adapters
 
 FORMAT = 1
 """Version of the directory's layout."""
@@ -67,8 +68,13 @@ def save(
         state_dict: all weights in full, where the model's own are in parts in several processes.
 
     Raises:
-        GossamerError: if the model has no gates, or the directory cannot be written.
+        GossamerError: if the model has no gates or has adapters, or the directory cannot be written.
     """
+    if has_adapters(model):
+        raise GossamerError(
+            "this model has adapters: gossamer.save_adapter(model, path) saves those and the gates alone, "
+            "gossamer.merge_adapters(model) adds them to its weights"
+        )
     with written_beside(Path(path)) as staging:
         write_model(model, staging, tokenizer, state_dict)
 

@@ -4,6 +4,7 @@ Dense and sparse differ in line and marker as well as in colour (Okabe and Ito's
 """
 
 import base64
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ TINTS = {"dense": "Blues", "sparse": "Oranges"}
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches, that belongs to no window.
+    """An empty figure, in inches, that belongs to no window and shows itself in a notebook.
 
     Raises:
         GossamerError: without matplotlib.
@@ -34,7 +35,19 @@ def new_figure(width: float, height: float) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise GossamerError("figures need matplotlib: pip install 'gossamer[report]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+
+    class InlineFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            return png(self)
+
+    return InlineFigure(figsize=(width, height), layout="constrained")
+
+
+def png(figure: "Figure") -> bytes:
+    """The picture's file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()
 
 
 def chart_figure(chart: Chart) -> "Figure":

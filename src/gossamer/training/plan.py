@@ -25,9 +25,9 @@ from transformers.pytorch_utils import Conv1D
 
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import ARCHITECTURES
+from gossamer.models.lora import add_adapters
 from gossamer.ops.chunked import BLOCK
 from gossamer.training.constraint import ConstraintKind
-from gossamer.training.lora import add_adapters
 from gossamer.training.losses import POSITIONS
 from gossamer.training.trainer import TrainedPart, choose_trained
 
@@ -53,7 +53,8 @@ class StepShape:
         gradient_accumulation: forward passes in one step.
         train: which weights move.
         lora_rank: of the adapters, when those are trained.
-        constraint: ``kl`` runs the dense model beside the sparse one.
+        lora_targets: the linear maps that they go on; all of the attention if there are none.
+        constraint: ``kl`` runs the dense model too: a copy, but where adapters are trained.
         precision: of the matrix products.
         gradient_checkpointing: keep only what goes into each layer, and compute the rest a second time.
         gpus: processes with a copy of the model each; their batches add up.
@@ -65,6 +66,7 @@ class StepShape:
     gradient_accumulation: int = 1
     train: TrainedPart = "all"
     lora_rank: int = 16
+    lora_targets: tuple[str, ...] = ()
     constraint: ConstraintKind = "ce"
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
@@ -186,7 +188,7 @@ def _fake_model(settings: Any, shape: StepShape) -> tuple[PreTrainedModel, int]:
         model = AutoModelForCausalLM.from_config(settings, attn_implementation=_FAKE_ATTENTION)
         parameters = _count(model, trained=False)
         if shape.train == "lora":
-            add_adapters(model, rank=shape.lora_rank, alpha=1.0)
+            add_adapters(model, rank=shape.lora_rank, alpha=1.0, targets=shape.lora_targets)
         else:
             choose_trained(model, shape.train)
     return model.eval(), parameters
@@ -282,13 +284,15 @@ def _moments(model: PreTrainedModel, kept: _Kept, shape: StepShape, parameters: 
     rows = min(POSITIONS, shape.tokens)
     kl = shape.constraint == "kl"
     half = 2 if shape.precision == "bf16" else 4
+    # Trainer makes float32 of the logits of its own model, which with adapters is the dense one as well.
+    dense_logits = 4 if shape.train == "lora" else half
 
     gradients = 4 * trained
     always = {
         "weights (float32)": 4 * everything,
         "AdamW states": 8 * trained,
         "gradient buckets of several GPUs": gradients if shape.gpus > 1 else 0,
-        "dense reference of the KL": half * parameters if kl else 0,
+        "dense reference of the KL": half * parameters if kl and shape.train != "lora" else 0,
     }
     activations = kept.total
     working = kept.layer
@@ -305,7 +309,7 @@ def _moments(model: PreTrainedModel, kept: _Kept, shape: StepShape, parameters: 
     loss = {
         "activations": activations,
         "gradients": accumulated,
-        "logits and their gradient": 8 * logits + (half * logits if kl else 0),
+        "logits and their gradient": 8 * logits + (dense_logits * logits if kl else 0),
         "float32 rows of the loss": (4 if kl else 2) * 4 * rows * vocabulary,
     }
     backward = {

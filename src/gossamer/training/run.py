@@ -5,6 +5,7 @@
     RUN/training.jsonl     one line a step; control.jsonl likewise for the dense control
     RUN/checkpoints/       of the run in progress; control-checkpoints/ likewise
     RUN/model/             the sparse model
+    RUN/adapter/           of a run with LoRA: its adapters and gates without the dense model, a few megabytes
     RUN/dense/             the dense model, where the run itself trained it (gossamer demo)
     RUN/control/           the dense control: the dense model fine-tuned on the same text for the same steps
     RUN/tensorboard/       what TensorBoard shows, if asked for; wandb/ likewise
@@ -37,11 +38,12 @@ from gossamer.files import remove_staging, write_text, written_beside
 from gossamer.models.architectures import architecture_of
 from gossamer.models.checkpoint import load, save
 from gossamer.models.convert import sparsify
+from gossamer.models.lora import adapter_targets, add_adapters, merge_adapters
+from gossamer.models.lora_files import save_adapter
 from gossamer.models.pretrained import load_dense
 from gossamer.training.checkpoints import checkpoints, last_sound
 from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import BlockDataset, Blocks, load_blocks
-from gossamer.training.lora import add_adapters, merge_adapters
 from gossamer.training.losses import cross_entropy
 from gossamer.training.processes import by_first, check_processes, processes, together
 from gossamer.training.progress import StepLog
@@ -73,6 +75,7 @@ class RunConfig:
         margin: how far inside the bound training aims, nats.
         gate_bias: initial bias of every gate.
         lora_rank, lora_alpha: of the adapters, when those are trained.
+        lora_targets: the linear maps that they go on; all of the attention if there are none.
         control: train the dense control as well.
         training: how to train.
     """
@@ -89,6 +92,7 @@ class RunConfig:
     gate_bias: float = -2.0
     lora_rank: int = 16
     lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = ()
     control: bool = True
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -102,7 +106,8 @@ class RunConfig:
         """The configuration that ``dataclasses.asdict`` turned into ``values``."""
         training = dict(values["training"])
         training["multiplier"] = MultiplierConfig(**training["multiplier"])
-        return cls(**{**values, "training": TrainingConfig(**training)})
+        targets = tuple(values.get("lora_targets", ()))
+        return cls(**{**values, "lora_targets": targets, "training": TrainingConfig(**training)})
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,11 @@ class Run:
     def model(self) -> Path:
         """The saved sparse model."""
         return self.folder / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """Adapters and gates of a run with LoRA."""
+        return self.folder / "adapter"
 
     @property
     def dense(self) -> str:
@@ -242,7 +252,7 @@ def _begin(
     """Write what a run starts from, or check that it is there; gives the dense model and its tokenizer."""
     check_watchers(report_to)
     if resume:
-        for target in (run.folder, run.model, run.control, *(run.folder / name for name in _CHECKPOINTS)):
+        for target in (run.folder, run.model, run.adapter, run.control, *(run.folder / name for name in _CHECKPOINTS)):
             remove_staging(target)
         if run.folder.exists():
             _check_same(run.config(), config, run.folder)
@@ -250,6 +260,8 @@ def _begin(
         raise GossamerError(f"{run.folder} exists already; go on with it by --resume, or give another --out")
     dense, tokenizer = load_dense(config.model)
     architecture_of(dense)
+    if config.training.train == "lora":
+        adapter_targets(dense, config.lora_targets)
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
         blocks = _load_blocks(config, dense, tokenizer)
@@ -267,7 +279,10 @@ def train_begun(
     warn: Callable[[str], None],
     report_to: Sequence[str] = (),
 ) -> None:
-    """Train what a run that was begun does not have yet: the sparse model and, if wanted, the dense control."""
+    """Train what a run that was begun does not have yet: the sparse model and, if wanted, the dense control.
+
+    ``dense`` itself becomes the sparse model where adapters are trained, so that there is one copy of its weights.
+    """
     record = run.record()
     tau_dense, tau = record["measured"]["loss_dense"], record["measured"]["tau"]
     if config.training.constraint == "ce" and tau < tau_dense:
@@ -277,6 +292,8 @@ def train_begun(
         )
     if not run.model.exists():
         _train_sparse(run, config, dense, tokenizer, tau, report_to, console, warn)
+        if config.training.train == "lora" and config.control:
+            dense = load_dense(run.dense)[0]
     if config.control and not run.control.exists():
         _train_control(run, config, dense, console, warn)
 
@@ -352,10 +369,11 @@ def _train_sparse(
     warn: Callable[[str], None],
 ) -> None:
     training = config.training
-    model = sparsify(dense, gate_bias=config.gate_bias)
+    lora = training.train == "lora"
+    model = sparsify(dense, gate_bias=config.gate_bias, inplace=lora)
     _prepare(model, config)
     reference = None
-    if training.constraint == "kl":
+    if training.constraint == "kl" and not lora:
         reference = copy.deepcopy(dense).to(_device())
         if training.precision == "bf16":
             reference = reference.to(torch.bfloat16)
@@ -385,7 +403,8 @@ def _train_sparse(
                 warn(
                     f"the last step missed the bound or was less sparse; the model kept is that of step {selected.step}"
                 )
-        if training.train == "lora":
+        if lora:
+            save_adapter(model, run.adapter)
             merge_adapters(model)
         save(model, run.model, tokenizer, whole)
         shutil.rmtree(run.folder / _CHECKPOINTS[0], ignore_errors=True)
@@ -417,10 +436,13 @@ def _train_control(
 
 def _prepare(model: PreTrainedModel, config: RunConfig) -> None:
     if config.training.train == "lora":
-        add_adapters(model, rank=config.lora_rank, alpha=config.lora_alpha)
-        for name, parameter in model.named_parameters():
-            if name.endswith("gate_bias"):
-                parameter.requires_grad_(True)
+        add_adapters(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_targets,
+            seed=config.training.seed,
+        )
     else:
         choose_trained(model, config.training.train)
 

@@ -43,6 +43,7 @@ from gossamer.models.architectures import attention_modules
 from gossamer.models.attention import counted_links, sampled_gates
 from gossamer.models.checkpoint import read_weights, write_model
 from gossamer.models.convert import is_gated
+from gossamer.models.lora import as_dense
 from gossamer.ops import fold_seed
 from gossamer.training.checkpoints import checkpoints, fault, seal
 from gossamer.training.constraint import (
@@ -342,7 +343,8 @@ class SparsityTrainer(PostTrainer):
 
     Args:
         model: the gated model.
-        reference: the dense model it was made from, frozen; needed for the constraint ``kl`` only.
+        reference: the dense model it was made from, frozen, for the constraint ``kl``; None where only gates and
+            adapters are trained: the model holds the dense one itself.
         bound: what the constrained quantity may be at most, nats: tau or epsilon.
         validation: blocks on which it is measured.
     """
@@ -406,9 +408,9 @@ class SparsityTrainer(PostTrainer):
         """Cross-entropy, or KL(dense || sparse): what may not exceed the bound."""
         if self.config.constraint == "ce":
             return cross_entropy(logits, input_ids, self.config.prompt_tokens)
-        assert self.reference is not None
-        with torch.no_grad():
-            dense_logits = self.reference(input_ids=input_ids, use_cache=False).logits
+        reference = as_dense(self.model) if self.reference is None else nullcontext(self.reference)
+        with torch.no_grad(), reference as dense:
+            dense_logits = dense(input_ids=input_ids, use_cache=False).logits
         return kl_divergence(dense_logits, logits, self.config.prompt_tokens)
 
     @torch.no_grad()

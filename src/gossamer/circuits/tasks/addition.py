@@ -29,7 +29,7 @@ def _text(a: int, b: int) -> str:
 
 def _before(tokenizer: PreTrainedTokenizerBase) -> str:
     """What stands before the sum, by what the tokenizer can write."""
-    ids = tokenizer("1\n")["input_ids"]
+    ids = tokenizer("1\n", verbose=False)["input_ids"]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         return ""
     return "".join(_text(a, b) + "\n" for a, b in WORKED)
@@ -45,7 +45,7 @@ def _other_carry(source: random.Random, a: int, b: int) -> tuple[int, int, int]:
 
 def _examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:
     before = _before(tokenizer)
-    digits = tokenizer("0123456789", add_special_tokens=False)["input_ids"]
+    digits = tokenizer("0123456789", add_special_tokens=False, verbose=False)["input_ids"]
     if len(digits) != 10 or len(set(digits)) != 10:
         raise GossamerError("addition cannot be asked with this tokenizer: it does not write one token a digit")
     while True:

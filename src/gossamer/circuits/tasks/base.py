@@ -215,7 +215,7 @@ def next_tokens(prompt: str, texts: Sequence[str], tokenizer: PreTrainedTokenize
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def _most_common(dropped: Sequence[Dropped]) -> str:

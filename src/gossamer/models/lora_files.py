@@ -1,0 +1,235 @@
+"""What LoRA trained of a gated model, in a directory of its own, without the dense model below it.
+
+    adapter_config.json, adapter_model.safetensors   the adapters as peft writes and loads them
+    gossamer_gates.safetensors                       the gate biases; what the dense model has to look like
+    README.md                                        the model card
+
+The dense model is known again by its family, the shapes of all its weights, and :data:`SAMPLES` values of each. So a
+model of the same shapes but other weights, on which the adapters would mean nothing, is refused too.
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gossamer.errors import GossamerError
+from gossamer.files import written_beside
+from gossamer.models.architectures import attention_modules
+from gossamer.models.checkpoint import gate_biases
+from gossamer.models.convert import is_gated, sparsify
+from gossamer.models.lora import has_adapters, inject_adapters, merge_adapters
+from gossamer.models.pretrained import load_dense
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+FORMAT = 1
+"""Version of ``gossamer_gates.safetensors``."""
+
+SAMPLES = 4
+"""Values kept of each weight of the dense model, evenly spaced."""
+
+_GATES = "gossamer_gates.safetensors"
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # of peft's names in a file
+
+_CARD = """---
+library_name: peft
+base_model: {base}
+tags: [lora, gossamer]
+---
+
+# LoRA adapters and attention gates made with gossamer
+
+For a {family} model with hard on/off gates on its attention links. The adapters were trained under these gates:
+
+    model = gossamer.load_adapter("path/to/this/directory", base="{base}")
+
+Plain peft loads the adapters too, but not the gates; without them the model has a much higher loss.
+"""
+
+
+def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+    """Write adapters and gates of a gated model, without the weights below, for :func:`load_adapter`.
+
+    Args:
+        model: gated, with adapters on it that are not merged.
+        path: the directory; one that exists is replaced, whole or not at all.
+
+    Raises:
+        GossamerError: if the model has no gates or no adapters, or the directory cannot be written.
+    """
+    if not is_gated(model):
+        raise GossamerError("this model has no gates; peft saves the adapters of a dense model")
+    if not has_adapters(model):
+        raise GossamerError("this model has no adapters; gossamer.save(model, path) saves it whole")
+    from peft import get_peft_model_state_dict
+
+    config = copy.copy(next(iter(model.peft_config.values())))
+    config.inference_mode = True
+    base = config.base_model_name_or_path or "unknown"
+    # Not "auto": that asks the Hub for the dense model's configuration.
+    adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = _base_weights(model)
+    described = {
+        "format": FORMAT,
+        "base_model_type": model.config.model_type,
+        "heads": model.config.num_attention_heads,
+        "base_shapes": {name: list(weight.shape) for name, weight in weights.items()},
+    }
+    with written_beside(Path(path)) as staging:
+        config.save_pretrained(str(staging))
+        named = {f"{_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in adapters.items()}
+        save_file(named, staging / _WEIGHTS, metadata={"format": "pt"})
+        gates = {"gate_bias": gate_biases(model).cpu().contiguous(), "base_samples": samples(weights)}
+        save_file(gates, staging / _GATES, metadata={"gossamer": json.dumps(described)})
+        (staging / "README.md").write_text(_CARD.format(base=base, family=model.config.model_type))
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    base: PreTrainedModel | str | os.PathLike[str],
+    *,
+    merge: bool = True,
+    inplace: bool = False,
+) -> PreTrainedModel:
+    """The gated model of which :func:`save_adapter` wrote adapters and gates, in ``eval()`` mode.
+
+    Args:
+        path: the directory.
+        base: the dense model it was made from, or its name or directory as for
+            :func:`gossamer.models.pretrained.load_dense`.
+        merge: add the adapters into the weights, which gives exactly the model that a run saves; else they stay
+            adapters and can be trained further.
+        inplace: change ``base`` itself instead of a copy, where it is a model.
+
+    Raises:
+        GossamerError: if there is no such directory or it is not whole; if ``base`` is of another family or other
+            shapes, or has other weights than those the adapters were trained on.
+    """
+    folder = Path(path)
+    described, gates = _read_gates(folder)
+    config, adapters = _read_adapters(folder)
+    if isinstance(base, PreTrainedModel):
+        name = base.name_or_path or "the model given"
+        model = base
+    else:
+        name = str(base)
+        model, inplace = load_dense(name)[0], True
+    _check_base(model, name, folder, described, gates["base_samples"])
+    model = sparsify(model, inplace=inplace)
+    for module, bias in zip(attention_modules(model), gates["gate_bias"], strict=True):
+        module.get_parameter("gate_bias").data.copy_(bias)
+    _put_on(model, config, adapters, folder)
+    if merge:
+        merge_adapters(model)
+    return model.eval()
+
+
+def _base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of the dense model below gates and adapters, by their names in it."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name and not name.endswith("gate_bias")
+    }
+
+
+def samples(weights: dict[str, Tensor]) -> Tensor:
+    """Values of each weight, ``[weights, SAMPLES]``, float32: the first, the last, and those evenly between."""
+    rows = []
+    for weight in weights.values():
+        # Not linspace: in float32 it passes the end of a large weight.
+        places = torch.arange(SAMPLES, device=weight.device) * (weight.numel() - 1) // (SAMPLES - 1)
+        rows.append(weight.detach().flatten()[places].float().cpu())
+    return torch.stack(rows)
+
+
+def _check_base(model: PreTrainedModel, name: str, folder: Path, described: dict[str, Any], known: Tensor) -> None:
+    if is_gated(model) or has_adapters(model):
+        raise GossamerError(f"{name} has gates or adapters already; give the dense model that {folder} was trained on")
+    family = described["base_model_type"]
+    if model.config.model_type != family:
+        raise GossamerError(
+            f"{folder} was trained on a {family} model, but {name} is a {model.config.model_type} model"
+        )
+    if (heads := described["heads"]) != model.config.num_attention_heads:
+        raise GossamerError(
+            f"{folder} was trained on a model of {heads} heads a layer; {name} has {model.config.num_attention_heads}"
+        )
+    weights = _base_weights(model)
+    shapes = {key: list(weight.shape) for key, weight in weights.items()}
+    for key, wanted in described["base_shapes"].items():
+        if shapes.get(key) != wanted:
+            found = f"of shape {shapes[key]}" if key in shapes else "missing"
+            raise GossamerError(
+                f"{folder} was trained on a model whose {key} has shape {wanted}; in {name} it is {found}"
+            )
+    if more := sorted(set(shapes) - set(described["base_shapes"])):
+        raise GossamerError(f"{folder} was trained on a model without {more[0]}, which {name} has")
+    ordered = {key: weights[key] for key in described["base_shapes"]}
+    # Wide enough for a base that went through bfloat16 on one of the two sides.
+    same = torch.isclose(samples(ordered), known, rtol=2**-7, atol=1e-6).all(dim=1)
+    if not same.all():
+        key = list(ordered)[int(same.int().argmin())]
+        raise GossamerError(f"{name} is not the model that {folder} was trained on: its {key} has other values")
+
+
+def _put_on(model: PreTrainedModel, config: "LoraConfig", adapters: dict[str, Tensor], folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+
+    config.inference_mode = False
+    try:
+        inject_adapters(model, config)
+        found = set_peft_model_state_dict(model, adapters)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise GossamerError(f"{folder / _WEIGHTS} does not fit {_CONFIG} beside it: {reason}") from error
+    wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
+    if wrong:
+        raise GossamerError(f"{folder / _WEIGHTS} does not fit {_CONFIG} beside it: {wrong[0]}")
+
+
+def _read_gates(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    file = folder / _GATES
+    if not file.exists():
+        raise GossamerError(f"{folder} holds no adapters that gossamer saved: it has no {_GATES}")
+    try:
+        with safe_open(file, framework="pt") as stream:
+            described = json.loads((stream.metadata() or {})["gossamer"])
+            gates = {name: stream.get_tensor(name) for name in ("gate_bias", "base_samples")}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise GossamerError(f"{file} is cut short or of another kind: {error}") from error
+    if described.get("format") != FORMAT:
+        raise GossamerError(f"{file} has format {described.get('format')}; this version of gossamer reads {FORMAT}")
+    return described, gates
+
+
+def _read_adapters(folder: Path) -> tuple["LoraConfig", dict[str, Tensor]]:
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise GossamerError("adapters need the package peft: pip install 'gossamer[lora]'") from error
+    # peft would look for a missing file on the Hub.
+    for name in (_CONFIG, _WEIGHTS):
+        if not (folder / name).exists():
+            raise GossamerError(f"{folder} is not whole: it has no {name}")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise GossamerError(f"{folder / _CONFIG} is not a configuration that peft can read: {error}") from error
+    if config.peft_type != "LORA":
+        raise GossamerError(f"{folder} holds adapters of the kind {config.peft_type}; gossamer trains LORA only")
+    try:
+        return config, load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise GossamerError(f"{folder / _WEIGHTS} is cut short or of another kind: {error}") from error

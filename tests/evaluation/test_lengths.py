@@ -1,0 +1,60 @@
+"""A run at other lengths than it was trained at."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gossamer.cli import main
+from gossamer.errors import GossamerError
+from gossamer.evaluation.evaluate import evaluate_run
+from gossamer.evaluation.lengths import add_lengths
+from gossamer.training.run import Run, RunConfig, post_train
+from gossamer.training.trainer import TrainingConfig
+
+
+@pytest.fixture(scope="module")
+def run(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    training = TrainingConfig(steps=12, batch_size=4, checkpoint_every=0, gate_learning_rate=0.1)
+    # So much held-out text is asked for that all there is gets measured.
+    config = RunConfig(
+        str(saved_llama), str(text), seq_len=16, validation_tokens=16, held_out_tokens=10**6, control=False,
+        training=training,
+    )  # fmt: skip
+    finished = post_train(config, tmp_path_factory.mktemp("runs") / "run")
+    evaluate_run(finished)
+    return finished
+
+
+def test_the_length_of_training_gives_the_figures_of_the_run(run: Run) -> None:
+    before = json.loads(run.metrics.read_text())
+    after = add_lengths(run, [16, 32, 7])
+    assert {key: value for key, value in after.items() if key != "lengths"} == before
+    assert json.loads(run.metrics.read_text()) == after
+    own, longer, shorter = after["lengths"]
+    for key in ("tokens_evaluated", "loss_dense", "loss_sparse", "kl", "open_fraction", "open_links_per_query"):
+        assert own[key] == pytest.approx(before[key], rel=1e-5), key
+    assert [row["seq_len"] for row in (own, longer, shorter)] == [16, 32, 7]
+    assert longer["open_links_per_query"] > own["open_links_per_query"] > shorter["open_links_per_query"] > 0
+
+
+def test_every_key_is_documented(run: Run) -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert [key for key in add_lengths(run, [8])["lengths"][0] if f"`{key}`" not in documented] == []
+
+
+@pytest.mark.parametrize(("lengths", "complaint"), [("8,x", "not a list of numbers"), ("1", "2 tokens or more")])
+def test_bad_lengths_are_refused_in_one_line(run: Run, lengths: str, complaint: str, monkeypatch, capsys) -> None:
+    before = run.metrics.read_text()
+    monkeypatch.setattr(sys, "argv", ["gossamer", "evaluate", str(run.folder), "--lengths", lengths])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert run.metrics.read_text() == before
+
+
+def test_a_length_over_the_context_is_refused(run: Run) -> None:
+    with pytest.raises(GossamerError, match="length 100000 is out of reach"):
+        add_lengths(run, [100_000])

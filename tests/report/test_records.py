@@ -1,0 +1,141 @@
+"""Records, figures and the commands that draw them, on what tiny runs leave."""
+
+import asyncio
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.tasks import TASKS
+from gossamer.cli import main
+from gossamer.demo.demonstrate import DemoConfig, demonstrate
+from gossamer.errors import GossamerError
+from gossamer.report.plots import all_figures, circuit_figure, heads_figure
+from gossamer.report.records import load_records
+from gossamer.report.series import faithfulness_charts, loss_chart, training_charts
+from gossamer.training.run import Run
+from gossamer.training.trainer import TrainingConfig
+
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "example.ipynb"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo cut short, with circuits."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    training = TrainingConfig(
+        steps=6, batch_size=16, prompt_tokens=6, checkpoint_every=0, learning_rate=1e-3, gate_learning_rate=1e-3
+    )
+    config = DemoConfig(
+        width=16, layers=2, heads=2, dense=training, sparse=training, validation=20, held_out=40, circuit_prompts=0
+    )
+    demonstrate(folder, config)
+    compare_circuits(Run(folder), TASKS["addition"], SearchConfig(examples=6, steps=1, forced=True))
+    return folder
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])
+    code = 0
+    try:
+        main()
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    return code, *capsys.readouterr()
+
+
+def test_series_are_the_records_numbers(run: Path) -> None:
+    records = load_records(run)
+    assert records.metrics is not None
+    constraint, links, multiplier = training_charts(records)
+    assert [point[0] for point in multiplier.series[0].points] == [1, 2, 3, 4, 5, 6]
+    assert links.series[0].points[-1][1] == records.training[-1]["open_fraction"]
+    assert constraint.series[-1].points[0][1] == records.metrics["tau"]
+    series = {one.name: one.points for one in loss_chart(records.metrics).series}
+    assert series["sparse"] == ((records.metrics["open_fraction"], records.metrics["loss_sparse"]),)
+    assert len(series["dense, top-k"]) + len(series["dense, top-k renormalised"]) == len(records.metrics["topk"])
+    task = records.tasks["addition"]
+    charts = faithfulness_charts(task.circuits)
+    points = task.circuits["models"]["sparse"]["levels"]["edges"]["points"]
+    assert charts[1].series[1].points == tuple((point["size"], point["faithfulness"]) for point in points)
+
+
+def test_every_figure_is_drawn(run: Path, tmp_path: Path) -> None:
+    records = load_records(run)
+    figures = dict(all_figures(records))
+    assert {"training_constraint", "loss", "heads", "attention_0", "circuit_addition"} <= set(figures)
+    assert {f"faithfulness_addition_{level}" for level in ("nodes", "edges", "links")} <= set(figures)
+    assert records.metrics is not None
+    drawn = heads_figure(records.metrics).axes[0].images[0].get_array()
+    assert np.allclose(drawn.filled(0), records.metrics["open_fraction_per_head"])
+    links = records.tasks["addition"].links
+    assert links is not None
+    axes = circuit_figure(links, 2).axes
+    assert [len(part.lines) for part in axes] == [len(model["links"]) for model in links["models"].values()]
+    figures["loss"].savefig(tmp_path / "loss.svg")
+    assert (tmp_path / "loss.svg").stat().st_size > 1000
+
+
+def test_the_commands_write_pages_and_figures(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    code, said, _ = command(
+        monkeypatch, capsys, "report", run, "--out", tmp_path / "p.html", "--figures", tmp_path / "f"
+    )
+    assert (code, said.strip()) == (0, str(tmp_path / "p.html"))
+    assert "</html>" in (tmp_path / "p.html").read_text()
+    names = {file.stem for file in (tmp_path / "f").iterdir()}
+    assert names == set(dict(all_figures(load_records(run))))
+    before = {file: file.stat().st_mtime for file in run.rglob("*")}
+    code, _, _ = command(monkeypatch, capsys, "view", run, "12+34=", "--out", tmp_path / "v.html")
+    assert code == 0
+    assert '"note":"your prompt"' in (tmp_path / "v.html").read_text()
+    assert {file: file.stat().st_mtime for file in run.rglob("*")} == before
+
+
+def test_what_cannot_be_shown_is_refused_in_one_line(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def refused(*arguments: object) -> str:
+        code, _, errors = command(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert len(errors.strip().splitlines()) == 1
+        return errors
+
+    assert "is not a run" in refused("report", tmp_path)
+    assert "is not a run" in refused("view", tmp_path / "missing", "text")
+    assert "prompt is empty" in refused("view", run, "")
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "training.jsonl").write_text('{"step": 1}\n{"step": 2')
+    assert "training.jsonl, line 2: not valid JSON" in refused("report", copy, "--out", tmp_path / "no.html")
+    (copy / "training.jsonl").unlink()
+    (copy / "findings.json").write_text("{")
+    assert "findings.json is not valid JSON" in refused("report", copy, "--out", tmp_path / "no.html")
+    assert not (tmp_path / "no.html").exists()
+
+
+def test_records_in_a_notebook_show_escaped_figures(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "<i>"
+    shutil.copytree(run, folder)
+    records = load_records(folder)
+    shown = records._repr_html_()
+    assert "&lt;i&gt;" in shown
+    assert "<i>" not in shown
+    assert f"<td>{records.metrics['open_fraction']:.4g}</td>" in shown
+    assert "open fraction=" in repr(records)
+    with pytest.raises(GossamerError, match="is not a run"):
+        load_records(tmp_path / "nowhere")
+
+
+def test_the_example_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    asyncio.run(NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).async_execute())
+    kinds = [set(output.get("data", {})) for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in kind for kind in kinds) == 2
+    assert sum("text/html" in kind for kind in kinds) == 1
+    assert "open fraction" in json.dumps(notebook.cells[-3]["outputs"])
