@@ -19,8 +19,8 @@ exact in float32, and lies in [2^-24, 1 - 2^-24]. The multipliers are those of t
 (C. Wellons, "hash-prospector", public domain).
 
 ``batch`` counts the rows of the whole batch of a training step, over its forward passes and processes: a part of it
-draws the noise that its rows have in the whole. ``i`` and ``j`` count from the row's first real token, so neither padding (left or right) nor
-truncating a sequence changes the noise of the pairs that stay.
+draws the noise that its rows have in the whole. ``i`` and ``j`` count from the row's first real token, so neither
+padding (left or right) nor truncating a sequence changes the noise of the pairs that stay.
 """
 
 from dataclasses import dataclass

@@ -292,7 +292,8 @@ class PostTrainer(Trainer):
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
             raise GossamerError(
-                f"cannot write {self.folder / checkpoint}: {_first_line(error)}; the checkpoints before it are untouched"
+                f"cannot write {self.folder / checkpoint}: {_first_line(error)}; "
+                "the checkpoints before it are untouched"
             ) from error
 
     def whole_weights(self) -> dict[str, Tensor] | None:
