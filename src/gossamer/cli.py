@@ -202,7 +202,7 @@ def sparsify(
 
     Leaves in --out: model/ (the sparse model), control/ (the dense model fine-tuned alike), metrics.json
     (the figures), training.jsonl (every step), config.json (all settings); with lora also adapter/ (adapters and
-    gates alone). In several processes: torchrun --nproc_per_node 2 -m gossamer sparsify MODEL ...
+    gates alone). In several processes: torchrun --nproc_per_node 2 -m gossamer sparsify MODEL ... (see launch-file).
     """
     from gossamer.training.constraint import MultiplierConfig
     from gossamer.training.memory import keep_freed_memory
@@ -251,6 +251,17 @@ def sparsify(
     leave()
     if here.is_main_process:
         _evaluate(Run(run.folder), Precision.fp32, 8)
+
+
+@app.command("launch-file")
+def launch_file(name: Annotated[str, typer.Argument(help="ddp, fsdp2 or deepspeed.")]) -> None:
+    """Print where the configuration NAME for several processes is: accelerate launch --config_file takes it.
+
+    accelerate launch --config_file "$(gossamer launch-file fsdp2)" --num_processes 8 -m gossamer sparsify MODEL ...
+    """
+    from gossamer.training import launch
+
+    print(launch.launch_file(name))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -54,10 +54,7 @@ unknown to it and there is no `model.safetensors`. The one line that loads it:
 
 
 def save(
-    model: PreTrainedModel,
-    path: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    state_dict: dict[str, torch.Tensor] | None = None,
+    model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Write a gated model to a directory that :func:`load` reads back to the same logits.
 
@@ -65,7 +62,6 @@ def save(
         model: a gated model.
         path: the directory; one that exists is replaced, whole or not at all.
         tokenizer: saved along if given.
-        state_dict: all weights in full, where the model's own are in parts in several processes.
 
     Raises:
         GossamerError: if the model has no gates or has adapters, or the directory cannot be written.
@@ -76,7 +72,7 @@ def save(
             "gossamer.merge_adapters(model) adds them to its weights"
         )
     with written_beside(Path(path)) as staging:
-        write_model(model, staging, tokenizer, state_dict)
+        write_model(model, staging, tokenizer)
 
 
 def write_model(
@@ -85,7 +81,10 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase | None,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the files of :func:`save` into an existing folder."""
+    """Write the files of :func:`save` into an existing folder.
+
+    ``state_dict`` are all weights in full, where the model's own are in parts in several processes.
+    """
     if not is_gated(model):
         raise GossamerError("this model has no gates; save a dense model with save_pretrained")
     config = model.config.to_dict()
@@ -98,10 +97,15 @@ def write_model(
     (folder / "README.md").write_text(_CARD.format(base=base, family=model.config.model_type))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    tensors = model.state_dict() if state_dict is None else state_dict
+    tensors = model.state_dict() if state_dict is None else {n: _own_storage(t) for n, t in state_dict.items()}
     save_torch_state_dict(tensors, folder, filename_pattern="gossamer{suffix}.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    # What was gathered from several processes may be a view of a padded buffer, which safetensors refuses.
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def load(

@@ -403,10 +403,13 @@ def _train_sparse(
                 warn(
                     f"the last step missed the bound or was less sparse; the model kept is that of step {selected.step}"
                 )
+        if whole is not None:
+            model = sparsify(load_dense(run.dense)[0], gate_bias=config.gate_bias, inplace=True)
+            _put_together(model, whole, config)
         if lora:
             save_adapter(model, run.adapter)
             merge_adapters(model)
-        save(model, run.model, tokenizer, whole)
+        save(model, run.model, tokenizer)
         shutil.rmtree(run.folder / _CHECKPOINTS[0], ignore_errors=True)
 
 
@@ -427,11 +430,20 @@ def _train_control(
     with together():
         if not processes().is_main_process:
             return
+        if whole is not None:
+            control = load_dense(run.dense)[0]
+            _put_together(control, whole, config)
         if config.training.train == "lora":
             merge_adapters(control)
         with written_beside(run.control) as staging:
-            control.save_pretrained(staging, state_dict=whole)
+            control.save_pretrained(staging)
         shutil.rmtree(run.folder / _CHECKPOINTS[1], ignore_errors=True)
+
+
+def _put_together(model: PreTrainedModel, weights: dict[str, Tensor], config: RunConfig) -> None:
+    """Give a fresh model, on the first process, the weights of one that was trained in shards."""
+    _prepare(model, config)
+    model.load_state_dict(weights)
 
 
 def _prepare(model: PreTrainedModel, config: RunConfig) -> None:

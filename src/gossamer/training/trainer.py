@@ -17,12 +17,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 import torch
+from accelerate.utils import AutocastKwargs
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import attention_modules
@@ -184,6 +186,9 @@ class PostTrainer(Trainer):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         super().__init__(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks)
+        if self.is_fsdp_enabled:
+            # FSDP's own would round the gate biases to bfloat16 too; see autocast_smart_context_manager.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
         self.measured: list[dict[str, float]] = []
@@ -225,6 +230,12 @@ class PostTrainer(Trainer):
             self._stop_diverged(value)
         self.measured.append(dict(zip(measured, figures, strict=True)))
         return loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
+        """Autocast where accelerate does not wrap the model in it itself; casts of whole weights are not kept."""
+        if self.is_fsdp_enabled:
+            return cast(AbstractContextManager[None], self.accelerator.autocast(AutocastKwargs(cache_enabled=False)))
+        return cast(AbstractContextManager[None], super().autocast_smart_context_manager(cache_enabled))
 
     def mean_over_processes(self, figures: Sequence[float]) -> list[float]:
         """The mean of each figure over the processes, the same bits on all of them."""
@@ -310,7 +321,9 @@ class PostTrainer(Trainer):
         """Write what a subclass keeps besides weights, optimiser and schedule."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if is_gated(self.model):
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint)
+        elif is_gated(self.model) and not self.is_fsdp_enabled:
             self.model.load_state_dict(read_weights(Path(resume_from_checkpoint)), strict=False)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

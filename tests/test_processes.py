@@ -1,0 +1,219 @@
+"""Several processes that train one model, as torchrun and accelerate start them, with gloo between them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from safetensors.torch import load_file
+
+from families import tiny_model
+from gossamer.training.launch import launch_file
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+SETTINGS = ["--seq-len", "16", "--held-out-tokens", "128", "--validation-tokens", "208", "--tokens", str(40 * 128),
+            "--checkpoint-every", "10"]  # fmt: skip
+ONE = [sys.executable, "-m", "gossamer"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gossamer"]
+
+
+def sharded(folder: Path) -> list[str]:
+    """The FSDP2 configuration that ships, for CPUs."""
+    file = folder / "fsdp2.yaml"
+    file.write_text(launch_file("fsdp2").read_text() + "use_cpu: true\n")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    return [*launcher, "--main_process_port", port, str(Path(__file__).parent / "accelerators.py")]
+
+
+def train(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [*launcher, "sparsify", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+
+
+def steps(run: Path, log: str = "training.jsonl") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / log).read_text().splitlines()]
+
+
+def difference(a: Path, b: Path, part: str = "model/gossamer.safetensors") -> float:
+    first, second = load_file(a / part), load_file(b / part)
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@pytest.fixture(scope="module")
+def pair(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
+    """A run of two processes that nothing interrupted, and its arguments but --out."""
+    out = tmp_path_factory.mktemp("pair") / "run"
+    arguments = [saved_llama, "--text", text, *SETTINGS, "--precision", "fp32", "--batch-size", 4]
+    result = train(TWO, *arguments, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Constraint met") == 1
+    return out, arguments
+
+
+def assert_same_trajectory(a: Path, b: Path) -> None:
+    for first, second in zip(steps(a), steps(b), strict=True):
+        for key in ("constrained", "expected_open_fraction", "open_fraction", "multiplier", "constrained_held_out"):
+            assert (key in first) == (key in second)
+            assert first.get(key, 0.0) == pytest.approx(second.get(key, 0.0), rel=1e-4, abs=1e-7), (first["step"], key)
+    assert difference(a, b) < 2e-4
+
+
+def test_two_processes_are_one_with_twice_the_batch(pair, saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    """The validation blocks (13) do not fill the turns of both, and the first steps sample their gates."""
+    two, arguments = pair
+    one = tmp_path / "one"
+    result = train(ONE, *arguments[:-1], 8, "--out", one)
+    assert result.returncode == 0, result.stderr
+    assert {step["sampled"] for step in steps(one)} == {0.0, 1.0}
+    assert_same_trajectory(two, one)
+    for first, second in zip(steps(two, "control.jsonl"), steps(one, "control.jsonl"), strict=True):
+        assert first["constrained"] == pytest.approx(second["constrained"], rel=1e-4)
+    figures = [json.loads((run / "metrics.json").read_text()) for run in (two, one)]
+    for key in ("loss_sparse", "loss_dense_control", "open_fraction", "kl"):
+        assert figures[0][key] == pytest.approx(figures[1][key], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--constraint", "kl", "--epsilon", 0.3], marks=pytest.mark.slow),
+        ["--constraint", "kl", "--epsilon", 0.3, "--train", "lora", "--learning-rate", 3e-3],
+    ],
+    ids=["kl", "lora"],
+)
+def test_accumulation_over_processes_is_one_large_batch(
+    options: list[object], saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    runs = []
+    for launcher, sizes in ((TWO, [2, "--gradient-accumulation", 2]), (ONE, [8])):
+        runs.append(tmp_path / str(len(runs)))
+        result = train(launcher, saved_llama, "--text", text, *SETTINGS, *options, "--precision", "fp32",
+                       "--no-control", "--out", runs[-1], "--batch-size", *sizes)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    assert_same_trajectory(*runs)
+
+
+def kill(launcher: list[str], arguments: list[object], out: Path, victim: int) -> str:
+    """Begin a run, kill one of its processes after its second checkpoint; what was said to stderr."""
+    line = [*launcher, "sparsify", *map(str, arguments), "--out", str(out)]
+    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "checkpoints/checkpoint-20").exists():
+        time.sleep(0.002)
+    assert process.poll() is None, process.stderr.read()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = str(out) in (path / "cmdline").read_text().split("\0")
+            if ours and f"RANK={victim}" in (path / "environ").read_text().split("\0"):
+                os.kill(int(path.name), signal.SIGKILL)
+        except (OSError, UnicodeDecodeError):
+            continue
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    return said
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_killed_ends_all_and_the_run_goes_on(pair, victim: int, tmp_path: Path) -> None:
+    whole, arguments = pair
+    out = tmp_path / "killed"
+    said = kill(TWO, arguments, out, victim)
+    ours = [line for line in said.splitlines() if line.startswith("gossamer: ")]
+    assert len(ours) == 1, said
+    assert "another process of the run ended" in ours[0]
+    assert "--resume" in ours[0]
+    result = train(TWO, *arguments, "--out", out, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert difference(whole, out) == difference(whole, out, "control/model.safetensors") == 0
+    assert len(steps(out)) == 40
+
+
+def test_what_ends_one_process_is_said_once(pair, saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    out, arguments = pair
+    others = {
+        "begun with 2 processes, not 1": (ONE, [*arguments, "--out", out, "--resume"]),
+        "exists already": (TWO, [*arguments, "--out", out]),
+        "no-such-model": (TWO, ["no-such-model", *arguments[1:], "--out", tmp_path / "none"]),
+    }
+    for words, (launcher, line) in others.items():
+        result = train(launcher, *line)
+        said = [row for row in result.stderr.splitlines() if row.startswith("gossamer: ")]
+        assert result.returncode != 0
+        assert len(said) == 1, result.stderr
+        assert words in said[0]
+        assert "gossamer/" not in result.stderr.split("torch.distributed.elastic", 1)[0], result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(["--precision", "bf16"], marks=pytest.mark.slow), ["--precision", "bf16", "--train", "lora"]],
+)
+def test_shards_train_what_whole_models_train(
+    options: list[object], saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = [saved_llama, "--text", text, *SETTINGS, *options, "--batch-size", 4]
+    result = train(TWO, *arguments, "--out", tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    result = train(sharded(tmp_path), *arguments, "--out", tmp_path / "parts")
+    assert result.returncode == 0, result.stderr
+    assert_same_trajectory(tmp_path / "parts", tmp_path / "whole")
+    assert difference(tmp_path / "parts", tmp_path / "whole", "control/model.safetensors") < 2e-4
+
+
+@pytest.mark.slow
+def test_a_sharded_run_of_tied_weights_goes_on_after_a_kill(tokenizer, text: Path, tmp_path: Path) -> None:
+    model = tmp_path / "gpt2"
+    tiny_model("gpt2").save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    arguments = [model, "--text", text, *SETTINGS, "--precision", "fp32", "--batch-size", 4, "--no-control"]
+    assert train(TWO, *arguments, "--out", tmp_path / "whole").returncode == 0
+    kill(sharded(tmp_path), arguments, tmp_path / "parts", 1)
+    result = train(sharded(tmp_path), *arguments, "--out", tmp_path / "parts", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_trajectory(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_accelerate_reads_the_launch_files() -> None:
+    for name in ("ddp", "fsdp2", "deepspeed"):
+        config = load_config_from_file(str(launch_file(name)))
+        assert isinstance(config, ClusterConfig)
+        assert config.num_processes == 2
+    result = subprocess.run([*ONE, "launch-file", "ddp"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert Path(result.stdout.strip()) == launch_file("ddp")
+
+
+def test_parts_of_a_batch_draw_the_noise_of_the_whole() -> None:
+    from gossamer.ops import gated_attention
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(6, 4, 17, 8) for _ in range(3))
+    bias = torch.randn(4)
+    for implementation in ("naive", "chunked"):
+        whole = gated_attention(q, k, v, bias, sample=True, seed=5, implementation=implementation)
+        parts = [
+            gated_attention(
+                q[rows],
+                k[rows],
+                v[rows],
+                bias,
+                sample=True,
+                seed=5,
+                first_row=rows.start,
+                implementation=implementation,
+            )
+            for rows in (slice(0, 2), slice(2, 6))
+        ]
+        assert torch.equal(torch.cat([part.expected_open for part in parts]), whole.expected_open)
+        torch.testing.assert_close(torch.cat([part.output for part in parts]), whole.output)
