@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, real files, kills, full disks, every bad input."""
 
+import gzip
 import json
 import os
 import re
@@ -83,6 +84,58 @@ def test_evaluate_and_inspect_repeat_the_figures(finished) -> None:
         shown = gossamer_command("inspect", target)
         assert shown.returncode == 0
         assert word in shown.stdout
+
+
+@pytest.fixture(scope="module")
+def folder_of_text(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documents of ``text`` in three files."""
+    folder = tmp_path_factory.mktemp("folder")
+    with gzip.open(text, "rt", encoding="utf-8") as stream:
+        lines = stream.readlines()
+    for number in range(3):
+        (folder / f"{number}.jsonl").write_text("".join(lines[number::3]))
+    return folder
+
+
+def test_a_run_that_reads_its_text_while_training_goes_on_where_it_was_killed(
+    saved_llama: Path, folder_of_text: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, though two workers had read ahead; the text is short enough to begin again."""
+    settings = [*QUICK, "--stream", "--stream-workers", 2, "--tokens", 200 * 64, "--checkpoint-every", 5]
+    line = ["sparsify", saved_llama, "--text", folder_of_text, *settings, "--out"]
+    result = gossamer_command(*line, tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    assert "began again" in result.stderr
+    for log, lines in (("training.jsonl", 33), ("control.jsonl", 52)):
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, line), str(tmp_path / "killed"), "--resume"],
+            env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        rows = tmp_path / "killed" / log
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if rows.exists() and len(rows.read_text().splitlines()) >= lines:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, f"{log}: ended before it could be killed"
+        process.kill()
+        process.wait()
+    result = gossamer_command(*line, tmp_path / "killed", "--resume")
+    assert result.returncode == 0, result.stderr
+    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
+        a, b = weights(tmp_path / "whole", part), weights(tmp_path / "killed", part)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_faults_of_a_stream_are_one_line(saved_llama: Path, folder_of_text: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text((folder_of_text / "0.jsonl").read_text() + "{broken\n")
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "the model"}\n')
+    for text, words in ((broken, ["line 135", "not valid JSON"]), (short, ["short.jsonl"]), ("self", ["--stream"])):
+        out = tmp_path / "out"
+        line = ["sparsify", saved_llama, "--text", text, *QUICK, "--stream", "--tokens", 200 * 64, "--out", out]
+        assert_refused(gossamer_command(*line), *words)
 
 
 def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(

@@ -124,6 +124,18 @@ def kill(launcher: list[str], arguments: list[object], out: Path, victim: int) -
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
+def test_a_stream_goes_on_in_all_processes_after_a_kill(saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    arguments = [saved_llama, "--text", text, *SETTINGS, "--stream", "--precision", "fp32", "--batch-size", 4,
+                 "--no-control"]  # fmt: skip
+    result = train(TWO, *arguments, "--out", tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    kill(TWO, arguments, tmp_path / "killed", 1)
+    result = train(TWO, *arguments, "--out", tmp_path / "killed", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert difference(tmp_path / "whole", tmp_path / "killed") == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_killed_ends_all_and_the_run_goes_on(pair, victim: int, tmp_path: Path) -> None:
     whole, arguments = pair

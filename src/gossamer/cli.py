@@ -194,6 +194,12 @@ def sparsify(
     control: Annotated[
         bool, typer.Option(help="Also fine-tune the dense model on the same text, for comparison.")
     ] = True,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read the text while training, for texts too large to choose blocks from.")
+    ] = False,
+    stream_workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read and tokenise a stream, beside each one that trains.")
+    ] = 1,
     report_to: Annotated[
         str, typer.Option(help="Show the training elsewhere too: tensorboard, wandb, trackio, with commas between.")
     ] = "",
@@ -229,6 +235,8 @@ def sparsify(
         lora_alpha=lora_alpha,
         lora_targets=_names(lora_targets),
         control=control,
+        stream=stream,
+        stream_workers=stream_workers,
         training=TrainingConfig(
             train=train.value,
             steps=steps,

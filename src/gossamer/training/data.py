@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -22,6 +23,9 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 SELF = "self"
 """The text that is sampled from the model itself."""
@@ -109,16 +113,14 @@ def load_blocks(
         parts = (train_blocks, validation_blocks, held_out_blocks)
         sampled = sample_blocks(model, tokenizer, sum(parts), seq_len, seed=seed)
         return Blocks(*sampled.split(parts))
-    if os.path.exists(text):
-        documents = list(read_documents(Path(text)))
-    elif _looks_local(text):
-        raise GossamerError(f"no text {text}: there is no such file or directory")
+    if is_local(text):
+        parts_read = [list(read_documents(file)) for file in text_files(Path(text))]
     else:
         blocks = max(train_blocks / (1 - HELD_OUT), (validation_blocks + held_out_blocks) / HELD_OUT)
-        documents = list(_read_hub(text, characters=math.ceil(blocks * seq_len * _CHARACTERS_PER_TOKEN)))
-    if not any(document.strip() for document in documents):
+        parts_read = [list(_read_hub(text, characters=math.ceil(blocks * seq_len * _CHARACTERS_PER_TOKEN)))]
+    if not any(document.strip() for documents in parts_read for document in documents):
         raise GossamerError(f"{text} is empty; give text to train on")
-    train, held_out = split(documents)
+    train, held_out = (list(chain.from_iterable(part)) for part in zip(*map(split, parts_read), strict=True))
     most = max(_CHOICE * train_blocks, _READ_WHOLE // seq_len)
     train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)", most=most)
     unseen = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, its last {HELD_OUT:.0%})", least=2)
@@ -137,6 +139,20 @@ def _spaced(count: int, chosen: int) -> Int[Tensor, " chosen"]:
     return (torch.arange(min(chosen, count)) * step + step / 2 - 0.5).round().long().clamp(max=count - 1).unique()
 
 
+def text_files(path: Path) -> list[Path]:
+    """The files of a text: itself, or those with a known suffix in a directory, in order of their names.
+
+    Raises:
+        GossamerError: if a directory holds none.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and not file.is_dir())
+    if not files:
+        raise GossamerError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")
+    return files
+
+
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of a file, or of all files with a known suffix in a directory, in order of their names.
 
@@ -144,10 +160,7 @@ def read_documents(path: Path) -> Iterator[str]:
         GossamerError: naming the file, and for JSON the line, that cannot be read.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and not file.is_dir())
-        if not files:
-            raise GossamerError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")
-        for file in files:
+        for file in text_files(path):
             yield from read_documents(file)
         return
     if not path.name.endswith(SUFFIXES):
@@ -186,26 +199,53 @@ def _document(line: str, path: Path, number: int) -> str:
     return text
 
 
-def _looks_local(text: str) -> bool:
-    if text.startswith(HUB):
-        return False
-    return text.endswith(SUFFIXES) or text.count("/") > 1 or text.startswith(("/", ".", "~")) or not text
+def is_local(text: str) -> bool:
+    """Whether a text is a file or directory, not a Hub data set.
+
+    Raises:
+        GossamerError: if it looks like one that is not there.
+    """
+    if os.path.exists(text):
+        return True
+    looks = text.endswith(SUFFIXES) or text.count("/") > 1 or text.startswith(("/", ".", "~")) or not text
+    if looks and not text.startswith(HUB):
+        raise GossamerError(f"no text {text}: there is no such file or directory")
+    return False
 
 
-def _read_hub(text: str, *, characters: int) -> Iterator[str]:
-    """The first documents of the Hub data set ``[hub:]NAME[:CONFIG[:SPLIT]]``, until there are enough characters."""
+def hub_stream(text: str) -> "IterableDataset":
+    """The rows of the Hub data set ``[hub:]NAME[:CONFIG[:SPLIT]]``, read when asked for: the column ``text`` alone.
+
+    Raises:
+        GossamerError: if there is no such data set within reach, or it has no such column.
+    """
     from datasets import load_dataset
 
     name, config, part = (*text.removeprefix(HUB).split(":", 2), "", "")[:3]
-    try:
-        for row in load_dataset(name, config or None, split=part or "train", streaming=True):
-            if not isinstance(row.get("text"), str):
-                columns = ", ".join(row)
-                raise GossamerError(f"the data set {text} has no column 'text' of strings, only {columns}")
+    with hub_faults(text):
+        rows = load_dataset(name, config or None, split=part or "train", streaming=True)
+        first = next(iter(rows), {"text": ""})
+        if not isinstance(first.get("text"), str):
+            columns = ", ".join(first)
+            raise GossamerError(f"the data set {text} has no column 'text' of strings, only {columns}")
+        return rows.select_columns("text")
+
+
+def _read_hub(text: str, *, characters: int) -> Iterator[str]:
+    """The first documents of a Hub data set, until there are enough characters."""
+    with hub_faults(text):
+        for row in hub_stream(text):
             yield row["text"]
             characters -= len(row["text"])
             if characters <= 0:
                 return
+
+
+@contextmanager
+def hub_faults(text: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a Hub data set into a GossamerError."""
+    try:
+        yield
     except GossamerError:
         raise
     except Exception as error:  # the Hub client raises dozens of kinds, all of them a data set out of reach
@@ -227,6 +267,12 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that stands after each document, if the tokenizer has one for it."""
+    special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
+    return [token for token in special if token is not None][:1]
+
+
 def pack(
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -243,8 +289,7 @@ def pack(
     Raises:
         GossamerError: if there are not enough tokens for ``least`` blocks; ``name`` says of what.
     """
-    special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
-    end = [token for token in special if token is not None][:1]
+    end = end_of_text(tokenizer)
     wanted = math.inf if most is None else most * seq_len
     documents, parts, count = iter(documents), [torch.empty(0, dtype=torch.int32)], 0
     while count < wanted and (batch := list(islice(documents, _DOCUMENTS_AT_ONCE))):

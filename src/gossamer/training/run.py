@@ -47,6 +47,7 @@ from gossamer.training.data import BlockDataset, Blocks, load_blocks
 from gossamer.training.losses import cross_entropy
 from gossamer.training.processes import by_first, check_processes, processes, together
 from gossamer.training.progress import StepLog
+from gossamer.training.stream import BlockStream, unseen_blocks
 from gossamer.training.trainer import (
     PostTrainer,
     SparsityTrainer,
@@ -77,6 +78,8 @@ class RunConfig:
         lora_rank, lora_alpha: of the adapters, when those are trained.
         lora_targets: the linear maps that they go on; all of the attention if there are none.
         control: train the dense control as well.
+        stream: read the text while training, rather than choose blocks of it before.
+        stream_workers: processes that read and tokenise it beside each process that trains; 0 for none.
         training: how to train.
     """
 
@@ -94,6 +97,8 @@ class RunConfig:
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ()
     control: bool = True
+    stream: bool = False
+    stream_workers: int = 1
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @property
@@ -295,7 +300,7 @@ def train_begun(
         if config.training.train == "lora" and config.control:
             dense = load_dense(run.dense)[0]
     if config.control and not run.control.exists():
-        _train_control(run, config, dense, console, warn)
+        _train_control(run, config, dense, tokenizer, console, warn)
 
 
 def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
@@ -325,15 +330,28 @@ def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
 
 def _load_blocks(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     training = config.training
-    return load_blocks(
+    sizes = {
+        "seq_len": config.seq_len,
+        "validation_blocks": max(1, config.validation_tokens // config.seq_len),
+        "held_out_blocks": max(1, config.held_out_tokens // config.seq_len),
+    }
+    if config.stream:
+        return unseen_blocks(config.text, tokenizer, **sizes)
+    count = training.steps * training.blocks_per_step
+    return load_blocks(config.text, tokenizer, **sizes, train_blocks=count, seed=training.seed, model=dense)
+
+
+def _training_blocks(run: Run, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDataset | BlockStream:
+    if not config.stream:
+        return BlockDataset(run.blocks("train"))
+    here = processes()
+    return BlockStream(
         config.text,
         tokenizer,
-        seq_len=config.seq_len,
-        train_blocks=training.steps * training.blocks_per_step,
-        validation_blocks=max(1, config.validation_tokens // config.seq_len),
-        held_out_blocks=max(1, config.held_out_tokens // config.seq_len),
-        seed=training.seed,
-        model=dense,
+        config.seq_len,
+        process=here.process_index,
+        processes=here.num_processes,
+        workers=config.stream_workers,
     )
 
 
@@ -383,7 +401,7 @@ def _train_sparse(
         reference,
         bound - config.margin,
         training,
-        BlockDataset(run.blocks("train")),
+        _training_blocks(run, config, tokenizer),
         run.blocks("validation"),
         run.folder / _CHECKPOINTS[0],
         tokenizer=tokenizer,
@@ -420,11 +438,17 @@ def _record_selection(run: Run, selected: dict[str, Any]) -> None:
 
 
 def _train_control(
-    run: Run, config: RunConfig, dense: PreTrainedModel, console: Console, warn: Callable[[str], None]
+    run: Run,
+    config: RunConfig,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    warn: Callable[[str], None],
 ) -> None:
     control = copy.deepcopy(dense)
     _prepare(control, config)
-    trainer = PostTrainer(control, config.training, BlockDataset(run.blocks("train")), run.folder / _CHECKPOINTS[1])
+    blocks = _training_blocks(run, config, tokenizer)
+    trainer = PostTrainer(control, config.training, blocks, run.folder / _CHECKPOINTS[1])
     train_logged(trainer, run, config, "control", "control.jsonl", None, console, warn)
     whole = trainer.whole_weights()
     with together():
@@ -486,6 +510,8 @@ def train_logged(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             steps.progress.stop()
+    if trainer.stream is not None and (rounds := trainer.stream.rounds):
+        warn(f"{config.text} ended before the training did and began again; parts of it were read {rounds + 1} times")
 
 
 def _resume_point(folder: Path, warn: Callable[[str], None]) -> Path | None:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, gather_object
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -56,6 +56,7 @@ from gossamer.training.constraint import (
 )
 from gossamer.training.losses import cross_entropy, kl_divergence
 from gossamer.training.processes import by_first, check_processes, stopped_together, together
+from gossamer.training.stream import BlockStream
 
 TrainedPart = Literal["all", "attention", "lora"]
 
@@ -157,6 +158,7 @@ class PostTrainer(Trainer):
         self.folder = folder
         self.tokenizer = tokenizer
         self.staging: Path | None = None
+        self.stream = blocks if isinstance(blocks, BlockStream) else None
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=config.steps,
@@ -178,6 +180,7 @@ class PostTrainer(Trainer):
             seed=config.seed,
             data_seed=config.seed,
             ddp_find_unused_parameters=False,
+            ignore_data_skip=isinstance(blocks, BlockStream),
         )
         # Without a launcher Trainer would spread a batch over threads, one a GPU, which share the state of the gates.
         arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -205,7 +208,7 @@ class PostTrainer(Trainer):
             groups = [{"params": weights, "lr": self.config.learning_rate}]
             if gates:
                 groups.append({"params": gates, "lr": self.config.gate_learning_rate})
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def batch_objective(
@@ -224,12 +227,31 @@ class PostTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The objective of a batch; stops the run when it is not finite, before the weights are touched."""
-        loss, measured = self.batch_objective(model, inputs["input_ids"])
+        loss, measured = self.batch_objective(model, self.tokens(inputs))
         value, *figures = self.mean_over_processes([loss.item(), *measured.values()])
         if not math.isfinite(value):
             self._stop_diverged(value)
         self.measured.append(dict(zip(measured, figures, strict=True)))
         return loss
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches; a stream deals its own out to processes and workers."""
+        if self.stream is None:
+            return cast(DataLoader[Any], super().get_train_dataloader())
+        return self.stream.loader(self.config.batch_size)
+
+    def tokens(self, inputs: dict[str, Any]) -> Int[Tensor, "batch tokens"]:
+        """The tokens of a batch; of a stream, the batch is noted as trained on.
+
+        Raises:
+            GossamerError: on all processes, where the text cannot be read any further on one of them.
+        """
+        if self.stream is not None:
+            with together():
+                if "fault" in inputs:
+                    raise GossamerError(inputs["fault"])
+            self.stream.passed(inputs["place"])
+        return cast(Tensor, inputs["input_ids"])
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
         """Autocast where accelerate does not wrap the model in it itself; casts of whole weights are not kept."""
@@ -282,10 +304,13 @@ class PostTrainer(Trainer):
                     shutil.rmtree(self.staging, ignore_errors=True)
             with together(), self._faults_named(name):
                 super()._save_checkpoint(model, trial)
+            places = None if self.stream is None else gather_object([self.stream.state_dict()])
             with together(), self._faults_named(name):
                 if writes:
                     written = self.staging / name
                     self.write_extra_state(written)
+                    if places is not None:
+                        (written / _STREAM).write_text(json.dumps(places))
                     seal(written)
                     shutil.rmtree(self.folder / name, ignore_errors=True)
                     os.rename(written, self.folder / name)
@@ -319,6 +344,12 @@ class PostTrainer(Trainer):
 
     def write_extra_state(self, folder: Path) -> None:
         """Write what a subclass keeps besides weights, optimiser and schedule."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.stream is not None:
+            places = json.loads((Path(checkpoint) / _STREAM).read_text())
+            self.stream.load_state_dict(places[self.args.process_index])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_deepspeed_enabled:
@@ -511,6 +542,7 @@ class SparsityTrainer(PostTrainer):
 
 
 _STATE = "multiplier.json"
+_STREAM = "stream.json"
 
 
 def _read_state(checkpoint: Path) -> tuple[dict[str, float | None], Validation | None]:

@@ -1,0 +1,245 @@
+"""Token blocks of a text that is read while the model trains: no more of it is held than what is at hand.
+
+documents  ->  one in 20 held out, by the checksum of its text  ->  the rest dealt out to processes and their workers
+           ->  tokens, joined by the end-of-text token  ->  blocks of exactly seq_len tokens, in the order of the text
+
+Processes and workers get files of their own where their number divides that of the files, else every n-th document.
+
+With every batch comes the place where the one after it begins, so that what was trained on is told from what was only
+read ahead: a run goes on at the next block, without reading again what came before it.
+"""
+
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset as TextStream
+from datasets import disable_progress_bars
+from datasets.distributed import split_dataset_by_node
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from gossamer.errors import GossamerError, one_line
+from gossamer.training.data import (
+    SELF,
+    Blocks,
+    end_of_text,
+    hub_faults,
+    hub_stream,
+    is_local,
+    pack,
+    read_documents,
+    text_files,
+)
+
+ONE_IN = 20
+"""One document in so many is held out."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in its part of the text a worker's next block begins.
+
+    Attributes:
+        documents: state of the documents' stream before the one in which the block begins; None at the start.
+        tokens: how many of that document's tokens lie before the block.
+        rounds: how often the part has been read to its end.
+    """
+
+    documents: dict[str, Any] | None = None
+    tokens: int = 0
+    rounds: int = 0
+
+
+def is_held_out(document: str) -> bool:
+    """Whether a document is held out: it depends on nothing but its text, so copies of it are too."""
+    return zlib.crc32(document.encode(errors="replace")) % ONE_IN == 0
+
+
+def open_stream(text: str) -> TextStream:
+    """The documents of a text, one at a time, under the key ``text``.
+
+    Raises:
+        GossamerError: if there is no such text, or it is ``self``.
+    """
+    if text == SELF:
+        raise GossamerError("text 'self' is sampled before the training; --stream needs a text that exists")
+    disable_progress_bars()
+    if is_local(text):
+        return TextStream.from_generator(_documents, gen_kwargs={"files": text_files(Path(text))})
+    return hub_stream(text)
+
+
+def _documents(files: list[Path]) -> Iterator[dict[str, str]]:
+    for file in files:
+        for document in read_documents(file):
+            yield {"text": document}
+
+
+def unseen_blocks(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    validation_blocks: int,
+    held_out_blocks: int,
+) -> Blocks:
+    """The first held-out blocks of a stream, for validation and for figures; none to train on.
+
+    Of a text with fewer, validation gets at most a third.
+
+    Raises:
+        GossamerError: naming the text, if it cannot be read or has not two blocks that are held out.
+    """
+    documents = (row["text"] for row in open_stream(text) if is_held_out(row["text"]))
+    name = f"{text} (held-out part, one document in {ONE_IN})"
+    with _faults(text):
+        blocks = pack(documents, tokenizer, seq_len, name=name, least=2, most=validation_blocks + held_out_blocks)
+    enough = len(blocks) == validation_blocks + held_out_blocks
+    validation = validation_blocks if enough else min(validation_blocks, max(1, len(blocks) // 3))
+    return Blocks(blocks[:0], blocks[:validation], blocks[validation:])
+
+
+class BlockStream(IterableDataset[dict[str, Any]]):
+    """One process's share of the training blocks of a stream, endless: at its end the text begins again.
+
+    Items are ``{"input_ids": [seq_len], "place": (slot, Place as a dict)}``, or ``{"fault": line}`` where the text
+    cannot be read any further. A slot is one worker's part of the text.
+
+    Args:
+        text: as for :func:`open_stream`.
+        tokenizer: of the model.
+        seq_len: tokens in a block.
+        process: which process this is.
+        processes: how many there are.
+        workers: processes that read and tokenise beside this one; 0 for none.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        *,
+        process: int = 0,
+        processes: int = 1,
+        workers: int = 0,
+    ) -> None:
+        self.text, self.tokenizer, self.seq_len = text, tokenizer, seq_len
+        self.process, self.processes, self.workers = process, processes, workers
+        self.batches = 0
+        self.places: dict[int, Place] = {}
+
+    @property
+    def slots(self) -> int:
+        """Parts of this process's share."""
+        return max(1, self.workers)
+
+    def passed(self, place: tuple[int, dict[str, Any]]) -> None:
+        """Note that the batch that ``place`` came with was trained on."""
+        slot, fields = place
+        self.batches += 1
+        self.places[slot] = Place(**fields)
+
+    @property
+    def rounds(self) -> int:
+        """How often a part of the text was read to its end, at most."""
+        return max((place.rounds for place in self.places.values()), default=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` goes on from; of numbers, strings, lists and dicts."""
+        return {"batches": self.batches, "places": {str(slot): asdict(place) for slot, place in self.places.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin after the last batch that was trained on when ``state`` was taken."""
+        self.batches = state["batches"]
+        self.places = {int(slot): Place(**place) for slot, place in state["places"].items()}
+
+    def loader(self, batch_size: int) -> DataLoader[dict[str, Any]]:
+        """Batches ``{"input_ids": [batch, seq_len], "place": ...}`` for :meth:`passed`, from the place at hand on."""
+        return DataLoader(self, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        if worker is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        # Batches come from the workers in turn, beginning with worker 0: it has to go on where the turn was.
+        slot = ((0 if worker is None else worker.id) + self.batches) % self.slots
+        try:
+            with _faults(self.text):
+                for block, place in self._blocks(slot, self.places.get(slot, Place())):
+                    yield {"input_ids": block, "place": (slot, asdict(place))}
+        except (GossamerError, OSError) as error:
+            yield {"fault": one_line(error)}
+
+    def _blocks(self, slot: int, place: Place) -> Iterator[tuple[Int[Tensor, " tokens"], Place]]:
+        part, parts = self.process * self.slots + slot, self.processes * self.slots
+        while True:
+            documents = split_dataset_by_node(open_stream(self.text), part, parts)
+            found = False
+            for block, following in _pack(_tokens(documents, self.tokenizer, place), self.seq_len, place):
+                found = True
+                yield block, following
+            if not found and place.documents is None:
+                share = f" for part {part + 1} of {parts}; give more text or start fewer processes and workers"
+                raise GossamerError(
+                    f"{self.text} has fewer than {self.seq_len} tokens to train on{share if parts > 1 else ''}"
+                )
+            place = Place(rounds=place.rounds + 1)
+
+
+def _faults(text: str) -> AbstractContextManager[None]:
+    return nullcontext() if is_local(text) else hub_faults(text)
+
+
+def _tokens(
+    documents: TextStream, tokenizer: PreTrainedTokenizerBase, place: Place
+) -> Iterator[tuple[dict[str, Any] | None, list[int], dict[str, Any]]]:
+    """Documents from ``place`` on: the stream's state before it, its tokens, the state after it."""
+    if place.documents is not None:
+        documents.load_state_dict(place.documents)
+    before, end = place.documents, end_of_text(tokenizer)
+    for row in documents.iter(1):
+        (text,) = row["text"]
+        after = documents.state_dict()
+        if not is_held_out(text):
+            yield before, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end, after
+        before = after
+
+
+def _pack(
+    documents: Iterable[tuple[dict[str, Any] | None, list[int], dict[str, Any]]], seq_len: int, place: Place
+) -> Iterator[tuple[Int[Tensor, " tokens"], Place]]:
+    """Blocks, each with the place where the next one begins; ``place`` is that of the first."""
+    waiting: deque[tuple[dict[str, Any] | None, int, list[int]]] = deque()  # state before, tokens used, tokens
+    count, used = 0, place.tokens
+    for before, tokens, after in documents:
+        waiting.append((before, used, tokens))
+        count += len(tokens) - used
+        used = 0
+        while count >= seq_len:
+            block: list[int] = []
+            while len(block) < seq_len:
+                state, start, ids = waiting.popleft()
+                taken = ids[start : start + seq_len - len(block)]
+                block += taken
+                if start + len(taken) < len(ids):
+                    waiting.appendleft((state, start + len(taken), ids))
+            count -= seq_len
+            state, start = waiting[0][:2] if waiting else (after, 0)
+            yield torch.tensor(block), Place(state, start, place.rounds)
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    for item in items:
+        if "fault" in item:
+            return item
+    return {"input_ids": torch.stack([item["input_ids"] for item in items]), "place": items[-1]["place"]}

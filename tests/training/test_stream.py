@@ -1,0 +1,138 @@
+"""Texts read while training: what is held out, the share of each process and worker, and going on in the middle."""
+
+import gzip
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import sentences
+from gossamer.errors import GossamerError
+from gossamer.training.data import pack
+from gossamer.training.stream import ONE_IN, BlockStream, is_held_out, open_stream, unseen_blocks
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 documents, all different, in four files of unequal length."""
+    folder = tmp_path_factory.mktemp("stream")
+    documents = [f"{text} {number}" for number, text in enumerate(sentences(600))]
+    for name, part in zip("abcd", (slice(0, 100), slice(100, 350), slice(350, 420), slice(420, 600)), strict=True):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"text": text}) + "\n" for text in documents[part])
+    return folder
+
+
+def documents_of(text: Path | str) -> list[str]:
+    return [row["text"] for row in open_stream(str(text))]
+
+
+def take(stream: BlockStream, batches: int, size: int = 2) -> list[list[tuple[int, ...]]]:
+    """The next batches, each passed as trained on."""
+    taken = []
+    for batch in islice(stream.loader(size), batches):
+        assert "fault" not in batch, batch
+        stream.passed(batch["place"])
+        taken.append([tuple(row) for row in batch["input_ids"].tolist()])
+    return taken
+
+
+def test_blocks_of_one_reader_are_the_packed_text(folder: Path, tokenizer) -> None:
+    documents = [text for text in documents_of(folder) if not is_held_out(text)]
+    packed = [tuple(row) for row in pack(documents, tokenizer, LENGTH, name="text").tolist()]
+    batches = take(BlockStream(str(folder), tokenizer, LENGTH), len(packed), size=1)
+    assert [batch[0] for batch in batches] == packed
+
+
+def test_unseen_blocks_share_no_document_with_training(folder: Path, tokenizer) -> None:
+    documents = documents_of(folder)
+    unseen = [text for text in documents if is_held_out(text)]
+    assert len(documents) == 600
+    assert 0.5 * 600 / ONE_IN < len(unseen) < 2 * 600 / ONE_IN
+    sizes = {"seq_len": LENGTH, "validation_blocks": 4, "held_out_blocks": 6}
+    blocks = unseen_blocks(str(folder), tokenizer, **sizes)
+    assert [tuple(part.shape) for part in vars(blocks).values()] == [(0, LENGTH), (4, LENGTH), (6, LENGTH)]
+    packed = pack(unseen, tokenizer, LENGTH, name="text")
+    assert torch.equal(torch.cat([blocks.validation, blocks.held_out]), packed[:10])
+
+
+def part_documents(stream: BlockStream, slot: int) -> list[str]:
+    from datasets.distributed import split_dataset_by_node
+
+    parts = split_dataset_by_node(
+        open_stream(stream.text), stream.process * stream.slots + slot, stream.processes * stream.slots
+    )
+    return [row["text"] for row in parts]
+
+
+@pytest.mark.parametrize("processes,workers", [(1, 2), (2, 2), (3, 1), (2, 5)])
+def test_the_parts_hold_every_document_once(folder: Path, tokenizer, processes: int, workers: int) -> None:
+    found: Counter[str] = Counter()
+    for process in range(processes):
+        stream = BlockStream(str(folder), tokenizer, LENGTH, process=process, processes=processes, workers=workers)
+        for slot in range(stream.slots):
+            found.update(part_documents(stream, slot))
+    assert found == Counter(documents_of(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("stop", [1, 7, 20])
+def test_going_on_repeats_and_skips_nothing(folder: Path, tokenizer, workers: int, stop: int) -> None:
+    """Whatever was read ahead when it stopped; the state goes through JSON as in a checkpoint."""
+    whole = take(BlockStream(str(folder), tokenizer, LENGTH, workers=workers), stop + 25)
+    begun = BlockStream(str(folder), tokenizer, LENGTH, workers=workers)
+    first = take(begun, stop)
+    again = BlockStream(str(folder), tokenizer, LENGTH, workers=workers)
+    again.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    assert first + take(again, 25) == whole
+
+
+def test_at_its_end_the_text_begins_again(tmp_path: Path, tokenizer) -> None:
+    documents = [text for text in sentences(60) if not is_held_out(text)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    packed = pack(documents, tokenizer, LENGTH, name="text")
+    stream = BlockStream(str(tmp_path), tokenizer, LENGTH)
+    batches = take(stream, 2 * len(packed) + 1, size=1)
+    assert stream.rounds == 2
+    assert batches[: len(packed)] == batches[len(packed) : 2 * len(packed)]
+    again = BlockStream(str(tmp_path), tokenizer, LENGTH)
+    again.load_state_dict(stream.state_dict())
+    assert take(again, 3, size=1) == batches[1:4]
+
+
+def test_long_documents_are_cut_into_many_blocks(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(sentences(200)))
+    assert not is_held_out((tmp_path / "a.txt").read_text())
+    stream = BlockStream(str(tmp_path), tokenizer, LENGTH)
+    first = take(stream, 9, size=1)
+    again = BlockStream(str(tmp_path), tokenizer, LENGTH)
+    again.load_state_dict(stream.state_dict())
+    packed = pack([(tmp_path / "a.txt").read_text()], tokenizer, LENGTH, name="text").tolist()
+    assert [list(batch[0]) for batch in first + take(again, 9, size=1)] == packed[:18]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_faults_in_the_middle_are_said_in_one_line(tmp_path: Path, tokenizer, workers: int) -> None:
+    lines = [json.dumps({"text": text}) for text in sentences(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:150], "{broken", *lines[150:]]))
+    stream = BlockStream(str(tmp_path), tokenizer, LENGTH, workers=workers)
+    *good, last = list(islice(stream.loader(2), 200))
+    assert len(good) > 20
+    assert "a.jsonl, line 151: not valid JSON" in last["fault"]
+    assert "\n" not in last["fault"]
+
+
+def test_too_little_text_is_said(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the cat"}))
+    (batch,) = BlockStream(str(tmp_path), tokenizer, LENGTH, processes=2, process=1).loader(2)
+    assert "fewer than 16 tokens to train on for part 2 of 2" in batch["fault"]
+
+
+def test_text_sampled_from_the_model_is_no_stream() -> None:
+    with pytest.raises(GossamerError, match="--stream needs a text that exists"):
+        open_stream("self")
