@@ -9,8 +9,12 @@ import pytest
 from gossamer.cli import main
 from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
+from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.lengths import add_lengths
+from gossamer.models.pretrained import load_dense
+from gossamer.training.data import pack, read_documents
 from gossamer.training.run import Run, RunConfig, post_train
+from gossamer.training.stream import is_held_out
 from gossamer.training.trainer import TrainingConfig
 
 
@@ -37,6 +41,19 @@ def test_the_length_of_training_gives_the_figures_of_the_run(run: Run) -> None:
         assert own[key] == pytest.approx(before[key], rel=1e-5), key
     assert [row["seq_len"] for row in (own, longer, shorter)] == [16, 32, 7]
     assert longer["open_links_per_query"] > own["open_links_per_query"] > shorter["open_links_per_query"] > 0
+
+
+def test_a_stream_is_measured_on_its_held_out_documents(saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    training = TrainingConfig(steps=2, checkpoint_every=0)
+    config = RunConfig(str(saved_llama), str(text), seq_len=16, control=False, stream=True, training=training)
+    run = post_train(config, tmp_path / "run")
+    evaluate_run(run)
+    (row,) = add_lengths(run, [16])["lengths"]
+    dense, tokenizer = load_dense(str(saved_llama))
+    unseen = [document for document in read_documents(text) if is_held_out(document)]
+    blocks = pack(unseen, tokenizer, 16, name="text")[1:]  # the first one is for validation
+    assert row["tokens_evaluated"] == 15 * len(blocks)
+    assert row["loss_dense"] == pytest.approx(measure_language(dense, blocks).loss, rel=1e-5)
 
 
 def test_every_key_is_documented(run: Run) -> None:

@@ -109,6 +109,19 @@ def test_validation_and_held_out_blocks_share_nothing(text: Path, tokenizer) -> 
     assert sorted([*blocks.validation.tolist(), *blocks.held_out.tolist()]) == sorted(unseen.tolist())
 
 
+def test_of_a_directory_the_end_of_each_file_is_held_out(tmp_path: Path, tokenizer) -> None:
+    parts = {name: [f"{name} {row}" for row in sentences(200, seed)] for seed, name in enumerate(("one", "three"))}
+    for name, documents in parts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents))
+    blocks = load_blocks(
+        str(tmp_path), tokenizer, seq_len=16, train_blocks=5, validation_blocks=2, held_out_blocks=99, seed=0
+    )
+    ends = [split(documents)[1] for documents in parts.values()]
+    unseen = pack([*ends[0], *ends[1]], tokenizer, 16, name="text")
+    assert min(map(len, ends)) > 5
+    assert sorted([*blocks.validation.tolist(), *blocks.held_out.tolist()]) == sorted(unseen.tolist())
+
+
 def test_a_short_text_comes_again_once_all_of_it_has_come(text: Path, tokenizer) -> None:
     packed = pack(split(list(read_documents(text)))[0], tokenizer, 16, name="text")
     wanted = 2 * len(packed) + 5

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Int
@@ -15,8 +16,8 @@ from gossamer.evaluation.sparsity import LinkTally
 from gossamer.files import write_text
 from gossamer.models.attention import counted_links
 from gossamer.models.pretrained import load_dense
-from gossamer.training.data import load_blocks
-from gossamer.training.run import Run, load_sparse
+from gossamer.training.run import Run, blocks_of, load_sparse
+from gossamer.training.trainer import TrainingConfig
 
 
 def add_lengths(
@@ -57,18 +58,12 @@ def add_lengths(
     sparse = load_sparse(run)
     dense = dense.to(sparse.device)
     rows = []
+    # Another seed, so that text from the model itself is not the text that it was trained on.
+    one_block = TrainingConfig(steps=1, batch_size=1, seed=config.training.seed + 1)
     for length in lengths:
         progress(f"length {length:,}")
-        blocks = load_blocks(
-            config.text,
-            tokenizer,
-            seq_len=length,
-            train_blocks=1,
-            validation_blocks=1,
-            held_out_blocks=max(1, config.held_out_tokens // length),
-            seed=config.training.seed + 1,
-            model=dense,
-        ).held_out
+        asked = replace(config, seq_len=length, validation_tokens=length, training=one_block)
+        blocks = blocks_of(asked, dense, tokenizer).held_out
         rows.append(_at_length(sparse, dense, blocks, precision))
     metrics = {**json.loads(run.metrics.read_text()), "lengths": rows}
     write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")

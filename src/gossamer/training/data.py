@@ -1,6 +1,6 @@
 """Text -> blocks of tokens, split into training and held-out text.
 
-documents  ->  the last 5 % of the characters held out  ->  tokens, joined by the end-of-text token
+documents  ->  the last 5 % of each file's characters held out  ->  tokens, joined by the end-of-text token
            ->  blocks of exactly seq_len tokens, the ragged tail dropped  ->  a seeded choice of blocks
 """
 

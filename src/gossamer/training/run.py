@@ -269,7 +269,7 @@ def _begin(
         adapter_targets(dense, config.lora_targets)
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
-        blocks = _load_blocks(config, dense, tokenizer)
+        blocks = blocks_of(config, dense, tokenizer)
         with written_beside(run.folder) as staging:
             write_beginning(staging, config, dense, blocks)
     return dense, tokenizer
@@ -328,7 +328,12 @@ def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
         raise GossamerError(f"--seq-len {config.seq_len} leaves nothing to predict; give at least 2")
 
 
-def _load_blocks(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+def blocks_of(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    """The blocks that a configuration asks for; of a stream the unseen ones only.
+
+    Raises:
+        GossamerError: naming the text and what is wrong with it.
+    """
     training = config.training
     sizes = {
         "seq_len": config.seq_len,

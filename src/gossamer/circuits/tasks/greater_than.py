@@ -19,10 +19,19 @@ from gossamer.circuits.tasks.base import Example, Task, next_tokens
 from gossamer.errors import GossamerError
 
 NOUNS = (
-    "alliance", "argument", "campaign", "ceremony", "conflict", "crisis", "custom", "debate", "decline", "dispute",
-    "drought", "dynasty", "empire", "expedition", "experiment", "famine", "fashion", "festival", "journey", "lawsuit",
-    "marriage", "mission", "occupation", "peace", "plague", "project", "rebellion", "reform", "reign", "revolt",
-    "search", "siege", "strike", "struggle", "tournament", "tradition", "treaty", "truce", "voyage", "war",
+    "affair", "agreement", "alliance", "apprenticeship", "argument", "battle", "blockade", "bombardment", "boom",
+    "boycott", "campaign", "ceremony", "coalition", "colony", "competition", "confinement", "conflict",
+    "confrontation", "congress", "construction", "contest", "contract", "controversy", "cooperation", "correspondence",
+    "council", "courtship", "crackdown", "crisis", "crusade", "custom", "debate", "decline", "deployment", "detention",
+    "dictatorship", "discussion", "dispute", "drought", "dynasty", "effort", "embargo", "emergency", "empire",
+    "engagement", "epidemic", "era", "escalation", "excavation", "exile", "expedition", "experiment", "exploration",
+    "famine", "fashion", "festival", "feud", "flood", "friendship", "harvest", "hostility", "hunt", "insurgency",
+    "interregnum", "intervention", "invasion", "investigation", "journey", "lawsuit", "lease", "march", "marriage",
+    "migration", "mission", "monopoly", "mutiny", "negotiation", "occupation", "operation", "partnership", "peace",
+    "persecution", "pilgrimage", "plague", "project", "prosperity", "protest", "pursuit", "quarrel", "rebellion",
+    "reconstruction", "reform", "regency", "reign", "renovation", "residency", "restoration", "retreat", "revolt",
+    "revolution", "rivalry", "schism", "search", "shortage", "siege", "slump", "strike", "struggle", "surveillance",
+    "survey", "tenure", "tournament", "tradition", "treaty", "trial", "truce", "uprising", "vogue", "voyage", "war",
 )  # fmt: skip
 CENTURIES = range(11, 18)
 YEARS = range(2, 99)
