@@ -1,0 +1,54 @@
+"""The command line: one verb a job. Faults of the user end in one line and exit code 2."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+
+# The order in which --help names the commands.
+from gossamer.cli import pictures, training, evaluation, circuits  # noqa: F401
+from gossamer.cli.common import app
+from gossamer.errors import GossamerError, StoppedTogether, one_line
+
+
+def main() -> None:
+    """Run the command line; one line to stderr and exit code 2 for what the user can mend.
+
+    Of several processes the first one speaks; faults that are not the user's have their traceback from any.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        with nullcontext() if first else _silence():
+            app()
+    except StoppedTogether as error:
+        from gossamer.training.processes import leave
+
+        if first:
+            _say(one_line(error))
+        leave()
+    except (GossamerError, OSError) as error:
+        if first:
+            _say(one_line(error))
+    except KeyboardInterrupt:
+        if first:
+            _say("interrupted; go on with --resume")
+    except RuntimeError as error:
+        from gossamer.training.processes import HOW_TO_GO_ON, lost_process
+
+        if not lost_process(error):
+            raise
+        _say(f"another process of the run ended; {HOW_TO_GO_ON}")
+        os._exit(2)
+    else:
+        return
+    raise SystemExit(2)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
+
+
+def _say(line: str) -> None:
+    print(f"gossamer: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,181 @@
+"""task, circuits, export, prove: what a model can do, and which of its units do it."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from gossamer.cli.common import app, console, facts_table, load_any
+
+
+class Ablation(str, Enum):
+    """What units outside a circuit carry."""
+
+    patch = "patch"
+    zero = "zero"
+    mean = "mean"
+
+
+class Which(str, Enum):
+    """The models of a run."""
+
+    dense = "dense"
+    sparse = "sparse"
+
+
+@app.command()
+def task(
+    name: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file with examples of one's own.")],
+    model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
+    examples: Annotated[int, typer.Option(min=1, help="How many examples the model is asked.")] = 100,
+    show: Annotated[int, typer.Option(min=0, help="How many of them are printed.")] = 3,
+    corruption: Annotated[
+        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+) -> None:
+    """Show examples of a task, and how well MODEL does it."""
+    from collections import Counter
+
+    from gossamer.circuits.ability import measure_ability
+    from gossamer.circuits.tasks import find_task
+
+    chosen = find_task(name)
+    network, tokenizer = load_any(model)
+    prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    table = Table(title=escape(f"{chosen.name}: {chosen.summary}"))
+    for column in ("clean", "corrupted", "right", "wrong"):
+        table.add_column(column)
+    for tokens in prompts.kept[:show]:
+        example = tokens.example
+        table.add_row(*map(escape, (example.clean, example.corrupted, _some(example.answers), _some(example.wrong))))
+    console.print(table)
+    for reason, times in Counter(dropped.reason for dropped in prompts.dropped).most_common():
+        console.print(f"{times} dropped: {reason}", markup=False)
+    ability = measure_ability(network, prompts)
+    facts: dict[str, object] = {
+        "prompts": ability.prompts,
+        "right": f"{100 * ability.accuracy:.1f} %",
+        f"{prompts.metric.replace('_', ' ')}, clean": f"{ability.clean:.3f}",
+        f"{prompts.metric.replace('_', ' ')}, corrupted": f"{ability.corrupted:.3f}",
+    }
+    console.print(facts_table(model, facts))
+
+
+def _some(texts: tuple[str, ...]) -> str:
+    shown = " ".join(repr(text) for text in texts[:4])
+    return shown if len(texts) <= 4 else f"{shown} and {len(texts) - 4} more"
+
+
+@app.command()
+def circuits(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
+    examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
+    corruption: Annotated[
+        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Repeat with so many seeds, from --seed on, and show the spread.")
+    ] = 1,
+    rephrased: Annotated[
+        bool, typer.Option("--rephrased", help="Repeat with each of the task's other sets of templates.")
+    ] = False,
+    ig_steps: Annotated[int, typer.Option(min=0, help="Steps of integrated gradients; 0: none (EAP).")] = 5,
+    ablation: Annotated[
+        Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
+    ] = Ablation.patch,
+    signed: Annotated[
+        bool, typer.Option("--signed", help="Choose units by highest score, not by largest absolute score.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 16,
+    force: Annotated[bool, typer.Option("--force", help="Go on even if a model cannot do the task.")] = False,
+) -> None:
+    """Find circuits of RUN's sparse model and of its dense original, prove them by intervention, compare them.
+
+    Leaves in RUN/circuits/TASK: circuits.json (the figures), scores.safetensors (of all edges), links.json.
+    """
+    from transformers.utils import logging
+
+    from gossamer.circuits.compare import SearchConfig, compare_circuits, comparison_tables
+    from gossamer.circuits.tasks import find_task
+    from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.run import Run
+
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    config = SearchConfig(
+        examples=examples,
+        corruption=corruption,
+        seed=seed,
+        seeds=seeds,
+        rephrased=rephrased,
+        steps=ig_steps,
+        ablation=ablation.value,
+        absolute=not signed,
+        batch_size=batch_size,
+        forced=force,
+    )
+    with console.status("circuits") as status:
+        record = compare_circuits(Run(run), find_task(task), config, progress=lambda what: status.update(escape(what)))
+    for table in comparison_tables(record):
+        console.print(table)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a run whose circuits have been found.")],
+    task: Annotated[str, typer.Option(help="The task, as gossamer circuits was given it.")],
+    out: Annotated[
+        Path, typer.Option(help="File to write: .json or .pt (as EAP-IG and the MIB leaderboard), .graphml.")
+    ],
+    model: Annotated[Which, typer.Option(help="Whose circuit.")] = Which.sparse,
+    edges: Annotated[
+        int | None, typer.Option(min=1, help="Edges kept, before pruning. [default: those that explain 90 %]")
+    ] = None,
+) -> None:
+    """Write a circuit that gossamer circuits has found for other tools."""
+    from gossamer.circuits.compare import load_circuit
+    from gossamer.circuits.interchange import write_circuit
+    from gossamer.training.run import Run
+
+    circuit = load_circuit(Run(run), task, model.value, edges)
+    write_circuit(out, circuit)
+    console.print(f"{out}: {int(circuit.kept.sum()):,} of {int(circuit.graph.possible().sum()):,} edges", markup=False)
+
+
+@app.command()
+def prove(
+    circuit: Annotated[Path, typer.Argument(help="A circuit: .json or .pt of EAP-IG, or .graphml.")],
+    model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
+    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
+    examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
+    corruption: Annotated[
+        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = Ablation.patch,
+    force: Annotated[bool, typer.Option("--force", help="Go on even if the model cannot do the task.")] = False,
+) -> None:
+    """Measure how much of a task the CIRCUIT in a file explains: keep its edges, patch all others, run MODEL."""
+    from gossamer.circuits.ability import measure_ability, require_ability
+    from gossamer.circuits.interchange import read_circuit, require_graph_of
+    from gossamer.circuits.search import faithfulness_of
+    from gossamer.circuits.tasks import find_task
+
+    found, chosen = read_circuit(circuit), find_task(task)
+    network, tokenizer = load_any(model)
+    require_graph_of(network, found, circuit)
+    prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    require_ability(measure_ability(network, prompts), chosen.name, forced=force)
+    point = faithfulness_of(network, prompts, found.kept, ablation=ablation.value)
+    facts: dict[str, object] = {
+        "edges": f"{point.size:,} of {int(found.graph.possible().sum()):,}",
+        f"mean {prompts.metric.replace('_', ' ')}": f"{point.metric:.3f}",
+        "faithfulness": f"{point.faithfulness:.3f}",
+    }
+    console.print(facts_table(f"{circuit} on {chosen.name}", facts))

@@ -1,0 +1,61 @@
+"""What the commands share: the app, the terminal, names of choices, and models by what a user calls them."""
+
+from enum import Enum
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    name="gossamer",
+    help="Makes a trained transformer's attention sparse enough to read.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+class Precision(str, Enum):
+    """Precision of the matrix products."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def warn(line: str) -> None:
+    """Say a line on stderr that does not end the command."""
+    Console(stderr=True).print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def facts_table(title: str, facts: dict[str, object]) -> Table:
+    """Facts by name, a line each."""
+    table = Table(title=escape(title), show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, escape(str(value)))
+    return table
+
+
+def load_any(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
+    """The model and tokenizer of a run, a saved sparse model, or a dense model by name."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    from gossamer.models.checkpoint import is_saved_model, load
+    from gossamer.models.pretrained import load_dense
+    from gossamer.training.run import Run, load_sparse
+
+    logging.disable_progress_bar()
+    run = Run(Path(target))
+    if (run.folder / "blocks.safetensors").exists():
+        return load_sparse(run), PreTrainedTokenizerFast.from_pretrained(run.model)
+    if is_saved_model(Path(target)):
+        return load(target), PreTrainedTokenizerFast.from_pretrained(target)
+    return load_dense(target)

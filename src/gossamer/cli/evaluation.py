@@ -1,0 +1,174 @@
+"""evaluate and inspect: the figures of a run, and what a model is."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gossamer.cli.common import Precision, app, console, facts_table, names
+from gossamer.cli.pictures import show_demo
+from gossamer.errors import GossamerError
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Blocks, or requests of a task, in one forward pass.")] = 8,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Also these tasks of lm-eval-harness, with commas between: arc_easy,lambada_openai."),
+    ] = None,
+    task_path: Annotated[
+        Path | None,
+        typer.Option(help="Directory with tasks of one's own, in YAML files as lm-eval-harness reads them."),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question. [default: the task's own]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many examples of each task. [default: all]")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Also at these sequence lengths, with commas between: 256,512,1024.")
+    ] = None,
+) -> None:
+    """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
+    from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.run import Run
+
+    keep_freed_memory()
+    if lengths is not None:
+        _evaluate_lengths(Run(run), lengths, precision, batch_size)
+    elif tasks is None:
+        evaluate_and_show(Run(run), precision, batch_size)
+    if tasks is not None:
+        _evaluate_tasks(Run(run), names(tasks), task_path, precision, batch_size, num_fewshot, limit)
+
+
+def _evaluate_lengths(run: "Run", lengths: str, precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
+    from gossamer.evaluation.lengths import add_lengths, lengths_table
+
+    try:
+        asked = [int(length) for length in lengths.split(",")]
+    except ValueError as error:
+        raise GossamerError(f"--lengths {lengths!r} is not a list of numbers; give for example 256,512") from error
+    run.record()
+    if not run.metrics.exists():
+        evaluate_and_show(run, precision, batch_size)
+    with console.status("evaluating") as status:
+        metrics = add_lengths(
+            run, asked, precision=precision.value, progress=lambda what: status.update(f"evaluating: {what}")
+        )
+    console.print(lengths_table(metrics))
+
+
+def _evaluate_tasks(
+    run: "Run",  # type: ignore[name-defined]
+    chosen: tuple[str, ...],
+    task_path: Path | None,
+    precision: Precision,
+    batch_size: int,
+    num_fewshot: int | None,
+    limit: int | None,
+) -> None:
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging
+
+    from gossamer.evaluation.capability import add_tasks, check_tasks, task_table
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    if not chosen:
+        raise GossamerError("--tasks names no task")
+    run.record()
+    check_tasks(chosen, task_path)
+    evaluate_and_show(run, precision, batch_size)
+    metrics = add_tasks(
+        run,
+        chosen,
+        task_path=task_path,
+        shots=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        precision=precision.value,
+        seed=run.config().training.seed,
+        progress=lambda what: console.print(what),
+    )
+    console.print(task_table(metrics))
+
+
+def evaluate_and_show(run: "Run", precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
+    """Measure a run on held-out text, and print all tables and whether the constraint was met."""
+    from gossamer.evaluation.evaluate import evaluate_run, summary_tables, verdict
+
+    with console.status("evaluating") as status:
+        metrics = evaluate_run(
+            run,
+            precision=precision.value,
+            batch_size=batch_size,
+            progress=lambda what: status.update(f"evaluating: {what}"),
+        )
+    for table in summary_tables(metrics):
+        console.print(table)
+    console.print(verdict(metrics), style="bold")
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="A run, a saved sparse model, or a dense model as for sparsify.")],
+) -> None:
+    """Show what TARGET is: its settings and figures, or whether gossamer can gate it."""
+    from gossamer.training.run import Run
+
+    folder = Path(target)
+    if (folder / "blocks.safetensors").exists():
+        _inspect_run(Run(folder))
+    else:
+        inspect_model(target)
+
+
+def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
+    from gossamer.evaluation.evaluate import summary_tables, verdict
+
+    config = dataclasses.asdict(run.config())
+    rows = {**config.pop("training"), **config}
+    console.print(facts_table(f"Run {run.folder}", {key: value for key, value in rows.items() if key != "multiplier"}))
+    if not run.metrics.exists():
+        console.print("Not evaluated yet: finish it with --resume, then gossamer evaluate.")
+        return
+    metrics = json.loads(run.metrics.read_text())
+    for table in summary_tables(metrics):
+        console.print(table)
+    console.print(verdict(metrics), style="bold")
+    if "addition" in metrics:
+        show_demo(run)
+
+
+def inspect_model(target: str) -> None:
+    """Print what a saved sparse or a dense model is."""
+    from gossamer.models.architectures import architecture_of
+    from gossamer.models.checkpoint import gate_biases, is_saved_model, load
+    from gossamer.models.pretrained import load_dense
+
+    gated = is_saved_model(Path(target))
+    model = load(target) if gated else load_dense(target)[0]
+    config = model.config
+    facts: dict[str, object] = {
+        "family": config.model_type,
+        "parameters": f"{model.num_parameters():,}",
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "key/value heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "context (tokens)": getattr(config, "max_position_embeddings", "unknown"),
+    }
+    if gated:
+        biases = gate_biases(model)
+        facts["gate bias"] = f"{biases.min():.2f} to {biases.max():.2f}, mean {biases.mean():.2f}"
+    else:
+        architecture_of(model)
+        facts["can be gated"] = "yes"
+    console.print(facts_table(f"{'Sparse' if gated else 'Dense'} model {target}", facts))

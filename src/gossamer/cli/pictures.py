@@ -1,0 +1,136 @@
+"""demo, report, view: what a person looks at."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from gossamer.cli.common import app, console, warn
+from gossamer.errors import GossamerError
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+) -> None:
+    """Train a small model to add two-digit numbers, make it sparse, and say in words how it adds. Takes minutes.
+
+    Leaves in --out a run like that of sparsify, with the dense model in dense/ and the sentences in findings.json.
+    """
+    from gossamer.demo.demonstrate import demo_config, demonstrate
+    from gossamer.training.memory import keep_freed_memory
+
+    keep_freed_memory()
+    with console.status("measuring") as status:
+        status.stop()
+
+        def show(what: str) -> None:
+            status.start()
+            status.update(escape(what))
+
+        try:
+            run = demonstrate(out, demo_config(seed), console=console, warn=warn, progress=show)
+        except KeyboardInterrupt as error:
+            raise GossamerError(f"interrupted; {out} was not written, begin again") from error
+    show_demo(run)
+
+
+def show_demo(run: "Run") -> None:  # type: ignore[name-defined]
+    """Print the circuits, the sentences and the accuracies that a demo has left."""
+    from gossamer.circuits.compare import comparison_tables
+    from gossamer.demo.demonstrate import addition_table
+
+    circuits = run.folder / "circuits" / "addition" / "circuits.json"
+    if circuits.exists():
+        for table in comparison_tables(json.loads(circuits.read_text())):
+            console.print(table)
+    for sentence in json.loads((run.folder / "findings.json").read_text())["sentences"]:
+        console.print(f"- {sentence['text']}", markup=False, highlight=False)
+    metrics = json.loads(run.metrics.read_text())
+    console.print(addition_table(metrics))
+    seconds = metrics["addition"]["seconds"]
+    stages = ", ".join(f"{stage.replace('_', ' ')} {value:.0f} s" for stage, value in seconds.items())
+    console.print(f"{run.folder}: {stages}", markup=False)
+    console.print(f"to look at: {run.folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    out: Annotated[Path | None, typer.Option(help="File of the page. [default: report.html in RUN]")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Also write every figure as PNG and SVG into this directory.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens shown of each held-out text.")] = 32,
+) -> None:
+    """Write the page of RUN: attention of some prompts, dense beside sparse, circuits, and every figure.
+
+    The page is one file that opens offline. Attention is recorded once, in RUN/attention.json.
+    """
+    from gossamer.report.html import write_report
+    from gossamer.report.plots import save_figures
+    from gossamer.report.records import load_records
+
+    records = load_records(run)
+    if records.attention is None and records.metrics is not None:
+        _record_attention(run, [task.links["prompt"] for task in records.tasks.values() if task.links], tokens)
+    if figures is not None:
+        save_figures(load_records(run), figures)
+    console.print(str(write_report(run, out)), markup=False, highlight=False, soft_wrap=True)
+
+
+def _record_attention(run: Path, prompts: list[str], tokens: int) -> None:
+    from gossamer.circuits.attention_record import AttentionPrompt, write_attention
+    from gossamer.training.run import Run
+
+    models, tokenizer = _both(Run(run))
+    shown = [AttentionPrompt(tuple(tokenizer(prompt)["input_ids"]), "task") for prompt in dict.fromkeys(prompts)]
+    blocks = Run(run).blocks("held_out")[:4, :tokens].tolist()
+    shown += [AttentionPrompt(tuple(block), "held-out text") for block in blocks]
+    with console.status("recording attention"):
+        write_attention(run, models, tokenizer, shown)
+
+
+def _both(run: "Run") -> "tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]":  # type: ignore[name-defined]
+    """The dense and the sparse model of a run, and their tokenizer."""
+    from transformers.utils import logging
+
+    from gossamer.models.pretrained import load_dense
+    from gossamer.training.run import load_sparse
+
+    logging.disable_progress_bar()
+    dense, tokenizer = load_dense(run.dense)
+    return {"dense": dense.eval(), "sparse": load_sparse(run).eval()}, tokenizer
+
+
+@app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    prompt: Annotated[str, typer.Argument(help="Any text.")],
+    out: Annotated[Path | None, typer.Option(help="File of the page. [default: view.html in RUN]")] = None,
+) -> None:
+    """Show how the dense and the sparse model of RUN attend on a new PROMPT, as a page of its own."""
+    from dataclasses import replace
+
+    from gossamer.circuits.attention_record import AttentionPrompt, record_attention
+    from gossamer.files import write_text
+    from gossamer.report.html import page
+    from gossamer.report.records import load_records
+    from gossamer.training.run import Run
+
+    records = load_records(run)
+    models, tokenizer = _both(Run(run))
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    if not ids:
+        raise GossamerError("the prompt is empty; give some text")
+    longest = getattr(models["dense"].config, "max_position_embeddings", None)
+    if longest is not None and len(ids) > longest:
+        raise GossamerError(f"the prompt has {len(ids)} tokens, the model takes {longest}; give a shorter one")
+    attention = record_attention(models, tokenizer, [AttentionPrompt(tuple(ids), "your prompt")])
+    shown = replace(records, attention=attention, tasks={}, findings=None, training=())
+    file = run / "view.html" if out is None else out
+    write_text(file, page(shown))
+    console.print(str(file), markup=False, highlight=False, soft_wrap=True)
