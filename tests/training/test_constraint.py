@@ -17,6 +17,35 @@ def test_multiplier_rises_above_the_bound_and_falls_below() -> None:
     assert multiplier.value == pytest.approx(math.exp(0.02 - 0.05))
 
 
+def test_the_proportional_part_answers_at_once_and_leaves_nothing_behind() -> None:
+    multiplier = Multiplier(MultiplierConfig(initial=1.0, rate=0.5, proportional=10.0, decay=0.0))
+    multiplier.update(0.04)
+    assert multiplier.value == pytest.approx(math.exp(0.02 + 0.4))
+    multiplier.update(3.0)  # clipped to 0.1
+    assert multiplier.value == pytest.approx(math.exp(0.07 + 1.0))
+    multiplier.update(0.0)
+    assert multiplier.value == pytest.approx(math.exp(0.07))
+
+
+def time_outside(proportional: float) -> int:
+    """Steps of the problem below that end more than 0.05 outside the bound."""
+    x, outside = torch.tensor(4.0, requires_grad=True), 0
+    multiplier = Multiplier(MultiplierConfig(initial=0.01, rate=0.5, proportional=proportional))
+    optimizer = torch.optim.SGD([x], lr=0.05)
+    for _ in range(2000):
+        violation = (x - 2) ** 2 - 0.25
+        optimizer.zero_grad()
+        lagrangian(x, violation, multiplier.value).backward()
+        optimizer.step()
+        multiplier.update(violation.item())
+        outside += abs(violation.item()) > 0.05
+    return outside
+
+
+def test_the_proportional_part_damps_the_swing_about_the_bound() -> None:
+    assert time_outside(5.0) < 0.7 * time_outside(0.0)
+
+
 def test_multiplier_stays_within_its_limits() -> None:
     multiplier = Multiplier(MultiplierConfig(rate=100.0, decay=0.0))
     for _ in range(10):

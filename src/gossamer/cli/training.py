@@ -104,6 +104,10 @@ def sparsify(
     multiplier_rate: Annotated[
         float, typer.Option(help="How fast lambda follows: change of log lambda per step and nat of violation.")
     ] = 0.5,
+    multiplier_proportional: Annotated[
+        float,
+        typer.Option(min=0.0, help="How much log lambda answers at once to each nat of violation; damps its swing."),
+    ] = 0.0,
     precision: Annotated[
         Precision, typer.Option(help="Of the matrix products; weights stay float32.")
     ] = Precision.bf16,
@@ -178,7 +182,9 @@ def sparsify(
             gate_learning_rate=gate_learning_rate,
             hard_fraction=hard_fraction,
             constraint=constraint.value,
-            multiplier=MultiplierConfig(initial=initial_multiplier, rate=multiplier_rate),
+            multiplier=MultiplierConfig(
+                initial=initial_multiplier, rate=multiplier_rate, proportional=multiplier_proportional
+            ),
             precision=precision.value,
             checkpoint_every=checkpoint_every,
             seed=seed,

@@ -2,11 +2,14 @@
 
     minimise   E / allowed links   subject to   c <= bound
     primal     (E / allowed + lambda * (c - bound)) / (1 + lambda)
-    dual       log lambda  +=  rate * clip(running mean of (c - bound), -limit, limit)
+    dual       I += rate * v,   log lambda = I + proportional * v,   v = clip(running mean of (c - bound), -limit, limit)
 
 with c the cross-entropy and bound tau, or c = KL(dense || sparse) and bound epsilon. The dual step is
 multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597); dividing by 1 + lambda keeps the size
 of the gradient steady while lambda moves over orders of magnitude.
+
+The sum I alone lags behind: while the weights still recover from closed gates it keeps rising, and it comes down only
+after the bound has long been held. The proportional part answers at once (Sohrabi et al. 2024, arXiv 2406.04558).
 """
 
 import math
@@ -25,7 +28,8 @@ class MultiplierConfig:
 
     Attributes:
         initial: lambda before the first step.
-        rate: of log lambda per step and unit of violation (nat).
+        rate: of I per step and unit of violation (nat).
+        proportional: of log lambda per unit of violation (1 / nat).
         decay: of the running mean of the violation, per step.
         largest_violation: the running mean is clipped to it, so that the first steps, far from the bound
             on either side, do not carry lambda away.
@@ -34,6 +38,7 @@ class MultiplierConfig:
 
     initial: float = 0.02
     rate: float = 0.5
+    proportional: float = 0.0
     decay: float = 0.5
     largest_violation: float = 0.1
     smallest: float = 1e-4
@@ -41,7 +46,7 @@ class MultiplierConfig:
 
 
 class Multiplier:
-    """The Lagrange multiplier lambda and the running mean of the violation that moves it."""
+    """The Lagrange multiplier lambda: the sum ``log_value`` (I) and the running mean of the violation that moves it."""
 
     def __init__(self, config: MultiplierConfig) -> None:
         self.config = config
@@ -51,7 +56,14 @@ class Multiplier:
     @property
     def value(self) -> float:
         """lambda."""
-        return math.exp(self.log_value)
+        return math.exp(self._within(self.log_value + self.config.proportional * self._clipped()))
+
+    def _clipped(self) -> float:
+        limit = self.config.largest_violation
+        return min(max(self.mean_violation or 0.0, -limit), limit)
+
+    def _within(self, log_value: float) -> float:
+        return min(max(log_value, math.log(self.config.smallest)), math.log(self.config.largest))
 
     def update(self, violation: float) -> None:
         """One dual step with the violation c - bound measured in the last primal step."""
@@ -59,9 +71,7 @@ class Multiplier:
         if self.mean_violation is None:
             self.mean_violation = violation
         self.mean_violation = config.decay * self.mean_violation + (1 - config.decay) * violation
-        limit = config.largest_violation
-        moved = self.log_value + config.rate * min(max(self.mean_violation, -limit), limit)
-        self.log_value = min(max(moved, math.log(config.smallest)), math.log(config.largest))
+        self.log_value = self._within(self.log_value + config.rate * self._clipped())
 
     def state_dict(self) -> dict[str, float | None]:
         """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
