@@ -2,7 +2,7 @@
 
     minimise   E / allowed links   subject to   c <= bound
     primal     (E / allowed + lambda * (c - bound)) / (1 + lambda)
-    dual       I += rate * v,   log lambda = I + proportional * v,   v = clip(running mean of (c - bound), -limit, limit)
+    dual       I += rate * v,  log lambda = I + proportional * v,  v = clip(running mean of (c - bound), -limit, limit)
 
 with c the cross-entropy and bound tau, or c = KL(dense || sparse) and bound epsilon. The dual step is
 multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597); dividing by 1 + lambda keeps the size
