@@ -68,7 +68,12 @@ class DemoConfig:
     heads: int = 4
     dense: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=800, batch_size=_BATCH, learning_rate=3e-3, prompt_tokens=PROMPT_TOKENS, checkpoint_every=0
+            steps=800,
+            batch_size=_BATCH,
+            learning_rate=3e-3,
+            fused_optimizer=False,  # as in the runs of docs/addition.md
+            prompt_tokens=PROMPT_TOKENS,
+            checkpoint_every=0,
         )
     )
     sparse: TrainingConfig = field(
@@ -78,6 +83,7 @@ class DemoConfig:
             learning_rate=1e-3,
             gate_learning_rate=0.05,
             hard_fraction=0.4,
+            fused_optimizer=False,
             prompt_tokens=PROMPT_TOKENS,
             multiplier=MultiplierConfig(initial=0.05, rate=0.2, largest_violation=0.02, largest=10.0),
             checkpoint_every=20,

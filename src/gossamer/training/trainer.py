@@ -78,6 +78,7 @@ class TrainingConfig:
         final_rate: last learning rate as a share of the first.
         hard_fraction: share of the steps, at the end, trained with hard gates instead of sampled ones.
         max_grad_norm: the gradient's norm is clipped to it.
+        fused_optimizer: AdamW in one pass over memory: a sixth of the time on a CPU. It rounds otherwise than in many.
         constraint: kind of the constraint.
         multiplier: how lambda moves.
         validate_every: steps between measurements of the violation.
@@ -99,6 +100,7 @@ class TrainingConfig:
     final_rate: float = 0.05
     hard_fraction: float = 0.8
     max_grad_norm: float = 1.0
+    fused_optimizer: bool = True
     constraint: ConstraintKind = "ce"
     multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
     validate_every: int = 20
@@ -208,7 +210,8 @@ class PostTrainer(Trainer):
             groups = [{"params": weights, "lr": self.config.learning_rate}]
             if gates:
                 groups.append({"params": gates, "lr": self.config.gate_learning_rate})
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+            fused = True if self.config.fused_optimizer else None
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         return cast(torch.optim.Optimizer, self.optimizer)
 
     def batch_objective(
