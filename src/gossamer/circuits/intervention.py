@@ -45,13 +45,19 @@ class _Patched(Visitor):
     def _mixed(
         self, kept: Float[Tensor, "circuits sources destinations"], kind: str, layer: int
     ) -> Float[Tensor, "destinations rows tokens d_model"]:
-        """What destinations of one kind read that keep these sources; circuit by circuit, since no copy is made so."""
+        """What destinations of one kind read that keep these sources; circuit by circuit, since no copy is made so.
+
+        Small circuits keep few sources: the others need not be read, and the products are bound by memory.
+        """
         circuits, sources, destinations = kept.shape
         mixed = self.change.new_empty(destinations, *self.change.shape[1:])
         mixed[:] = self._replaced("q" if kind in "qkv" else kind, layer, sources)
         for circuit in range(circuits):
-            change = self.change[:sources, circuit]
-            mixed[:, circuit] += (kept[circuit].mT @ change.flatten(1)).view(destinations, *change.shape[1:])
+            own, change = kept[circuit], self.change[:sources, circuit]
+            used = own.any(1)
+            if 2 * int(used.sum()) < sources:
+                own, change = own[used], change[used]
+            mixed[:, circuit] += (own.mT @ change.flatten(1)).view(destinations, *change.shape[1:])
         return mixed.flatten(1, 2)
 
     def _write(self, sources: slice, values: Float[Tensor, "sources rows tokens d_model"]) -> None:
