@@ -77,6 +77,7 @@ def test_a_demo_leaves_a_run(quick: Run) -> None:
         "report.html",
         "training.jsonl",
     }
+    assert f'"name":"{quick.folder.name}"' in (quick.folder / "report.html").read_text()
     assert not [path for path in quick.folder.parent.iterdir() if path != quick.folder]
     held_out = split_pairs(validation=50, held_out=300, seed=0).held_out
     assert torch.equal(quick.blocks("held_out"), held_out.blocks())

@@ -123,6 +123,7 @@ def demonstrate(
     remove_staging(folder)
     with _one_thread(), written_beside(folder) as staging:
         _demonstrate(Run(staging), config, console or Console(quiet=True), warn, progress)
+        write_report(staging, name=folder.resolve().name)
     return Run(folder)
 
 
@@ -178,7 +179,6 @@ def _demonstrate(
             except GossamerError as error:
                 warn(f"no circuits: {error}")
     _add_figures(run, config, split, dense, findings, seconds)
-    write_report(run.folder)
 
 
 @contextmanager

@@ -11,30 +11,31 @@ from gossamer.report.records import Records, load_records
 from gossamer.report.series import Chart, faithfulness_charts, loss_chart, training_charts
 
 
-def write_report(folder: str | Path, out: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, out: str | Path | None = None, *, name: str | None = None) -> Path:
     """Write the page of a run.
 
     Args:
         folder: of the run.
         out: the file; ``report.html`` in the folder if None.
+        name: what the page calls the run; the folder's name if None.
 
     Raises:
         GossamerError: if the folder is not a run's, or a record of it is damaged.
     """
     records = load_records(folder)
     file = Path(folder) / "report.html" if out is None else Path(out)
-    write_text(file, page(records))
+    write_text(file, page(records, name))
     return file
 
 
-def page(records: Records) -> str:
-    """The page as text."""
+def page(records: Records, name: str | None = None) -> str:
+    """The page as text; it calls the run by its folder's name if no other is given."""
     parts = files("gossamer.report") / "page"
     filled = (parts / "page.html").read_text(encoding="utf-8")
     for place, text in (
         ("/*STYLE*/", (parts / "page.css").read_text(encoding="utf-8")),
         ("/*SCRIPT*/", (parts / "page.js").read_text(encoding="utf-8")),
-        ("/*DATA*/", _embedded(_content(records))),
+        ("/*DATA*/", _embedded({"name": name or records.folder.resolve().name, **_content(records)})),
     ):
         filled = filled.replace(place, text, 1)
     return filled
@@ -59,7 +60,6 @@ def _content(records: Records) -> dict[str, Any]:
     training = [_chart(chart) for chart in training_charts(records)]
     charts.append({"id": "training", "title": "Training", "figures": training})
     return {
-        "name": records.folder.resolve().name,
         "summary": records.summary(),
         "layers": _layers(records),
         "attention": records.attention,

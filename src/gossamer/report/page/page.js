@@ -227,7 +227,9 @@ function size(canvas, width, height) {
 // Tokens along x, layers upwards; a link goes from what is read to what reads it, one layer up.
 function layered(tokens, layers, links, color, picked = [], label = (text) => shown(text).slice(0, 12)) {
   const wide = Math.max(360, tokens.length * 46), rise = Math.max(14, Math.min(70, 420 / layers));
-  const x = (place) => 36 + (place + .5) * (wide - 40) / tokens.length, y = (level) => 12 + (layers - level) * rise;
+  // Slanted labels reach to the left of their token: the first ones must not leave the picture.
+  const inset = Math.max(36, ...tokens.map((text, place) => 4.6 * label(text).length - (place + .5) * (wide - 40) / tokens.length));
+  const x = (place) => inset + (place + .5) * (wide - inset - 4) / tokens.length, y = (level) => 12 + (layers - level) * rise;
   const most = Math.max(...links.map((link) => Math.abs(link[4] ?? 1)), 1e-9);
   const svg = drawn("svg", { viewBox: `0 0 ${wide} ${layers * rise + 34 + 5.4 * Math.max(...tokens.map((text) => label(text).length))}`, role: "img", style: `min-width:${Math.min(wide, 640)}px` });
   for (let level = 0; level <= layers; level += layers > 12 ? 5 : 1)
