@@ -382,6 +382,18 @@ def test_task_shows_examples_and_how_well_the_model_does(finished, own_task: Pat
         assert "logit difference, corrupted" in result.stdout
 
 
+def test_circuits_of_some_levels_under_another_ablation_stand_beside_the_others(finished, own_task: Path) -> None:
+    out, _, _ = finished
+    line = ["circuits", out, "--task", own_task, "--examples", 4, "--ig-steps", 0, "--force"]
+    result = gossamer_command(*line, "--ablation", "zero", "--levels", "links")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((out / "circuits" / "own-zero" / "circuits.json").read_text())
+    assert record["ablation"] == "zero"
+    assert set(record["models"]["sparse"]["levels"]) == {"links"}
+    assert_refused(gossamer_command(*line, "--levels", "links,heads"), "--levels", "links,heads", "nodes")
+    assert_refused(gossamer_command(*line, "--ablation", "mean", "--levels", "links"), "no mean")
+
+
 def test_circuits_leaves_a_record_of_both_models(finished, own_task: Path) -> None:
     out, _, _ = finished
     result = gossamer_command("circuits", out, "--task", own_task, "--examples", 4, "--ig-steps", 2, "--force")

@@ -5,6 +5,8 @@
              corrupted + k/m (clean - corrupted), k = 0 .. m - 1  (Hanna et al. 2024, arXiv 2403.17806; "inputs")
     links    w'_ij (v'_j . g_i) - w_ij (v_j . g_i), g the gradient at the head's output, primes the corrupted run
 
+Where units outside a circuit carry zero or a mean, that stands in the place of the corrupted run's values.
+
 Gradients are taken before the norm of the destination, on the clean run (EAP). All edges of a batch need one forward
 and one backward pass; then the gradient at q, k or v of each head goes back through its own rows of the projection,
 and through the norm, for some of them at a time. So the memory is that of what the sources wrote in one run.
@@ -12,6 +14,7 @@ and through the norm, for some of them at a time. So the memory is that of what 
 
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +23,7 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.projections import Place, Places, projections_of
-from gossamer.circuits.recording import Recording, record, record_written
+from gossamer.circuits.recording import Ablation, Recording, record, record_written, replacement
 from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
 from gossamer.circuits.tasks.base import Batch
 
@@ -95,25 +98,29 @@ class _Taps(Visitor):
         return self._want("logits", 0, x)
 
 
-def edge_scores(model: PreTrainedModel, batch: Batch, *, steps: int = 0) -> Float[Tensor, "sources destinations"]:
+def edge_scores(
+    model: PreTrainedModel, batch: Batch, *, steps: int = 0, ablation: Ablation = "patch"
+) -> Float[Tensor, "sources destinations"]:
     """EAP scores of all component edges, summed over the batch; EAP-IG with ``steps`` > 0.
 
-    The score of an edge estimates how much the batch's summed metric changes when the edge is patched. The score of a
-    node is the sum over its outgoing edges.
+    The score of an edge estimates how much the batch's summed metric changes when the edge is patched, or carries what
+    ``ablation`` says instead of the corrupted run's value. The score of a node is the sum over its outgoing edges.
     """
     graph, places = graph_of(model), projections_of(model)
-    difference = record_written(model, batch.corrupted)
+    corrupted = record_written(model, batch.corrupted)
+    start = corrupted[0].clone()
+    difference = replacement(corrupted, ablation)
+    del corrupted
     if steps == 0:
         taps = _Taps(graph, difference=difference)
         _run(model, batch, taps)
         return _scores_of_run(taps, graph, places, difference)
-    corrupted = difference[0].clone()
     clean = record_written(model, batch.clean)
     difference -= clean
     begin = clean[0].clone()
     del clean
     scores = difference.new_zeros(graph.sources, graph.destinations)
-    for embeddings in _embeddings(begin, corrupted, steps):
+    for embeddings in _embeddings(begin, start, steps):
         taps = _Taps(graph, begin=embeddings)
         _run(model, batch, taps)
         scores += _scores_of_run(taps, graph, places, difference) / steps
@@ -204,9 +211,12 @@ def _column(graph: Graph, difference: Tensor, gradient: Tensor, destination: int
 
 
 def link_scores(
-    model: PreTrainedModel, batch: Batch, *, steps: int = 0
+    model: PreTrainedModel, batch: Batch, *, steps: int = 0, ablation: Literal["patch", "zero"] = "patch"
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
-    """Attribution scores of all attention links, by prompt; gradients as in :func:`edge_scores`."""
+    """Attribution scores of all attention links, by prompt; gradients as in :func:`edge_scores`.
+
+    Under ``zero`` the corrupted run's links count as nothing: the score estimates what cutting the link changes.
+    """
     clean, corrupted = (record(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
     scores: Tensor | None = None
     for begin in _embeddings(clean.written[0], corrupted.written[0], steps):
@@ -215,7 +225,8 @@ def link_scores(
         layers = []
         for layer in range(taps.graph.layers):
             gradient = taps.gradients["output", layer]
-            layers.append(_link_value(corrupted, layer, gradient) - _link_value(clean, layer, gradient))
+            own = _link_value(clean, layer, gradient)
+            layers.append(-own if ablation == "zero" else _link_value(corrupted, layer, gradient) - own)
         found = torch.stack(layers, 1) / max(steps, 1)
         scores = found if scores is None else scores + found
     assert scores is not None

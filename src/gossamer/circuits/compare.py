@@ -1,7 +1,8 @@
 """Circuits of a run's sparse model beside those of its dense original, as a record in the run's directory.
 
-``circuits/TASK/circuits.json`` is the record, ``scores.safetensors`` beside it holds the scores of all edges of both
-models, ``links.json`` the attention links that explain one prompt. The keys are documented in ``docs/metrics.md``.
+``circuits/TASK/circuits.json`` (``TASK-zero``, ``TASK-mean`` under those ablations) is the record,
+``scores.safetensors`` beside it holds the scores of all edges of both models, ``links.json`` the attention links that
+explain one prompt. The keys are documented in ``docs/metrics.md``.
 """
 
 import json
@@ -25,9 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gossamer.circuits.ability import Ability, measure_ability, require_ability
 from gossamer.circuits.graph import Graph, prune, top_edges
 from gossamer.circuits.interchange import Circuit
-from gossamer.circuits.intervention import Ablation
 from gossamer.circuits.metrics import EXPLAINED, Curve
-from gossamer.circuits.search import LEVELS, Circuits, find_circuits
+from gossamer.circuits.recording import Ablation
+from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
 from gossamer.files import written_beside
@@ -46,6 +47,7 @@ class SearchConfig:
         seeds: how many seeds, from ``seed`` on: a variation each.
         rephrased: a variation for each of the task's phrasings too, with the first seed.
         steps: of EAP-IG; 0 for EAP.
+        levels: kinds of units.
         ablation: what units outside a circuit carry; with ``mean``, links are left out.
         absolute: choose units by largest absolute score; else by highest.
         batch_size: rows in one forward pass.
@@ -58,6 +60,7 @@ class SearchConfig:
     seeds: int = 1
     rephrased: bool = False
     steps: int = 5
+    levels: tuple[Level, ...] = LEVELS
     ablation: Ablation = "patch"
     absolute: bool = True
     batch_size: int = 16
@@ -77,11 +80,13 @@ def compare_circuits(
 
     Raises:
         GossamerError: if the run is not finished; if a model cannot do the task; if the task has no phrasings and
-            ``rephrased`` asks for them.
+            ``rephrased`` asks for them; if links alone are asked for under mean ablation.
     """
     config = config or SearchConfig()
     if config.rephrased and not task.phrasings:
         raise GossamerError(f"task {task.name} has no other phrasings")
+    if config.ablation == "mean" and config.levels == ("links",):
+        raise GossamerError("links have no mean to carry; ablate them by patch or zero")
     dense, tokenizer = load_dense(run.dense)
     models = {"dense": dense, "sparse": load_sparse(run)}
     variations: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
@@ -123,7 +128,8 @@ def compare_circuits(
         ],
         "overlap": {name: _overlap(circuits) for name, circuits in found.items()},
     }
-    with written_beside(run.folder / "circuits" / task.name) as staging:
+    name = task.name if config.ablation == "patch" else f"{task.name}-{config.ablation}"
+    with written_beside(run.folder / "circuits" / name) as staging:
         save_file({name: circuits[0].scores.contiguous() for name, circuits in found.items()},
                   staging / "scores.safetensors")  # fmt: skip
         links = _links_of_one_prompt({name: circuits[0] for name, circuits in found.items()}, tokenizer)
@@ -144,7 +150,7 @@ def _of_model(
     found = find_circuits(
         model,
         prompts,
-        levels=LEVELS if config.ablation != "mean" else ("nodes", "edges"),
+        levels=tuple(level for level in config.levels if (level, config.ablation) != ("links", "mean")),
         steps=config.steps,
         ablation=config.ablation,
         absolute=config.absolute,
@@ -189,7 +195,7 @@ def _circuit_record(found: Circuits) -> dict[str, Any]:
 
 def _overlap(found: list[Circuits]) -> float | None:
     """Mean Jaccard index of the edges at 90 % over all pairs of variations."""
-    sizes = [circuits.curves["edges"].first_size for circuits in found]
+    sizes = [circuits.curves["edges"].first_size if "edges" in circuits.curves else None for circuits in found]
     edges = [circuits.edges(size) for circuits, size in zip(found, sizes, strict=True) if size is not None]
     pairs = [int((a & b).sum()) / max(1, int((a | b).sum())) for a, b in combinations(edges, 2)]
     return mean(pairs) if pairs else None
@@ -234,6 +240,8 @@ def load_circuit(run: Run, task: str, model: str, edges: int | None = None) -> C
         record = json.loads((folder / "circuits.json").read_text())
         scores = load_file(folder / "scores.safetensors")[model]
         units = record["models"][model]["units"]
+        if "edges" not in record["models"][model]["levels"]:
+            raise GossamerError(f"the circuits of {task} in {run.folder} were found without edges; find those too")
         size = edges if edges is not None else record["models"][model]["levels"]["edges"]["first_size"]
         graph = Graph(units["layers"], units["heads"], units["parallel"])
     except (ValueError, KeyError, SafetensorError) as error:

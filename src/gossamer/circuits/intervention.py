@@ -17,11 +17,9 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.projections import Place, Places, projections_of
-from gossamer.circuits.recording import Recording, record
+from gossamer.circuits.recording import Ablation, Recording, record, replacement
 from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
 from gossamer.circuits.tasks.base import Batch
-
-Ablation = Literal["patch", "zero", "mean"]
 
 
 class _Patched(Visitor):
@@ -33,7 +31,7 @@ class _Patched(Visitor):
     def __init__(self, graph: Graph, kept: Tensor, other: Recording, ablation: Ablation) -> None:
         self.graph, self.other, self.ablation = graph, other, ablation
         self.kept = kept.to(other.written)
-        self.replacement = _replacement(other, ablation)
+        self.replacement = replacement(other.written, ablation)
         self.change = other.written.new_empty(graph.sources, len(kept), *other.written.shape[1:])
 
     def _replaced(self, kind: str, layer: int, sources: int) -> Tensor:
@@ -158,14 +156,6 @@ def _projected(place: Place, columns: Tensor, x: Float[Tensor, "heads rows token
     if isinstance(bias, Tensor):
         outputs = outputs + bias[:, None]
     return outputs.unflatten(1, x.shape[1:3]).permute(1, 2, 0, 3).flatten(2)
-
-
-def _replacement(other: Recording, ablation: Ablation) -> Tensor:
-    if ablation == "zero":
-        return torch.zeros_like(other.written)
-    if ablation == "mean":
-        return other.written.mean(1, keepdim=True).expand_as(other.written).contiguous()
-    return other.written
 
 
 @torch.no_grad()

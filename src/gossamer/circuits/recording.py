@@ -1,6 +1,7 @@
 """One run of a model with what every unit wrote and every destination read."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,9 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
+
+Ablation = Literal["patch", "zero", "mean"]
+"""What units outside a circuit carry: the corrupted run's values, zero, or the mean over the batch's corrupted runs."""
 
 
 @dataclass
@@ -103,3 +107,14 @@ def record_written(
         model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
     assert recorder.written is not None
     return recorder.written
+
+
+def replacement(
+    corrupted: Float[Tensor, "sources batch tokens d_model"], ablation: Ablation
+) -> Float[Tensor, "sources batch tokens d_model"]:
+    """What sources carry outside a circuit, from what they wrote in the corrupted run."""
+    if ablation == "zero":
+        return torch.zeros_like(corrupted)
+    if ablation == "mean":
+        return corrupted.mean(1, keepdim=True).expand_as(corrupted).contiguous()
+    return corrupted

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.attribution import edge_scores, link_scores
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
-from gossamer.circuits.intervention import Ablation, keep_edges, keep_links, keep_nodes
+from gossamer.circuits.intervention import keep_edges, keep_links, keep_nodes
 from gossamer.circuits.metrics import Curve, Point, measure_curve
-from gossamer.circuits.recording import record
+from gossamer.circuits.recording import Ablation, record
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
 from gossamer.errors import GossamerError
@@ -29,7 +29,7 @@ class Circuits:
     Attributes:
         graph: of the model.
         curves: faithfulness by size, by level. Links are counted on one prompt, averaged over the prompts.
-        scores: of the component edges, the mean over the prompts.
+        scores: of the component edges, the mean over the prompts; zeros if only links were asked for.
         link_scores: of the attention links, by batch; empty if that level was not asked for.
         batches: the prompts that they belong to.
         absolute: whether the largest absolute scores were chosen, not the highest.
@@ -88,14 +88,15 @@ def find_circuits(
     batches = tuple(prompts.batches(batch_size))
     count = len(prompts.kept)
     scores = torch.zeros(graph.sources, graph.destinations)
-    for done, batch in enumerate(batches):
+    for done, batch in enumerate(batches if set(levels) - {"links"} else ()):
         progress(f"scores of edges, batch {done + 1} of {len(batches)}")
-        scores += edge_scores(model, batch, steps=steps).cpu() / count
+        scores += edge_scores(model, batch, steps=steps, ablation=ablation).cpu() / count
     links: list[Tensor] = []
     if "links" in levels:
         for done, batch in enumerate(batches):
             progress(f"scores of links, batch {done + 1} of {len(batches)}")
-            links.append(link_scores(model, batch, steps=steps).cpu())
+            some = link_scores(model, batch, steps=steps, ablation="zero" if ablation == "zero" else "patch")
+            links.append(some.cpu())
     found = Circuits(graph, {}, scores, tuple(links), batches, absolute)
     lengths = [batch.clean.shape[1] for batch in batches for _ in batch.clean]
     allowed = round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))

@@ -8,7 +8,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from gossamer.cli.common import app, console, facts_table, load_any
+from gossamer.cli.common import app, console, facts_table, load_any, names
+from gossamer.errors import GossamerError
 
 
 class Ablation(str, Enum):
@@ -85,6 +86,9 @@ def circuits(
     rephrased: Annotated[
         bool, typer.Option("--rephrased", help="Repeat with each of the task's other sets of templates.")
     ] = False,
+    levels: Annotated[
+        str, typer.Option(help="Kinds of units, with commas between: nodes, edges, links.")
+    ] = "nodes,edges,links",
     ig_steps: Annotated[int, typer.Option(min=0, help="Steps of integrated gradients; 0: none (EAP).")] = 5,
     ablation: Annotated[
         Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
@@ -97,7 +101,8 @@ def circuits(
 ) -> None:
     """Find circuits of RUN's sparse model and of its dense original, prove them by intervention, compare them.
 
-    Leaves in RUN/circuits/TASK: circuits.json (the figures), scores.safetensors (of all edges), links.json.
+    Leaves in RUN/circuits/TASK (TASK-zero or TASK-mean with those ablations): circuits.json (the figures),
+    scores.safetensors (of all edges), links.json.
     """
     from transformers.utils import logging
 
@@ -114,6 +119,7 @@ def circuits(
         seed=seed,
         seeds=seeds,
         rephrased=rephrased,
+        levels=_levels(levels),
         steps=ig_steps,
         ablation=ablation.value,
         absolute=not signed,
@@ -124,6 +130,15 @@ def circuits(
         record = compare_circuits(Run(run), find_task(task), config, progress=lambda what: status.update(escape(what)))
     for table in comparison_tables(record):
         console.print(table)
+
+
+def _levels(text: str) -> "tuple[Level, ...]":  # type: ignore[name-defined]
+    from gossamer.circuits.search import LEVELS
+
+    asked = names(text)
+    if not asked or not set(asked) <= set(LEVELS):
+        raise GossamerError(f"--levels {text!r}: give some of {', '.join(LEVELS)}, with commas between")
+    return tuple(level for level in LEVELS if level in asked)
 
 
 @app.command()
