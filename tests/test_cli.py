@@ -416,15 +416,16 @@ def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: P
     result = gossamer_command("circuits", out, *arguments, "--ablation", "zero", "--signed")
     assert result.returncode == 0, result.stderr
     assert "2 variations" in result.stdout
-    record = json.loads((out / "circuits" / "own" / "circuits.json").read_text())
+    record = json.loads((out / "circuits" / "own-zero" / "circuits.json").read_text())
     assert [each["seed"] for each in record["variations"]] == [0, 1]
     assert 0 <= record["overlap"]["sparse"] <= 1
-    links = json.loads((out / "circuits" / "own" / "links.json").read_text())
+    links = json.loads((out / "circuits" / "own-zero" / "links.json").read_text())
     assert len(links["tokens"]) == len(links["prompt"].split())
     everything = record["models"]["sparse"]["levels"]["edges"]["total"]
     for suffix in (".json", ".pt", ".graphml"):
         file = tmp_path / f"circuit{suffix}"
-        result = gossamer_command("export", out, "--task", own_task, "--out", file, "--edges", everything)
+        result = gossamer_command("export", out, "--task", own_task, "--out", file,
+                                  "--edges", everything, "--ablation", "zero")  # fmt: skip
         assert result.returncode == 0, result.stderr
         result = gossamer_command("prove", file, "--model", out, "--task", own_task, "--examples", 4, "--force")
         assert result.returncode == 0, result.stderr
@@ -432,7 +433,8 @@ def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: P
     another = gossamer_command("prove", file, "--model", "smollm2", "--task", "ioi")
     assert_refused(another, "circuit.graphml is a circuit of another model", "30 layers of 9 heads")
     assert_refused(gossamer_command("export", out, "--task", "ioi", "--out", file), "has no circuits of ioi")
-    wrong = gossamer_command("export", out, "--task", own_task, "--out", tmp_path / "circuit.xml", "--edges", 3)
+    wrong = gossamer_command("export", out, "--task", own_task, "--out", tmp_path / "circuit.xml",
+                             "--edges", 3, "--ablation", "zero")  # fmt: skip
     assert_refused(wrong, "circuit.xml has to end in .json, .pt or .graphml")
     assert_refused(gossamer_command("circuits", out, "--task", own_task, "--rephrased"), "no other phrasings")
 

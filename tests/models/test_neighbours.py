@@ -119,7 +119,16 @@ def test_a_bridge_that_says_something_else_is_refused() -> None:
 
 @torch.no_grad()
 @needs_transformer_lens
-def test_a_bridge_with_a_tokenizer_generates_what_the_model_generates(saved_llama: Path, tokenizer) -> None:
+@pytest.mark.parametrize(
+    "cache",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.xfail(reason="TransformerLens 4.3.0 with transformers 5.24: dense too")),
+    ],
+)
+def test_a_bridge_with_a_tokenizer_generates_what_the_model_generates(
+    saved_llama: Path, tokenizer, cache: bool
+) -> None:
     model = gated_model("llama")
     with pytest.raises(GossamerError, match="save this one"):
         gated_bridge(model, tokenizer)
@@ -127,7 +136,9 @@ def test_a_bridge_with_a_tokenizer_generates_what_the_model_generates(saved_llam
     prompt = "the sparse model reads"
     ids = bridge.to_tokens(prompt)
     wanted = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    found = bridge.generate(ids, max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)
+    found = bridge.generate(
+        ids, max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False, use_past_kv_cache=cache
+    )
     assert found.tolist() == wanted.tolist()
 
 

@@ -128,14 +128,17 @@ def compare_circuits(
         ],
         "overlap": {name: _overlap(circuits) for name, circuits in found.items()},
     }
-    name = task.name if config.ablation == "patch" else f"{task.name}-{config.ablation}"
-    with written_beside(run.folder / "circuits" / name) as staging:
+    with written_beside(_folder(run, task.name, config.ablation)) as staging:
         save_file({name: circuits[0].scores.contiguous() for name, circuits in found.items()},
                   staging / "scores.safetensors")  # fmt: skip
         links = _links_of_one_prompt({name: circuits[0] for name, circuits in found.items()}, tokenizer)
         (staging / "links.json").write_text(json.dumps(links) + "\n")
         (staging / "circuits.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _folder(run: Run, task: str, ablation: Ablation) -> Path:
+    return run.folder / "circuits" / (task if ablation == "patch" else f"{task}-{ablation}")
 
 
 def _of_model(
@@ -221,7 +224,7 @@ def _links_of_one_prompt(found: dict[str, Circuits], tokenizer: PreTrainedTokeni
     return record
 
 
-def load_circuit(run: Run, task: str, model: str, edges: int | None = None) -> Circuit:
+def load_circuit(run: Run, task: str, model: str, edges: int | None = None, *, ablation: Ablation = "patch") -> Circuit:
     """A circuit of edges from what :func:`compare_circuits` left, pruned.
 
     Args:
@@ -229,11 +232,12 @@ def load_circuit(run: Run, task: str, model: str, edges: int | None = None) -> C
         task: name of the task, or its JSONL file.
         model: ``dense`` or ``sparse``.
         edges: how many of the best are kept; None: as many as explain 90 %.
+        ablation: under which it was found.
 
     Raises:
         GossamerError: if there is no such record; if no circuit explains 90 % and ``edges`` is None.
     """
-    folder = run.folder / "circuits" / (Path(task).stem if task.endswith(".jsonl") else task)
+    folder = _folder(run, Path(task).stem if task.endswith(".jsonl") else task, ablation)
     if not (folder / "circuits.json").exists():
         raise GossamerError(f"{run.folder} has no circuits of {task}; find them with gossamer circuits")
     try:

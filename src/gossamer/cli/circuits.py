@@ -152,13 +152,14 @@ def export(
     edges: Annotated[
         int | None, typer.Option(min=1, help="Edges kept, before pruning. [default: those that explain 90 %]")
     ] = None,
+    ablation: Annotated[Ablation, typer.Option(help="Under which it was found.")] = Ablation.patch,
 ) -> None:
     """Write a circuit that gossamer circuits has found for other tools."""
     from gossamer.circuits.compare import load_circuit
     from gossamer.circuits.interchange import write_circuit
     from gossamer.training.run import Run
 
-    circuit = load_circuit(Run(run), task, model.value, edges)
+    circuit = load_circuit(Run(run), task, model.value, edges, ablation=ablation.value)
     write_circuit(out, circuit)
     console.print(f"{out}: {int(circuit.kept.sum()):,} of {int(circuit.graph.possible().sum()):,} edges", markup=False)
 
