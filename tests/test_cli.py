@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 import gossamer
 from families import tiny_model
@@ -218,6 +219,55 @@ def test_resuming_with_other_settings_is_refused(finished, saved_llama: Path, te
     line = ["sparsify", saved_llama, "--text", text, "--out", out, *arguments]
     assert_refused(gossamer_command(*line), str(out), "--resume")
     assert_refused(gossamer_command(*line, "--resume", "--slack", 0.5), "slack=0.01", "0.5")
+
+
+def test_a_run_starts_from_another_ones_sparse_model_and_control(
+    finished, saved_llama: Path, text: Path, tmp_path: Path
+):
+    start, _, _ = finished
+    out = tmp_path / "second"
+    still = ["--learning-rate", 1e-30, "--gate-learning-rate", 1e-30, "--seed", 1]
+    line = [*QUICK, "--tokens", 2 * 128, *still, "--start-from", start]
+    line[line.index("--seq-len") + 1] = 32
+    result = gossamer_command("sparsify", saved_llama, "--text", text, "--out", out, *line)
+    assert result.returncode == 0, result.stderr
+    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
+        before, after = weights(start, part), weights(out, part)
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            torch.testing.assert_close(after[name], value, rtol=0, atol=1e-12)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["tokens_trained_before"], metrics["tokens_trained"]) == (60 * 64, 2 * 128)
+    dense = AutoModelForCausalLM.from_pretrained(saved_llama).eval()
+    blocks = load_file(out / "blocks.safetensors")["held_out"].long()
+    with torch.no_grad():
+        loss = dense(input_ids=blocks, labels=blocks).loss.item()
+    assert metrics["loss_dense"] == pytest.approx(loss, rel=1e-4)
+    third = gossamer_command(
+        "sparsify", saved_llama, "--text", text, "--out", tmp_path / "third", *line[:-1], out, "--no-control"
+    )
+    assert third.returncode == 0, third.stderr
+    metrics = json.loads((tmp_path / "third" / "metrics.json").read_text())
+    assert metrics["tokens_trained_before"] == 60 * 64 + 2 * 128
+
+
+def test_what_a_run_cannot_start_from_is_named(
+    finished, saved_llama: Path, text: Path, bad_folder: Path, tmp_path: Path
+) -> None:
+    start, _, _ = finished
+    line = ["--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 128, "--start-from"]
+    assert_refused(gossamer_command("sparsify", saved_llama, *line, bad_folder), str(bad_folder), "is not a run")
+    assert_refused(gossamer_command("sparsify", "smollm2", *line, start), "a run of", str(saved_llama), "smollm2")
+    assert_refused(
+        gossamer_command("sparsify", saved_llama, *line, start, "--train", "lora"), "--train all or attention"
+    )
+    copied = tmp_path / "copied"
+    shutil.copytree(start, copied)
+    shutil.rmtree(copied / "control")
+    assert_refused(gossamer_command("sparsify", saved_llama, *line, copied), str(copied), "--no-control")
+    shutil.rmtree(copied / "model")
+    assert_refused(gossamer_command("sparsify", saved_llama, *line, copied), str(copied), "no sparse model yet")
+    assert not (tmp_path / "run").exists()
 
 
 def bad_models(folder: Path) -> None:

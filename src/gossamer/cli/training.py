@@ -94,6 +94,13 @@ def sparsify(
     gate_bias: Annotated[
         float, typer.Option(help="Initial bias of every gate; higher starts with more links open.")
     ] = -2.0,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a finished run of MODEL: start from its sparse model and gates, not from the dense "
+            "model, say at a longer --seq-len. The bound stays the dense model's."
+        ),
+    ] = None,
     hard_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of the steps, at the end, with hard gates, not sampled.")
     ] = 0.8,
@@ -165,6 +172,7 @@ def sparsify(
         slack=slack,
         epsilon=epsilon,
         gate_bias=gate_bias,
+        start_from=None if start_from is None else str(start_from),
         lora_rank=lora_rank,
         lora_alpha=lora_alpha,
         lora_targets=names(lora_targets),

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gossamer.errors import GossamerError
 from gossamer.files import write_text
 from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, load_sparse
+from gossamer.training.run import Run, load_control, load_sparse
 
 
 def measure_tasks(
@@ -163,7 +163,7 @@ def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
         "sparse": lambda: load_sparse(run),
     }
     if run.control.exists():
-        models["control"] = lambda: AutoModelForCausalLM.from_pretrained(run.control).to(device).eval()
+        models["control"] = lambda: load_control(run)
     return models
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from gossamer.evaluation.capability import task_table
 from gossamer.evaluation.language import measure_language
@@ -18,7 +17,7 @@ from gossamer.evaluation.topk import topk_curve
 from gossamer.files import write_text
 from gossamer.models.attention import counted_links
 from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, load_sparse, versions
+from gossamer.training.run import Run, load_control, load_sparse, versions
 
 TOPK = (1, 2, 4, 8, 16, 32, 64)
 TOPK_BLOCKS = 16
@@ -77,7 +76,7 @@ def evaluate_run(
     control_loss = None
     if run.control.exists():
         progress("dense control")
-        control = AutoModelForCausalLM.from_pretrained(run.control).to(dense.device)
+        control = load_control(run)
         control_loss = measure_language(control, blocks, **options).loss
         del control
     progress("top-k baseline")
@@ -95,6 +94,7 @@ def evaluate_run(
         "seq_len": config.seq_len,
         "seed": config.training.seed,
         "tokens_trained": config.training.steps * config.tokens_per_step,
+        "tokens_trained_before": record["measured"].get("tokens_before", 0),
         "selected_step": record["measured"].get("selected", {}).get("step"),
         "tokens_evaluated": sparse_figures.tokens,
         "precision_evaluated": precision,

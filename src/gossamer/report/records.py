@@ -21,6 +21,7 @@ SHOWN = {
     "constraint_met": "constraint met",
     "seq_len": "tokens in a block",
     "tokens_trained": "tokens trained",
+    "tokens_trained_before": "tokens trained before, in the run it started from",
     "seed": "seed",
 }
 """What a summary shows of ``metrics.json``, and how it calls it."""

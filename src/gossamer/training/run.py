@@ -30,7 +30,7 @@ from jaxtyping import Int
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from gossamer.errors import GossamerError
@@ -75,6 +75,8 @@ class RunConfig:
         epsilon: bound on KL(dense || sparse) in nats, for the constraint ``kl``.
         margin: how far inside the bound training aims, nats.
         gate_bias: initial bias of every gate.
+        start_from: directory of a finished run of the same model; this run starts from its sparse model (gates and all,
+            so that ``gate_bias`` does not matter), the control from its control. None starts both from the dense model.
         lora_rank, lora_alpha: of the adapters, when those are trained.
         lora_targets: the linear maps that they go on; all of the attention if there are none.
         control: train the dense control as well.
@@ -93,6 +95,7 @@ class RunConfig:
     epsilon: float = 0.05
     margin: float = 0.005
     gate_bias: float = -2.0
+    start_from: str | None = None
     lora_rank: int = 16
     lora_alpha: float = 32.0
     lora_targets: tuple[str, ...] = ()
@@ -105,6 +108,11 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         """Training tokens in one optimiser step."""
         return self.training.blocks_per_step * self.seq_len
+
+    @property
+    def start(self) -> "Run | None":
+        """The run that this one starts from."""
+        return None if self.start_from is None else Run(Path(self.start_from))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -267,6 +275,8 @@ def _begin(
     architecture_of(dense)
     if config.training.train == "lora":
         adapter_targets(dense, config.lora_targets)
+    if config.start is not None:
+        _check_start(config, config.start)
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
         blocks = blocks_of(config, dense, tokenizer)
@@ -316,6 +326,33 @@ def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
                 f"{folder} was begun with {key}={before[key]!r}, not {now[key]!r}; "
                 "resume with the same settings, or give another --out"
             )
+
+
+def _check_start(config: RunConfig, start: Run) -> None:
+    folder = start.folder
+    model = start.config().model
+    if model != config.model:
+        raise GossamerError(f"--start-from {folder} is a run of {model}, not of {config.model}; give one of this model")
+    if not start.model.exists():
+        raise GossamerError(
+            f"--start-from {folder} has no sparse model yet; finish it with gossamer sparsify ... --resume"
+        )
+    if config.control and not start.control.exists():
+        raise GossamerError(f"--start-from {folder} has no dense control to train on; give --no-control")
+    if config.training.train == "lora":
+        raise GossamerError(
+            f"--start-from {folder} does not go with --train lora: adapters are saved beside the dense model, "
+            "not beside another run's; give --train all or attention"
+        )
+
+
+def _tokens_before(config: RunConfig) -> int:
+    """Training tokens of the runs that this one starts from."""
+    if config.start is None:
+        return 0
+    record = config.start.record()
+    before = RunConfig.from_dict(record["config"])
+    return before.training.steps * before.tokens_per_step + int(record["measured"].get("tokens_before", 0))
 
 
 def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
@@ -370,7 +407,7 @@ def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blo
     record = {
         "config": asdict(config),
         "versions": versions(),
-        "measured": {"loss_dense": tau_dense, "tau": tau},
+        "measured": {"loss_dense": tau_dense, "tau": tau, "tokens_before": _tokens_before(config)},
     }
     parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
     save_file(parts, folder / "blocks.safetensors")
@@ -393,7 +430,10 @@ def _train_sparse(
 ) -> None:
     training = config.training
     lora = training.train == "lora"
-    model = sparsify(dense, gate_bias=config.gate_bias, inplace=lora)
+    if config.start is not None:
+        model = load(config.start.model)
+    else:
+        model = sparsify(dense, gate_bias=config.gate_bias, inplace=lora)
     _prepare(model, config)
     reference = None
     if training.constraint == "kl" and not lora:
@@ -450,7 +490,7 @@ def _train_control(
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
-    control = copy.deepcopy(dense)
+    control = copy.deepcopy(dense) if config.start is None else load_control(config.start)
     _prepare(control, config)
     blocks = _training_blocks(run, config, tokenizer)
     trainer = PostTrainer(control, config.training, blocks, run.folder / _CHECKPOINTS[1])
@@ -530,6 +570,12 @@ def _resume_point(folder: Path, warn: Callable[[str], None]) -> Path | None:
         if checkpoint is None or int(damaged.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
             shutil.rmtree(damaged)
     return checkpoint
+
+
+def load_control(run: Run) -> PreTrainedModel:
+    """The dense control of a run that has one."""
+    control: PreTrainedModel = AutoModelForCausalLM.from_pretrained(run.control)
+    return control.to(_device()).eval()
 
 
 def load_sparse(run: Run) -> PreTrainedModel:
