@@ -94,7 +94,7 @@ def evaluate_run(
         "seq_len": config.seq_len,
         "seed": config.training.seed,
         "tokens_trained": config.training.steps * config.tokens_per_step,
-        "tokens_trained_before": record["measured"].get("tokens_before", 0),
+        "tokens_trained_before": record["measured"].get("tokens_before") or None,
         "selected_step": record["measured"].get("selected", {}).get("step"),
         "tokens_evaluated": sparse_figures.tokens,
         "precision_evaluated": precision,
