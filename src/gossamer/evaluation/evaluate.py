@@ -4,6 +4,7 @@ The keys are documented in ``docs/metrics.md``.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -20,8 +21,8 @@ from gossamer.models.pretrained import load_dense
 from gossamer.training.run import Run, load_control, load_sparse, versions
 
 TOPK = (1, 2, 4, 8, 16, 32, 64)
-TOPK_BLOCKS = 16
-"""At most so many held-out blocks measure each point of the top-k curve."""
+TOPK_TOKENS = 4_096
+"""About so many held-out tokens, at least one block, measure each point of the top-k curve."""
 
 
 def evaluate_run(
@@ -80,7 +81,8 @@ def evaluate_run(
         control_loss = measure_language(control, blocks, **options).loss
         del control
     progress("top-k baseline")
-    some = blocks[:: max(1, len(blocks) // TOPK_BLOCKS)]
+    wanted = max(1, TOPK_TOKENS // config.seq_len)
+    some = blocks[:: math.ceil(len(blocks) / wanted)]
     curve = topk_curve(dense, some, tuple(k for k in topk if k < config.seq_len), **options)
 
     loss_dense = dense_figures.loss
