@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 import gossamer
@@ -239,10 +239,12 @@ def test_a_run_starts_from_another_ones_sparse_model_and_control(
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["tokens_trained_before"], metrics["tokens_trained"]) == (60 * 64, 2 * 128)
     dense = AutoModelForCausalLM.from_pretrained(saved_llama).eval()
-    blocks = load_file(out / "blocks.safetensors")["held_out"].long()
+    blocks = load_file(out / "blocks.safetensors")["validation"].long()
     with torch.no_grad():
         loss = dense(input_ids=blocks, labels=blocks).loss.item()
-    assert metrics["loss_dense"] == pytest.approx(loss, rel=1e-4)
+    measured = json.loads((out / "config.json").read_text())["measured"]
+    assert measured["loss_dense"] == pytest.approx(loss, rel=1e-4)
+    assert f"base_model: {saved_llama}" in (out / "model" / "README.md").read_text()
     third = gossamer_command(
         "sparsify", saved_llama, "--text", text, "--out", tmp_path / "third", *line[:-1], out, "--no-control"
     )
@@ -261,6 +263,7 @@ def test_what_a_run_cannot_start_from_is_named(
     assert_refused(
         gossamer_command("sparsify", saved_llama, *line, start, "--train", "lora"), "--train all or attention"
     )
+    assert_refused(gossamer_command("sparsify", saved_llama, *line, start, "--stream"), "without --stream; do not")
     copied = tmp_path / "copied"
     shutil.copytree(start, copied)
     shutil.rmtree(copied / "control")
@@ -292,17 +295,27 @@ BAD_INPUT = {
     "unwritable": (["{model}", "--out", "{folder}/empty.txt/run"], ["cannot write", "empty.txt/run"]),
     "read-only": (["{model}", "--out", "/proc/gossamer/run"], ["cannot write", "/proc/gossamer/run"]),
     "unknown watcher": (["{model}", "--report-to", "tensorbord"], ["--report-to tensorbord", "tensorboard, wandb"]),
+    "nothing to hold": (["{model}", "--constraint", "kl", "--epsilon", "0"], ["--epsilon 0", "no KL is below 0"]),
+    "cut-off weights": (["{folder}/cut"], ["{folder}/cut", "no model"]),
+    "lost weights": (["{folder}/lossy"], ["{folder}/lossy", "is not whole: it lacks model.layers.1"]),
     "gated already": (["{folder}/gated"], ["gated", "give the dense model"]),
 }
 
 
 @pytest.fixture(scope="module")
-def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bad_folder(saved_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     bad_models(folder)
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("one two")
     gossamer.save(gossamer.sparsify(tiny_model("llama")), folder / "gated")
+    for name in ("cut", "lossy"):
+        shutil.copytree(saved_llama, folder / name)
+    file = folder / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    file = folder / "lossy" / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if "layers.1." not in name}
+    save_file(kept, file, {"format": "pt"})
     return folder
 
 
@@ -316,7 +329,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(
     for flag, value in defaults.items():
         filled += [] if flag in filled else [flag, str(value)]
     before = sorted(bad_folder.rglob("*"))
-    assert_refused(gossamer_command("sparsify", *filled), *words)
+    assert_refused(gossamer_command("sparsify", *filled), *(word.format(folder=bad_folder) for word in words))
     assert not list(tmp_path.iterdir())
     assert sorted(bad_folder.rglob("*")) == before
 

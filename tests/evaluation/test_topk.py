@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from families import CONFIGS, tiny_model, tokens
+from families import CONFIGS, WINDOW, tiny_model, tokens
 from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.topk import topk_attention, topk_curve, topk_pattern
 
@@ -40,3 +40,18 @@ def test_curve_counts_links_and_leaves_the_model_as_it_was() -> None:
     assert points[1].open_fraction == pytest.approx((1 + 2 + 3 + 4 * 7) / 55)
     assert all(point.loss != before for point in points)
     assert measure_language(model, blocks).loss == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+def test_links_are_counted_alike_in_batches_of_any_size_also_where_some_layers_have_a_window(name: str) -> None:
+    model, length, k = tiny_model(name), 14, 7
+    causal = sum(min(k, query + 1) for query in range(length)), length * (length + 1) // 2
+    windowed = (
+        sum(min(k, WINDOW, query + 1) for query in range(length)),
+        sum(min(WINDOW, query + 1) for query in range(length)),
+    )
+    layers = {"llama": [causal] * 3, "gemma2": [windowed, causal, windowed], "qwen2": [causal, windowed, windowed]}
+    opened, allowed = (sum(column) for column in zip(*layers[name], strict=True))
+    for batch_size in (1, 3):
+        points = topk_curve(model, tokens(3, length), (k,), batch_size=batch_size)
+        assert points[0].open_fraction == pytest.approx(opened / allowed)

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from conftest import sentences
 from families import tiny_model
 from gossamer import GossamerError
-from gossamer.training.data import load_blocks, pack, read_documents, sample_blocks, split
+from gossamer.training.data import load_blocks, pack, read_documents, sample_blocks, split, split_by_checksum
 
 SMALL = {"seq_len": 16, "train_blocks": 4, "validation_blocks": 3, "held_out_blocks": 2, "seed": 0}
 
@@ -247,8 +247,23 @@ def test_a_hub_data_set_is_read_as_a_file_is(choice: str, data_set: Path, tokeni
     again = load_blocks(f"hub:{data_set}{choice}", tokenizer, **SMALL)
     assert all(torch.equal(getattr(blocks, part), getattr(again, part)) for part in vars(blocks))
     assert [len(part) for part in vars(blocks).values()] == [4, 3, 2]
-    rows = {tuple(row) for row in pack(sentences(400), tokenizer, 16, name="text").tolist()}
-    assert all(tuple(row) in rows for row in blocks.train.tolist())
+    read = split_by_checksum(sentences(400))
+    for documents, part in zip((*read, read[1]), (blocks.train, blocks.validation, blocks.held_out), strict=True):
+        rows = {tuple(row) for row in pack(documents, tokenizer, 16, name="text").tolist()}
+        assert all(tuple(row) in rows for row in part.tolist())
+
+
+def test_however_much_of_a_hub_data_set_is_read_what_is_held_out_stays_unseen(data_set: Path, tokenizer) -> None:
+    """A run's text at another length, or a run that starts from it: neither is measured on what was trained on."""
+    most = load_blocks(f"hub:{data_set}:a", tokenizer, **{**SMALL, "train_blocks": 300})
+    few = load_blocks(
+        f"hub:{data_set}:a", tokenizer, **{**SMALL, "train_blocks": 1, "seq_len": 8, "held_out_blocks": 9}
+    )
+    trained = {tuple(window.tolist()) for block in most.train for window in block.unfold(0, 8, 1)}
+    assert len(trained) > 1000
+    unseen = [tuple(row) for row in few.held_out.tolist()]
+    assert len(unseen) == 9
+    assert not trained & set(unseen)
 
 
 @pytest.mark.parametrize(

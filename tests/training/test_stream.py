@@ -105,6 +105,28 @@ def test_at_its_end_the_text_begins_again(tmp_path: Path, tokenizer) -> None:
     assert take(again, 3, size=1) == batches[1:4]
 
 
+def test_going_on_at_the_end_of_an_only_document_begins_again(tmp_path: Path, tokenizer) -> None:
+    ids = pack(sentences(20), tokenizer, 1, name="text").flatten().tolist()
+    text = tokenizer.decode(ids[: 6 * LENGTH + 4])
+    (tmp_path / "a.txt").write_text(text)
+    assert not is_held_out(text)
+    blocks = (len(tokenizer(text, add_special_tokens=False).input_ids) + 1) // LENGTH
+    stream = BlockStream(str(tmp_path), tokenizer, LENGTH)
+    first = take(stream, blocks, size=1)
+    again = BlockStream(str(tmp_path), tokenizer, LENGTH)
+    again.load_state_dict(stream.state_dict())
+    assert take(again, blocks, size=1) == first
+
+
+def test_after_the_last_batch_of_a_training_nothing_comes(folder: Path, tokenizer) -> None:
+    stream = BlockStream(str(folder), tokenizer, LENGTH, most=3)
+    take(stream, 3)
+    again = BlockStream(str(folder), tokenizer, LENGTH, most=3)
+    again.load_state_dict(stream.state_dict())
+    assert list(again) == []
+    assert len(take(again, 1)) == 0
+
+
 def test_long_documents_are_cut_into_many_blocks(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "a.txt").write_text("\n".join(sentences(200)))
     assert not is_held_out((tmp_path / "a.txt").read_text())

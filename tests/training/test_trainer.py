@@ -15,6 +15,7 @@ from gossamer.models.lora import add_adapters, merge_adapters
 from gossamer.training.checkpoints import checkpoints, fault, last_sound
 from gossamer.training.data import BlockDataset
 from gossamer.training.losses import cross_entropy, kl_divergence
+from gossamer.training.stream import BlockStream
 from gossamer.training.trainer import PostTrainer, SparsityTrainer, TrainingConfig, choose_trained, without_dropout
 
 BLOCKS = tokens(32, 16)
@@ -135,6 +136,23 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(settings: dict, t
     assert same(weights(whole), weights(resumed))
     assert resumed.multiplier.state_dict() == whole.multiplier.state_dict()
     assert resumed.validation_result == whole.validation_result
+
+
+def test_resuming_a_stream_from_its_last_checkpoint_trains_no_further(text: Path, tokenizer, tmp_path: Path) -> None:
+    def trainer() -> SparsityTrainer:
+        made = make_trainer(tmp_path / "run", steps=4, validate_every=4)
+        made.stream = made.train_dataset = BlockStream(str(text), tokenizer, 16, most=4)
+        made.args.ignore_data_skip = True
+        return made
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert resumed.state.global_step == 4
+    assert same(weights(whole), weights(resumed))
+    assert resumed.validation_result == whole.validation_result
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

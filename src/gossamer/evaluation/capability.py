@@ -113,7 +113,8 @@ def add_tasks(
         progress(f"tasks: {name}")
         for task, figures in measure_tasks(load(), tokenizer, tasks, **options).items():
             facts = {key: figures[key] for key in ("version", "shots", "examples")}
-            record = found.setdefault(task, {**facts, "harness": f"lm-eval {version('lm-eval')}", "models": {}})
+            facts |= {"harness": f"lm-eval {version('lm-eval')}", "precision": options.get("precision", "fp32")}
+            record = found.setdefault(task, {**facts, "models": {}})
             record["models"][name] = figures["metrics"]
     metrics["tasks"] = {**metrics.get("tasks", {}), **found}
     write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
@@ -156,10 +157,9 @@ def _cell(figure: dict[str, Any]) -> str:
 
 
 def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
-    config = run.config()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: dict[str, Callable[[], PreTrainedModel]] = {
-        "dense": lambda: load_dense(config.model, device=device)[0],
+        "dense": lambda: load_dense(run.dense, device=device)[0],
         "sparse": lambda: load_sparse(run),
     }
     if run.control.exists():

@@ -87,6 +87,7 @@ def _at_length(
     return {
         "seq_len": blocks.shape[1],
         "tokens_evaluated": figures.tokens,
+        "precision": precision,
         "loss_dense": measure_language(dense, blocks, **options).loss,
         "loss_sparse": figures.loss,
         "kl": figures.kl,

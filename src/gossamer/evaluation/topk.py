@@ -69,7 +69,7 @@ def topk_attention(model: PreTrainedModel, k: int, *, renormalise: bool) -> Iter
             allowed = torch.ones(shape, dtype=torch.bool, device=logits.device).tril(shape[1] - shape[0])[None, None]
         pattern = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1).nan_to_num(0.0)
         pattern = topk_pattern(pattern, allowed.expand_as(pattern), k, renormalise)
-        per_query = allowed.sum(-1)
+        per_query = allowed.expand(query.shape[0], 1, *logits.shape[-2:]).sum(-1)
         links.append((int(per_query.clamp(max=k).sum()), int(per_query.sum())))
         return (pattern.to(value.dtype) @ value).transpose(1, 2), None
 

@@ -91,7 +91,7 @@ def write_model(
     base = config.pop("_name_or_path", None) or model.config.name_or_path or "unknown"
     config.pop("quantization_config", None)
     config["architectures"] = [type(model).__name__]
-    outer = {"model_type": "gossamer", "format": FORMAT, "base_model_type": model.config.model_type}
+    outer = {"model_type": "gossamer", "format": FORMAT, "base_model_type": model.config.model_type, "base": base}
     (folder / "config.json").write_text(json.dumps(outer, indent=2) + "\n")
     (folder / "base_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     (folder / "README.md").write_text(_CARD.format(base=base, family=model.config.model_type))
@@ -139,6 +139,7 @@ def load(
         raise GossamerError(f"{folder} is not whole: it lacks {', '.join(missing[:3])}")
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = outer.get("base", "unknown")
     model = sparsify(model, inplace=True)
     names = {f"{name}.gate_bias" for name, module in model.named_modules() if hasattr(module, "gate_bias")}
     if names != set(gates):

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,7 +40,7 @@ def load_dense(
         device: where to put them.
 
     Raises:
-        GossamerError: if there is no such model, or it is not a causal language model.
+        GossamerError: if there is no such model, it is not whole, or it is not a causal language model.
     """
     source = str(_smollm2()) if name == SMOLLM2 else name
     if Path(source).is_dir() and not (Path(source) / "config.json").exists():
@@ -55,10 +56,12 @@ def load_dense(
             f"{name} is a {config.model_type} model, which is not a causal language model; gossamer gates decoders only"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GossamerError(_no_such_model(name, error)) from error
+    if missing := sorted(found["missing_keys"]):
+        raise GossamerError(f"{name} is not whole: it lacks {', '.join(missing[:3])}")
     return model.to(device).eval(), tokenizer
 
 

@@ -1,7 +1,8 @@
 """Text -> blocks of tokens, split into training and held-out text.
 
-documents  ->  the last 5 % of each file's characters held out  ->  tokens, joined by the end-of-text token
-           ->  blocks of exactly seq_len tokens, the ragged tail dropped  ->  a seeded choice of blocks
+documents  ->  held out: the last 5 % of each file's characters, or of a Hub data set one document in 20
+           ->  tokens, joined by the end-of-text token  ->  blocks of exactly seq_len tokens, the ragged tail dropped
+           ->  a seeded choice of blocks
 """
 
 import gzip
@@ -34,9 +35,12 @@ HUB = "hub:"
 """Before the name of a Hub data set, where a local file has the same name."""
 
 HELD_OUT = 0.05
-"""Share of the characters that is held out, at the end."""
+"""Share of a file's characters that is held out, at its end."""
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+
+ONE_IN = 20
+"""One document in so many is held out, where the end of the text is not known."""
 
 _CHARACTERS_PER_TOKEN = 8
 """More than text in any language needs: how much of a Hub data set is read for a number of tokens."""
@@ -110,20 +114,22 @@ def load_blocks(
     if text == SELF:
         if model is None:
             raise ValueError("text 'self' needs the model")
-        parts = (train_blocks, validation_blocks, held_out_blocks)
-        sampled = sample_blocks(model, tokenizer, sum(parts), seq_len, seed=seed)
-        return Blocks(*sampled.split(parts))
+        sizes = (train_blocks, validation_blocks, held_out_blocks)
+        sampled = sample_blocks(model, tokenizer, sum(sizes), seq_len, seed=seed)
+        return Blocks(*sampled.split(sizes))
     if is_local(text):
-        parts_read = [list(read_documents(file)) for file in text_files(Path(text))]
+        files = [list(read_documents(file)) for file in text_files(Path(text))]
+        parts, held_out_name = list(map(split, files)), f"its last {HELD_OUT:.0%}"
     else:
         blocks = max(train_blocks / (1 - HELD_OUT), (validation_blocks + held_out_blocks) / HELD_OUT)
-        parts_read = [list(_read_hub(text, characters=math.ceil(blocks * seq_len * _CHARACTERS_PER_TOKEN)))]
-    if not any(document.strip() for documents in parts_read for document in documents):
+        documents = list(_read_hub(text, characters=math.ceil(blocks * seq_len * _CHARACTERS_PER_TOKEN)))
+        parts, held_out_name = [split_by_checksum(documents)], f"one document in {ONE_IN}"
+    train, held_out = (list(chain.from_iterable(part)) for part in zip(*parts, strict=True))
+    if not any(document.strip() for document in chain(train, held_out)):
         raise GossamerError(f"{text} is empty; give text to train on")
-    train, held_out = (list(chain.from_iterable(part)) for part in zip(*map(split, parts_read), strict=True))
     most = max(_CHOICE * train_blocks, _READ_WHOLE // seq_len)
     train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)", most=most)
-    unseen = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, its last {HELD_OUT:.0%})", least=2)
+    unseen = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, {held_out_name})", least=2)
     validation = _spaced(len(unseen), min(validation_blocks, max(1, len(unseen) // 3)))
     rest = torch.ones(len(unseen), dtype=torch.bool).index_fill_(0, validation, False).nonzero().flatten()
     reported = rest[_spaced(len(rest), held_out_blocks)]
@@ -265,6 +271,17 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
         held_out += [after] if after else []
         cut -= len(document)
     return train, held_out
+
+
+def is_held_out(document: str) -> bool:
+    """Whether a document is held out: it depends on nothing but its text, so copies of it are too."""
+    return zlib.crc32(document.encode(errors="replace")) % ONE_IN == 0
+
+
+def split_by_checksum(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Training documents and held-out ones, the same however much of the text was read."""
+    train = [document for document in documents if not is_held_out(document)]
+    return train, [document for document in documents if is_held_out(document)]
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -19,7 +19,7 @@ import copy
 import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +43,7 @@ from gossamer.models.lora_files import save_adapter
 from gossamer.models.pretrained import load_dense
 from gossamer.training.checkpoints import checkpoints, last_sound
 from gossamer.training.constraint import MultiplierConfig
-from gossamer.training.data import BlockDataset, Blocks, load_blocks
+from gossamer.training.data import SELF, BlockDataset, Blocks, load_blocks
 from gossamer.training.losses import cross_entropy
 from gossamer.training.processes import by_first, check_processes, processes, together
 from gossamer.training.progress import StepLog
@@ -73,7 +73,7 @@ class RunConfig:
         tau: bound on the cross-entropy in nats; the dense model's held-out loss plus ``slack`` if None.
         slack: nats above the dense model's loss.
         epsilon: bound on KL(dense || sparse) in nats, for the constraint ``kl``.
-        margin: how far inside the bound training aims, nats.
+        margin: how far inside the bound training aims, nats; of epsilon at most a tenth.
         gate_bias: initial bias of every gate.
         start_from: directory of a finished run of the same model; this run starts from its sparse model (gates and all,
             so that ``gate_bias`` does not matter), the control from its control. None starts both from the dense model.
@@ -277,6 +277,8 @@ def _begin(
         adapter_targets(dense, config.lora_targets)
     if config.start is not None:
         _check_start(config, config.start)
+    if config.training.constraint == "kl" and config.epsilon <= 0:
+        raise GossamerError(f"--epsilon {config.epsilon:g} cannot be held: no KL is below 0; give for example 0.05")
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
         blocks = blocks_of(config, dense, tokenizer)
@@ -344,15 +346,34 @@ def _check_start(config: RunConfig, start: Run) -> None:
             f"--start-from {folder} does not go with --train lora: adapters are saved beside the dense model, "
             "not beside another run's; give --train all or attention"
         )
+    for earlier in _starts(config):
+        before = earlier.config()
+        if before.text != config.text:
+            continue
+        if before.stream != config.stream:
+            asked = "as well" if before.stream else "not"
+            raise GossamerError(
+                f"--start-from {folder} held out other parts of {config.text}, since it was run "
+                f"{'with' if before.stream else 'without'} --stream; {'give it' if before.stream else 'do'} {asked}"
+            )
+        if config.text == SELF and before.training.seed == config.training.seed:
+            raise GossamerError(
+                f"--start-from {folder} was trained on the text that --text self samples from --seed "
+                f"{config.training.seed}; give another --seed"
+            )
+
+
+def _starts(config: RunConfig) -> Iterator[Run]:
+    """The run that this one starts from, the one that that one started from, and so on."""
+    start = config.start
+    while start is not None:
+        yield start
+        start = start.config().start
 
 
 def _tokens_before(config: RunConfig) -> int:
     """Training tokens of the runs that this one starts from."""
-    if config.start is None:
-        return 0
-    record = config.start.record()
-    before = RunConfig.from_dict(record["config"])
-    return before.training.steps * before.tokens_per_step + int(record["measured"].get("tokens_before", 0))
+    return sum(before.training.steps * before.tokens_per_step for before in (run.config() for run in _starts(config)))
 
 
 def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
@@ -394,6 +415,7 @@ def _training_blocks(run: Run, config: RunConfig, tokenizer: PreTrainedTokenizer
         process=here.process_index,
         processes=here.num_processes,
         workers=config.stream_workers,
+        most=config.training.steps * config.training.gradient_accumulation,
     )
 
 
@@ -440,11 +462,13 @@ def _train_sparse(
         reference = copy.deepcopy(dense).to(_device())
         if training.precision == "bf16":
             reference = reference.to(torch.bfloat16)
-    bound = tau if training.constraint == "ce" else config.epsilon
+    bound, margin = tau, config.margin
+    if training.constraint == "kl":
+        bound, margin = config.epsilon, min(config.margin, config.epsilon / 10)
     trainer = SparsityTrainer(
         model,
         reference,
-        bound - config.margin,
+        bound - margin,
         training,
         _training_blocks(run, config, tokenizer),
         run.blocks("validation"),
@@ -490,7 +514,7 @@ def _train_control(
     console: Console,
     warn: Callable[[str], None],
 ) -> None:
-    control = copy.deepcopy(dense) if config.start is None else load_control(config.start)
+    control = copy.deepcopy(dense) if config.start is None else load_control(config.start, "cpu")
     _prepare(control, config)
     blocks = _training_blocks(run, config, tokenizer)
     trainer = PostTrainer(control, config.training, blocks, run.folder / _CHECKPOINTS[1])
@@ -572,10 +596,10 @@ def _resume_point(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return checkpoint
 
 
-def load_control(run: Run) -> PreTrainedModel:
-    """The dense control of a run that has one."""
+def load_control(run: Run, device: str | torch.device | None = None) -> PreTrainedModel:
+    """The dense control of a run that has one; on the GPU, if there is one and nothing else is said."""
     control: PreTrainedModel = AutoModelForCausalLM.from_pretrained(run.control)
-    return control.to(_device()).eval()
+    return control.to(device or _device()).eval()
 
 
 def load_sparse(run: Run) -> PreTrainedModel:

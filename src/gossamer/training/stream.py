@@ -10,7 +10,6 @@ read ahead: a run goes on at the next block, without reading again what came bef
 """
 
 import os
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -29,19 +28,18 @@ from transformers import PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError, one_line
 from gossamer.training.data import (
+    ONE_IN,
     SELF,
     Blocks,
     end_of_text,
     hub_faults,
     hub_stream,
+    is_held_out,
     is_local,
     pack,
     read_documents,
     text_files,
 )
-
-ONE_IN = 20
-"""One document in so many is held out."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,6 @@ class Place:
     documents: dict[str, Any] | None = None
     tokens: int = 0
     rounds: int = 0
-
-
-def is_held_out(document: str) -> bool:
-    """Whether a document is held out: it depends on nothing but its text, so copies of it are too."""
-    return zlib.crc32(document.encode(errors="replace")) % ONE_IN == 0
 
 
 def open_stream(text: str) -> TextStream:
@@ -121,6 +114,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         process: which process this is.
         processes: how many there are.
         workers: processes that read and tokenise beside this one; 0 for none.
+        most: batches that the training takes; once they have passed, nothing more comes. None: there is no end.
     """
 
     def __init__(
@@ -132,9 +126,11 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         process: int = 0,
         processes: int = 1,
         workers: int = 0,
+        most: int | None = None,
     ) -> None:
         self.text, self.tokenizer, self.seq_len = text, tokenizer, seq_len
         self.process, self.processes, self.workers = process, processes, workers
+        self.most = most
         self.batches = 0
         self.places: dict[int, Place] = {}
 
@@ -168,6 +164,8 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         return DataLoader(self, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.most is not None and self.batches >= self.most:
+            return
         worker = get_worker_info()
         if worker is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -188,7 +186,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
             for block, following in _pack(_tokens(documents, self.tokenizer, place), self.seq_len, place):
                 found = True
                 yield block, following
-            if not found and place.documents is None:
+            if not found and place.documents is None and place.tokens == 0:
                 share = f" for part {part + 1} of {parts}; give more text or start fewer processes and workers"
                 raise GossamerError(
                     f"{self.text} has fewer than {self.seq_len} tokens to train on{share if parts > 1 else ''}"
