@@ -476,14 +476,16 @@ def test_circuits_leaves_a_record_of_both_models(finished, own_task: Path) -> No
 def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: Path) -> None:
     out, _, _ = finished
     arguments = ["--task", own_task, "--examples", 4, "--ig-steps", 0, "--seeds", 2, "--force"]
-    result = gossamer_command("circuits", out, *arguments, "--ablation", "zero", "--signed")
+    line = ["circuits", out, *arguments, "--ablation", "zero", "--signed"]
+    assert_refused(gossamer_command(*line), "own-zero holds circuits found with", "seeds 1, not 2", "--replace")
+    result = gossamer_command(*line, "--replace")
     assert result.returncode == 0, result.stderr
     assert "2 variations" in result.stdout
     record = json.loads((out / "circuits" / "own-zero" / "circuits.json").read_text())
     assert [each["seed"] for each in record["variations"]] == [0, 1]
     assert 0 <= record["overlap"]["sparse"] <= 1
     links = json.loads((out / "circuits" / "own-zero" / "links.json").read_text())
-    assert len(links["tokens"]) == len(links["prompt"].split())
+    assert len(links["tokens"]) == len(links["prompt"].split()) == len(links["ids"])
     everything = record["models"]["sparse"]["levels"]["edges"]["total"]
     for suffix in (".json", ".pt", ".graphml"):
         file = tmp_path / f"circuit{suffix}"
@@ -493,6 +495,14 @@ def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: P
         result = gossamer_command("prove", file, "--model", out, "--task", own_task, "--examples", 4, "--force")
         assert result.returncode == 0, result.stderr
         assert re.search(r"faithfulness\s+│\s+1\.000", result.stdout)
+    few = record["models"]["sparse"]["levels"]["edges"]["shares"][-3]
+    (measured,) = (
+        point["metric"] for point in record["models"]["sparse"]["levels"]["edges"]["points"] if point["size"] == few
+    )
+    gossamer_command("export", out, "--task", own_task, "--out", file, "--edges", few, "--ablation", "zero")
+    result = gossamer_command("prove", file, "--model", out, "--task", own_task, "--examples", 4, "--ablation", "zero",
+                              "--force")  # fmt: skip
+    assert re.search(rf"mean logit difference\s+│\s+{measured:.3f}".replace("-", r"\-"), result.stdout), result.stdout
     another = gossamer_command("prove", file, "--model", "smollm2", "--task", "ioi")
     assert_refused(another, "circuit.graphml is a circuit of another model", "30 layers of 9 heads")
     assert_refused(gossamer_command("export", out, "--task", "ioi", "--out", file), "has no circuits of ioi")
@@ -519,6 +529,26 @@ def test_what_circuits_cannot_use_is_refused(finished, own_task: Path, tmp_path:
     refused = [result for result in ability.values() if result.returncode]
     assert refused  # a model cannot prefer both answers
     assert_refused(refused[0], "the model cannot do backwards", "% of 4 prompts right", "--force")
+
+
+def test_a_model_without_a_tokenizer_is_named(saved_llama: Path, own_task: Path, tmp_path: Path) -> None:
+    gossamer.save(gossamer.sparsify(tiny_model("llama")), tmp_path / "gated")
+    result = gossamer_command("task", own_task, "--model", tmp_path / "gated")
+    assert_refused(result, str(tmp_path / "gated"), "has no tokenizer")
+
+
+def test_an_interrupted_run_says_how_to_go_on(saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 10**7]
+    process = subprocess.Popen([*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    for _ in range(1200):
+        if (tmp_path / "run" / "training.jsonl").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors.strip() == "gossamer: interrupted; go on with --resume"
 
 
 def test_import_leaves_a_sparse_model_or_nothing(saved_llama: Path, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import _PatchedEdges, keep_edges, keep_links, keep_nodes
 from gossamer.circuits.projections import projections_of
 from gossamer.circuits.recording import record
+from gossamer.circuits.search import faithfulness_of, find_circuits, mean_written
 from gossamer.circuits.streams import Visitor, graph_of, visited
-from gossamer.circuits.tasks.base import Batch
+from gossamer.circuits.tasks.base import Batch, Example, Prompts, Tokens
 
 FAMILIES = (
     "gpt2", "llama", "gpt_neox", "gpt_neox serial", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "phi3",
@@ -285,8 +286,50 @@ def test_top_edges_are_the_largest_possible_ones() -> None:
     scores = torch.arange(graph.sources * graph.destinations, dtype=torch.double).view(graph.sources, -1)
     scores[0, 0] = -100
     assert top_edges(graph, scores, 1).nonzero().tolist() == [[0, 0]]
-    assert top_edges(graph, scores, 1, absolute=False).nonzero().tolist() == [[2, graph.logits]]
+    assert top_edges(graph, scores, 1, absolute=False).nonzero().tolist() == [[0, 0]]
+    assert top_edges(graph, -scores, 1, absolute=False).nonzero().tolist() == [[2, graph.logits]]
     assert top_edges(graph, scores, 99).sum() == graph.possible().sum()
+
+
+def prompts_of_two_lengths() -> Prompts:
+    example = Example("", "", ("",), ("",))
+    kept = [
+        Tokens(example, clean, corrupted, answers, wrong)
+        for batch in (batch_of(4, 6), batch_of(3, 7))
+        for clean, corrupted, answers, wrong in zip(
+            batch.clean, batch.corrupted, batch.answers, batch.wrong, strict=True
+        )
+    ]
+    return Prompts("logit_difference", tuple(kept), ())
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_what_is_measured_is_the_circuit_that_is_reported(ablation: str) -> None:
+    """What is cut off matters under these ablations: it still writes its biases."""
+    model, prompts = model_of("gpt2"), prompts_of_two_lengths()
+    found = find_circuits(model, prompts, levels=("edges",), steps=0, ablation=ablation, batch_size=4)
+    points = {point.size: point.metric for point in found.curves["edges"].points}
+    cut_off = 0
+    for size, measured in points.items():
+        reported = faithfulness_of(model, prompts, found.edges(size), ablation=ablation, batch_size=2)
+        assert reported.metric == pytest.approx(measured, rel=1e-6, abs=1e-6)
+        cut_off += size - int(found.edges(size).sum())
+    assert cut_off > 0
+
+
+def test_the_mean_is_that_of_all_prompts_of_a_length() -> None:
+    model, prompts = model_of("llama"), prompts_of_two_lengths()
+    settings = {"levels": ("nodes", "edges"), "steps": 2, "ablation": "mean"}
+    alone, together = (find_circuits(model, prompts, batch_size=size, **settings) for size in (1, 4))
+    near(alone.scores.double(), together.scores.double(), 1e-5)
+    for level, curve in together.curves.items():
+        wanted = torch.tensor([point.metric for point in curve.points])
+        torch.testing.assert_close(torch.tensor([p.metric for p in alone.curves[level].points]), wanted)
+    corrupted = torch.stack([tokens.corrupted for tokens in prompts.kept[:4]])
+    written = record(model, corrupted).written
+    means = mean_written(model, together.batches)
+    torch.testing.assert_close(means[6], written.mean(1))
+    assert set(means) == {6, 7}
 
 
 class Inner(Visitor):

@@ -43,6 +43,8 @@ def test_the_json_file_has_eap_igs_keys(circuit: Circuit, tmp_path: Path) -> Non
     assert set(content["edges"]["input->a1.h0<q>"]) == {"score", "in_graph"}
     assert ("a1.h0->m1" in content["edges"]) != parallel
     assert len(content["edges"]) == int(circuit.graph.possible().sum())
+    score = content["edges"]["input->a1.h0<q>"]["score"]
+    assert score == pytest.approx(-circuit.scores[0, circuit.graph.read(1, "q")].item())
     in_graph = {name for name, edge in content["edges"].items() if edge["in_graph"]}
     assert len(in_graph) == int(circuit.kept.sum())
     assert {name.partition("->")[0] for name in in_graph} == {

@@ -87,6 +87,7 @@ def test_the_circuit_is_found_exactly(model: GPT2LMHeadModel, batch: Batch) -> N
     graph = graph_of(model)
     scores = edge_scores(model, batch, steps=5)
     assert names(graph, prune(graph, top_edges(graph, scores, 3))) == TRUTH
+    assert names(graph, prune(graph, top_edges(graph, scores, 3, absolute=False))) == TRUTH
 
 
 def test_the_circuit_alone_does_it_and_less_does_not(model: GPT2LMHeadModel, batch: Batch) -> None:
@@ -144,6 +145,14 @@ def test_all_levels_are_searched_at_once(model: GPT2LMHeadModel, batch: Batch) -
         wanted[:, 1, 0, 5, 3] = True
         assert torch.equal(links, wanted)
         assert len(links) == len(batch.clean)
+
+
+def test_units_that_help_most_are_the_circuit_too(model: GPT2LMHeadModel, batch: Batch) -> None:
+    rows = zip(batch.clean, batch.corrupted, batch.answers, batch.wrong, strict=True)
+    kept = tuple(Tokens(Example(str(i), "", ("",), ("",)), *row) for i, row in enumerate(rows))
+    found = find_circuits(model, Prompts("logit_difference", kept, ()), absolute=False, batch_size=4)
+    assert {level: curve.first_size for level, curve in found.curves.items()} == {"nodes": 3, "edges": 3, "links": 3}
+    assert names(found.graph, found.edges(3)) == TRUTH
 
 
 def test_exact_patching_names_the_same_circuit(model: GPT2LMHeadModel, batch: Batch) -> None:

@@ -16,6 +16,7 @@ from gossamer import GossamerError
 from gossamer.circuits.ability import Ability, measure_ability, require_ability
 from gossamer.circuits.tasks import TASKS, Example, Task, find_task, register
 from gossamer.circuits.tasks.base import Dropped, Prompts, Tokens, tokenize
+from gossamer.circuits.tasks.ioi import OTHER_TEMPLATES, TEMPLATES
 from gossamer.circuits.tasks.words import NAMES
 from gossamer.demo.addition import addition_tokenizer
 from gossamer.models.pretrained import load_dense
@@ -225,6 +226,21 @@ def test_ability_is_the_share_of_positive_metrics() -> None:
         values.append((logits[[1, 2]].mean() - logits[3]).item())
     assert found.clean == pytest.approx(sum(values) / 3, abs=1e-6)
     assert found.accuracy == pytest.approx(sum(value > 0 for value in values) / 3)
+
+
+def test_prompts_longer_than_the_context_are_refused() -> None:
+    with pytest.raises(GossamerError, match="has 65 tokens, the model takes 64"):
+        measure_ability(tiny_model("gpt2"), prompts_of("logit_difference", 4, 65))
+
+
+def test_phrasings_of_ioi_are_other_ones() -> None:
+    assert len(OTHER_TEMPLATES) > 1
+    every = [template for templates in (TEMPLATES, *OTHER_TEMPLATES.values()) for template in templates]
+    assert len(set(every)) == len(every)
+    for template in every:
+        said = [template.index(name) for name in ("{0}", "{1}", "{2}")]
+        assert said == sorted(said)
+        assert template.endswith(" to")
 
 
 def test_a_task_that_a_model_cannot_do_is_refused_with_the_number() -> None:

@@ -30,7 +30,15 @@ class Ability:
 
 @torch.no_grad()
 def measure_ability(model: PreTrainedModel, prompts: Prompts, *, batch_size: int = 16) -> Ability:
-    """Run the model on both kinds of prompts, with hard gates if it has any; it is left in ``eval()`` mode."""
+    """Run the model on both kinds of prompts, with hard gates if it has any; it is left in ``eval()`` mode.
+
+    Raises:
+        GossamerError: if a prompt is longer than the model's context.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    most = max((len(tokens.clean) for tokens in prompts.kept), default=0)
+    if longest is not None and most > longest:
+        raise GossamerError(f"a prompt of the task has {most} tokens, the model takes {longest}; give shorter ones")
     model.eval()
     clean: list[torch.Tensor] = []
     corrupted: list[torch.Tensor] = []

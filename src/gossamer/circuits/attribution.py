@@ -99,17 +99,23 @@ class _Taps(Visitor):
 
 
 def edge_scores(
-    model: PreTrainedModel, batch: Batch, *, steps: int = 0, ablation: Ablation = "patch"
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    steps: int = 0,
+    ablation: Ablation = "patch",
+    mean: Float[Tensor, "sources tokens d_model"] | None = None,
 ) -> Float[Tensor, "sources destinations"]:
     """EAP scores of all component edges, summed over the batch; EAP-IG with ``steps`` > 0.
 
     The score of an edge estimates how much the batch's summed metric changes when the edge is patched, or carries what
     ``ablation`` says instead of the corrupted run's value. The score of a node is the sum over its outgoing edges.
+    ``mean`` is what sources carry under mean ablation; None takes that over the batch's corrupted runs.
     """
     graph, places = graph_of(model), projections_of(model)
     corrupted = record_written(model, batch.corrupted)
     start = corrupted[0].clone()
-    difference = replacement(corrupted, ablation)
+    difference = replacement(corrupted, ablation, mean)
     del corrupted
     if steps == 0:
         taps = _Taps(graph, difference=difference)

@@ -1,6 +1,7 @@
 """Circuits of a run's sparse model beside those of its dense original, as a record in the run's directory.
 
-``circuits/TASK/circuits.json`` (``TASK-zero``, ``TASK-mean`` under those ablations) is the record,
+``circuits/TASK/circuits.json`` is the record (with another corruption than the task's first, and under another ablation
+than patching, ``TASK-CORRUPTION``, ``TASK-zero``, ``TASK-CORRUPTION-mean`` and so on),
 ``scores.safetensors`` beside it holds the scores of all edges of both models, ``links.json`` the attention links that
 explain one prompt. The keys are documented in ``docs/metrics.md``.
 """
@@ -49,9 +50,10 @@ class SearchConfig:
         steps: of EAP-IG; 0 for EAP.
         levels: kinds of units.
         ablation: what units outside a circuit carry; with ``mean``, links are left out.
-        absolute: choose units by largest absolute score; else by highest.
+        absolute: choose units by largest absolute score; else those that help most, by lowest score.
         batch_size: rows in one forward pass.
         forced: go on even if a model cannot do the task.
+        replace: put the record in the place of one that was made with other settings.
     """
 
     examples: int = 100
@@ -65,6 +67,7 @@ class SearchConfig:
     absolute: bool = True
     batch_size: int = 16
     forced: bool = False
+    replace: bool = False
 
 
 def compare_circuits(
@@ -80,15 +83,34 @@ def compare_circuits(
 
     Raises:
         GossamerError: if the run is not finished; if a model cannot do the task; if the task has no phrasings and
-            ``rephrased`` asks for them; if links alone are asked for under mean ablation.
+            ``rephrased`` asks for them; if links alone are asked for under mean ablation; if there is a record of other
+            settings, before anything is searched.
     """
     config = config or SearchConfig()
     if config.rephrased and not task.phrasings:
         raise GossamerError(f"task {task.name} has no other phrasings")
     if config.ablation == "mean" and config.levels == ("links",):
         raise GossamerError("links have no mean to carry; ablate them by patch or zero")
-    dense, tokenizer = load_dense(run.dense)
-    models = {"dense": dense, "sparse": load_sparse(run)}
+    corruption = config.corruption or task.corruptions[0]
+    settings: dict[str, Any] = {
+        "task": task.name,
+        "summary": task.summary,
+        "corruption": corruption,
+        "examples": config.examples,
+        "seed": config.seed,
+        "seeds": config.seeds,
+        "rephrased": config.rephrased,
+        "levels": list(config.levels),
+        "ig_steps": config.steps,
+        "ablation": config.ablation,
+        "selection": "largest absolute score" if config.absolute else "lowest score",
+    }
+    folder = _folder(run, task, corruption, config.ablation)
+    if not config.replace:
+        _check_record(folder, settings)
+    sparse = load_sparse(run)
+    dense, tokenizer = load_dense(run.dense, device=sparse.device)
+    models = {"dense": dense, "sparse": sparse}
     variations: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
     if config.rephrased:
         variations += [(config.seed, phrasing) for phrasing in task.phrasings]
@@ -111,15 +133,10 @@ def compare_circuits(
             found[name].append(circuits)
             records[name].append(record)
     record = {
-        "task": task.name,
-        "corruption": config.corruption or task.corruptions[0],
+        **settings,
         "metric": prompts[0].metric,
         "prompts": len(prompts[0].kept),
         "dropped": len(prompts[0].dropped),
-        "seed": config.seed,
-        "ig_steps": config.steps,
-        "ablation": config.ablation,
-        "selection": "largest absolute score" if config.absolute else "highest score",
         "versions": versions(),
         "models": {name: records[name][0] for name in models},
         "variations": [
@@ -128,7 +145,7 @@ def compare_circuits(
         ],
         "overlap": {name: _overlap(circuits) for name, circuits in found.items()},
     }
-    with written_beside(_folder(run, task.name, config.ablation)) as staging:
+    with written_beside(folder) as staging:
         save_file({name: circuits[0].scores.contiguous() for name, circuits in found.items()},
                   staging / "scores.safetensors")  # fmt: skip
         links = _links_of_one_prompt({name: circuits[0] for name, circuits in found.items()}, tokenizer)
@@ -137,8 +154,27 @@ def compare_circuits(
     return record
 
 
-def _folder(run: Run, task: str, ablation: Ablation) -> Path:
-    return run.folder / "circuits" / (task if ablation == "patch" else f"{task}-{ablation}")
+def _folder(run: Run, task: Task, corruption: str, ablation: Ablation) -> Path:
+    parts = [task.name]
+    if corruption != task.corruptions[0]:
+        parts.append(corruption)
+    if ablation != "patch":
+        parts.append(ablation)
+    return run.folder / "circuits" / "-".join(parts)
+
+
+def _check_record(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to put a record in the place of one that was made otherwise."""
+    try:
+        before = json.loads((folder / "circuits.json").read_text())
+    except (OSError, ValueError):
+        return
+    for key, value in settings.items():
+        if key in before and before[key] != value:
+            raise GossamerError(
+                f"{folder} holds circuits found with {key} {before[key]}, not {value}; "
+                "--replace puts the new ones in their place"
+            )
 
 
 def _of_model(
@@ -211,6 +247,7 @@ def _links_of_one_prompt(found: dict[str, Circuits], tokenizer: PreTrainedTokeni
     batch = found["dense"].batches[0]
     record: dict[str, Any] = {
         "prompt": tokenizer.decode(batch.clean[0]),
+        "ids": batch.clean[0].tolist(),
         "tokens": [tokenizer.decode([token]) for token in batch.clean[0].tolist()],
         "answer": tokenizer.decode([int(batch.answers[0][0])]),
         "models": {},
@@ -224,34 +261,45 @@ def _links_of_one_prompt(found: dict[str, Circuits], tokenizer: PreTrainedTokeni
     return record
 
 
-def load_circuit(run: Run, task: str, model: str, edges: int | None = None, *, ablation: Ablation = "patch") -> Circuit:
+def load_circuit(
+    run: Run,
+    task: Task,
+    model: str,
+    edges: int | None = None,
+    *,
+    corruption: str | None = None,
+    ablation: Ablation = "patch",
+) -> Circuit:
     """A circuit of edges from what :func:`compare_circuits` left, pruned.
 
     Args:
         run: whose circuits have been found.
-        task: name of the task, or its JSONL file.
+        task: what the models do.
         model: ``dense`` or ``sparse``.
         edges: how many of the best are kept; None: as many as explain 90 %.
+        corruption: kind of corrupted prompts with which it was found; the task's first if None.
         ablation: under which it was found.
 
     Raises:
         GossamerError: if there is no such record; if no circuit explains 90 % and ``edges`` is None.
     """
-    folder = _folder(run, Path(task).stem if task.endswith(".jsonl") else task, ablation)
+    folder = _folder(run, task, corruption or task.corruptions[0], ablation)
     if not (folder / "circuits.json").exists():
-        raise GossamerError(f"{run.folder} has no circuits of {task}; find them with gossamer circuits")
+        raise GossamerError(f"{run.folder} has no circuits of {folder.name}; find them with gossamer circuits")
     try:
         record = json.loads((folder / "circuits.json").read_text())
         scores = load_file(folder / "scores.safetensors")[model]
         units = record["models"][model]["units"]
         if "edges" not in record["models"][model]["levels"]:
-            raise GossamerError(f"the circuits of {task} in {run.folder} were found without edges; find those too")
+            raise GossamerError(
+                f"the circuits of {folder.name} in {run.folder} were found without edges; find those too"
+            )
         size = edges if edges is not None else record["models"][model]["levels"]["edges"]["first_size"]
         graph = Graph(units["layers"], units["heads"], units["parallel"])
     except (ValueError, KeyError, SafetensorError) as error:
         raise GossamerError(f"the records in {folder} are damaged ({error}); find the circuits again") from error
     if size is None:
-        raise GossamerError(f"no circuit of {task} that was measured explains 90 %; say how many edges to keep")
+        raise GossamerError(f"no circuit of {folder.name} that was measured explains 90 %; say how many edges to keep")
     kept = prune(graph, top_edges(graph, scores, size, absolute=record["selection"].startswith("largest")))
     return Circuit(graph, units["width"], scores, kept)
 
@@ -260,7 +308,7 @@ def _peak_megabytes() -> float:
     """Of this process so far; torch's allocations on a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 

@@ -145,9 +145,12 @@ def prune_links(
 def top_edges(
     graph: Graph, scores: Tensor, count: int, *, absolute: bool = True
 ) -> Bool[Tensor, "sources destinations"]:
-    """The ``count`` edges with the highest scores, or the largest absolute ones; ties by number."""
+    """The ``count`` edges with the largest absolute scores, or the lowest ones; ties by number.
+
+    A score says how much the metric changes when the edge is patched: the lowest are those that help most.
+    """
     possible = graph.possible()
-    ranked = (scores.abs() if absolute else scores).masked_fill(~possible, -torch.inf).flatten()
+    ranked = (scores.abs() if absolute else -scores).masked_fill(~possible, -torch.inf).flatten()
     kept = torch.zeros(ranked.shape, dtype=torch.bool)
     kept[torch.argsort(ranked, descending=True, stable=True)[: min(count, int(possible.sum()))]] = True
     return kept.view_as(possible)

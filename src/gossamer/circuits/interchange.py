@@ -2,10 +2,12 @@
 
 ``.json`` and ``.pt`` are those of EAP-IG (hannamw/EAP-IG on GitHub), which the MIB leaderboard takes; ``.graphml``
 holds the circuit's own nodes and edges only, for networkx, Gephi or Cytoscape.
+
+Scores in files have EAP-IG's sign: it attributes a loss, the metric times -1, so that what helps has a positive score.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -58,7 +60,7 @@ def write_circuit(file: Path, circuit: Circuit) -> None:
         raise _unknown(file)
     try:
         with file_beside(file) as staging:
-            write(staging, circuit)
+            write(staging, _other_sign(circuit))
     except OSError as error:
         raise GossamerError(f"cannot write {file}: {error.strerror or error}") from error
 
@@ -73,7 +75,7 @@ def read_circuit(file: Path) -> Circuit:
     if read is None:
         raise _unknown(file)
     try:
-        return read(file)
+        return _other_sign(read(file))
     except OSError as error:
         raise GossamerError(f"cannot read {file}: {error.strerror or error}") from error
     except (ParseError, UnpicklingError, EOFError, RuntimeError, networkx.NetworkXError) as error:
@@ -103,6 +105,10 @@ def _sizes(graph: Graph, width: int) -> str:
 
 def _unknown(file: Path) -> GossamerError:
     return GossamerError(f"{file} has to end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+
+
+def _other_sign(circuit: Circuit) -> Circuit:
+    return replace(circuit, scores=0.0 - circuit.scores)
 
 
 def _settings(circuit: Circuit) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class _Patched(Visitor):
     def __init__(self, graph: Graph, kept: Tensor, other: Recording, ablation: Ablation) -> None:
         self.graph, self.other, self.ablation = graph, other, ablation
         self.kept = kept.to(other.written)
-        self.replacement = replacement(other.written, ablation)
+        self.replacement = replacement(other.written, ablation, other.mean)
         self.change = other.written.new_empty(graph.sources, len(kept), *other.written.shape[1:])
 
     def _replaced(self, kind: str, layer: int, sources: int) -> Tensor:
@@ -171,8 +171,8 @@ def keep_edges(
 
     Args:
         kept: which edges are kept; of one circuit, or of several.
-        ablation: what the others carry: the corrupted run's values, zero, or the mean over the batch's corrupted runs
-            by position.
+        ablation: what the others carry: the corrupted run's values, zero, or the mean over corrupted runs by position:
+            ``other.mean``, or over the batch.
         other: the corrupted run, if it has been recorded already.
     """
     circuits = kept[None] if kept.ndim == 2 else kept

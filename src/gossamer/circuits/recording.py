@@ -12,7 +12,7 @@ from gossamer.circuits.graph import Graph
 from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
 
 Ablation = Literal["patch", "zero", "mean"]
-"""What units outside a circuit carry: the corrupted run's values, zero, or the mean over the batch's corrupted runs."""
+"""What units outside a circuit carry: the corrupted run's values, zero, or the mean over corrupted runs."""
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Recording:
         weights, values: attention weights and values of each layer, keys and values once for each query head;
             empty unless they were asked for.
         logits: at the last position.
+        mean: what each source writes on average, for mean ablation; that over this batch if None.
     """
 
     written: Float[Tensor, "sources batch tokens d_model"]
@@ -32,6 +33,7 @@ class Recording:
     weights: list[Float[Tensor, "batch heads tokens tokens"]]
     values: list[Float[Tensor, "batch heads tokens d_value"]]
     logits: Float[Tensor, "batch vocab"]
+    mean: Float[Tensor, "sources tokens d_model"] | None = None
 
     def constant(self, graph: Graph, kind: str, layer: int) -> Tensor:
         """The part of a read stream that no source wrote: output biases."""
@@ -110,11 +112,18 @@ def record_written(
 
 
 def replacement(
-    corrupted: Float[Tensor, "sources batch tokens d_model"], ablation: Ablation
+    corrupted: Float[Tensor, "sources batch tokens d_model"],
+    ablation: Ablation,
+    mean: Float[Tensor, "sources tokens d_model"] | None = None,
 ) -> Float[Tensor, "sources batch tokens d_model"]:
-    """What sources carry outside a circuit, from what they wrote in the corrupted run."""
+    """What sources carry outside a circuit, from what they wrote in the corrupted run.
+
+    Args:
+        mean: what they carry under mean ablation; the mean over the batch if None.
+    """
     if ablation == "zero":
         return torch.zeros_like(corrupted)
     if ablation == "mean":
-        return corrupted.mean(1, keepdim=True).expand_as(corrupted).contiguous()
+        average = corrupted.mean(1) if mean is None else mean
+        return average[:, None].repeat(1, corrupted.shape[1], 1, 1)
     return corrupted

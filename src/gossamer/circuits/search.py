@@ -13,7 +13,7 @@ from gossamer.circuits.attribution import edge_scores, link_scores
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import keep_edges, keep_links, keep_nodes
 from gossamer.circuits.metrics import Curve, Point, measure_curve
-from gossamer.circuits.recording import Ablation, record
+from gossamer.circuits.recording import Ablation, record, record_written
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
 from gossamer.errors import GossamerError
@@ -32,7 +32,7 @@ class Circuits:
         scores: of the component edges, the mean over the prompts; zeros if only links were asked for.
         link_scores: of the attention links, by batch; empty if that level was not asked for.
         batches: the prompts that they belong to.
-        absolute: whether the largest absolute scores were chosen, not the highest.
+        absolute: whether the largest absolute scores were chosen, not the lowest.
     """
 
     graph: Graph
@@ -46,7 +46,7 @@ class Circuits:
         """The best ``count`` nodes; a node's score is the sum over the edges that leave it."""
         scores = self.scores.sum(1)
         kept = torch.zeros(self.graph.sources, dtype=torch.bool)
-        kept[torch.argsort(scores.abs() if self.absolute else scores, descending=True, stable=True)[:count]] = True
+        kept[torch.argsort(scores.abs() if self.absolute else -scores, descending=True, stable=True)[:count]] = True
         return kept
 
     def edges(self, count: int) -> Bool[Tensor, "sources destinations"]:
@@ -77,7 +77,7 @@ def find_circuits(
         levels: which kinds of units.
         steps: of EAP-IG; 0 for EAP.
         ablation: what units outside a circuit carry; ``mean`` is not defined for links.
-        absolute: choose the largest absolute scores; else the highest.
+        absolute: choose the largest absolute scores; else the lowest: the units that help the metric most.
         batch_size: rows in one forward pass: prompts, or several circuits on fewer prompts.
         progress: is told in a few words what is being done.
 
@@ -88,9 +88,11 @@ def find_circuits(
     batches = tuple(prompts.batches(batch_size))
     count = len(prompts.kept)
     scores = torch.zeros(graph.sources, graph.destinations)
+    means = mean_written(model, batches) if ablation == "mean" else {}
     for done, batch in enumerate(batches if set(levels) - {"links"} else ()):
         progress(f"scores of edges, batch {done + 1} of {len(batches)}")
-        scores += edge_scores(model, batch, steps=steps, ablation=ablation).cpu() / count
+        average = means.get(batch.clean.shape[1])
+        scores += edge_scores(model, batch, steps=steps, ablation=ablation, mean=average).cpu() / count
     links: list[Tensor] = []
     if "links" in levels:
         for done, batch in enumerate(batches):
@@ -102,25 +104,29 @@ def find_circuits(
     allowed = round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))
     totals = {"nodes": graph.sources, "edges": int(graph.possible().sum()), "links": allowed}
 
-    def kept(level: Level, batch: int, size: int) -> Tensor:
-        if level == "nodes":
-            return found.nodes(size)
-        if level == "edges":
-            return top_edges(graph, scores, size, absolute=absolute)
+    def kept_links(batch: int, size: int) -> Tensor:
+        if size < allowed:
+            return prune_links(top_links(links[batch], size, absolute=absolute))
         # A prompt longer than the mean has more links than the mean prompt's total.
-        return top_links(links[batch], size if size < allowed else links[batch][0].numel(), absolute=absolute)
+        return torch.ones_like(links[batch], dtype=torch.bool).tril()
 
     keep: dict[str, Callable[..., Tensor]] = {"nodes": keep_nodes, "edges": keep_edges, "links": keep_links}
     for level in levels:
 
         def measure(sizes: list[int], level: Level = level) -> list[float]:
             metrics = torch.zeros(len(sizes), dtype=torch.double)
+            chosen = [
+                found.nodes(size) if level == "nodes" else found.edges(size) for size in sizes if level != "links"
+            ]
             for place, batch in enumerate(batches):
                 progress(f"keeping {sizes[0]:,} to {sizes[-1]:,} {level}, batch {place + 1} of {len(batches)}")
                 other = record(model, batch.corrupted, links=level == "links")
+                other.mean = means.get(batch.clean.shape[1])
                 at_once = max(1, batch_size // len(batch.clean))
                 for some in torch.arange(len(sizes)).split(at_once):
-                    circuits = torch.stack([kept(level, place, sizes[index]) for index in some.tolist()])
+                    circuits = torch.stack(
+                        [chosen[index] if chosen else kept_links(place, sizes[index]) for index in some.tolist()]
+                    )
                     values = keep[level](model, batch, circuits, ablation=ablation, other=other)
                     metrics[some] += values.double().cpu().sum(1) / count
             return metrics.tolist()
@@ -145,8 +151,11 @@ def faithfulness_of(
     possible = graph_of(model).possible()
     circuits = torch.stack([torch.zeros_like(possible), kept & possible, possible])
     metrics = torch.zeros(3, dtype=torch.double)
-    for batch in prompts.batches(batch_size):
+    batches = tuple(prompts.batches(batch_size))
+    means = mean_written(model, batches) if ablation == "mean" else {}
+    for batch in batches:
         other = record(model, batch.corrupted)
+        other.mean = means.get(batch.clean.shape[1])
         for place, circuit in enumerate(circuits):
             metrics[place] += keep_edges(model, batch, circuit, ablation=ablation, other=other).double().cpu().sum()
     nothing, metric, everything = (metrics / len(prompts.kept)).tolist()
@@ -155,15 +164,32 @@ def faithfulness_of(
     return Point(int(circuits[1].sum()), metric, (metric - nothing) / (everything - nothing))
 
 
+def mean_written(
+    model: PreTrainedModel, batches: tuple[Batch, ...]
+) -> dict[int, Float[Tensor, "sources tokens d_model"]]:
+    """What each source writes on the corrupted prompts of a length, by position, averaged over all of them.
+
+    Prompts of other lengths have other things at a position. Where one prompt alone has a length, its mean is itself.
+    """
+    sums: dict[int, Tensor] = {}
+    counts: dict[int, int] = {}
+    for batch in batches:
+        prompts, length = batch.corrupted.shape
+        written = record_written(model, batch.corrupted).sum(1)
+        sums[length] = written + sums[length] if length in sums else written
+        counts[length] = counts.get(length, 0) + prompts
+    return {length: total / counts[length] for length, total in sums.items()}
+
+
 def top_links(
     scores: Float[Tensor, "prompts layers heads tokens tokens"], count: int, *, absolute: bool = True
 ) -> Bool[Tensor, "prompts layers heads tokens tokens"]:
-    """The ``count`` links of each prompt with the highest scores, or the largest absolute ones.
+    """The ``count`` links of each prompt with the largest absolute scores, or the lowest: those that help most.
 
     Links have no name across prompts of other lengths: each prompt keeps the same number of its own best ones.
     """
     allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    ranked = (scores.abs() if absolute else scores).masked_fill(~allowed, -torch.inf).flatten(1)
+    ranked = (scores.abs() if absolute else -scores).masked_fill(~allowed, -torch.inf).flatten(1)
     kept = torch.zeros_like(ranked, dtype=torch.bool)
     order = torch.argsort(ranked, dim=1, descending=True, stable=True)[:, :count]
     kept.scatter_(1, order, True)

@@ -11,6 +11,10 @@ from gossamer.cli.common import app
 from gossamer.errors import GossamerError, StoppedTogether, one_line
 
 
+_INTERRUPTED = 130
+"""The exit code that typer makes of Ctrl-C."""
+
+
 def main() -> None:
     """Run the command line; one line to stderr and exit code 2 for what the user can mend.
 
@@ -29,9 +33,11 @@ def main() -> None:
     except (GossamerError, OSError) as error:
         if first:
             _say(one_line(error))
-    except KeyboardInterrupt:
+    except SystemExit as stopped:
+        if stopped.code != _INTERRUPTED:
+            raise
         if first:
-            _say("interrupted; go on with --resume")
+            _say("interrupted" + ("; go on with --resume" if "sparsify" in sys.argv[1:2] else ""))
     except RuntimeError as error:
         from gossamer.training.processes import HOW_TO_GO_ON, lost_process
 

@@ -94,15 +94,19 @@ def circuits(
         Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
     ] = Ablation.patch,
     signed: Annotated[
-        bool, typer.Option("--signed", help="Choose units by highest score, not by largest absolute score.")
+        bool,
+        typer.Option("--signed", help="Choose the units that help most, not those with the largest absolute score."),
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Go on even if a model cannot do the task.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put the result in the place of one that was found with other settings.")
+    ] = False,
 ) -> None:
     """Find circuits of RUN's sparse model and of its dense original, prove them by intervention, compare them.
 
-    Leaves in RUN/circuits/TASK (TASK-zero or TASK-mean with those ablations): circuits.json (the figures),
-    scores.safetensors (of all edges), links.json.
+    Leaves in RUN/circuits/TASK: circuits.json (the figures), scores.safetensors (of all edges), links.json. Another
+    corruption than the task's first and another ablation than patch are added to the name: TASK-CORRUPTION-zero.
     """
     from transformers.utils import logging
 
@@ -125,6 +129,7 @@ def circuits(
         absolute=not signed,
         batch_size=batch_size,
         forced=force,
+        replace=replace,
     )
     with console.status("circuits") as status:
         record = compare_circuits(Run(run), find_task(task), config, progress=lambda what: status.update(escape(what)))
@@ -152,14 +157,17 @@ def export(
     edges: Annotated[
         int | None, typer.Option(min=1, help="Edges kept, before pruning. [default: those that explain 90 %]")
     ] = None,
+    corruption: Annotated[str | None, typer.Option(help="With which it was found. [default: the task's first]")] = None,
     ablation: Annotated[Ablation, typer.Option(help="Under which it was found.")] = Ablation.patch,
 ) -> None:
     """Write a circuit that gossamer circuits has found for other tools."""
     from gossamer.circuits.compare import load_circuit
     from gossamer.circuits.interchange import write_circuit
+    from gossamer.circuits.tasks import find_task
     from gossamer.training.run import Run
 
-    circuit = load_circuit(Run(run), task, model.value, edges, ablation=ablation.value)
+    chosen = find_task(task)
+    circuit = load_circuit(Run(run), chosen, model.value, edges, corruption=corruption, ablation=ablation.value)
     write_circuit(out, circuit)
     console.print(f"{out}: {int(circuit.kept.sum()):,} of {int(circuit.graph.possible().sum()):,} edges", markup=False)
 

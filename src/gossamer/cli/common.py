@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gossamer.errors import GossamerError
+
 app = typer.Typer(
     name="gossamer",
     help="Makes a trained transformer's attention sparse enough to read.",
@@ -45,7 +47,6 @@ def facts_table(title: str, facts: dict[str, object]) -> Table:
 
 def load_any(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
     """The model and tokenizer of a run, a saved sparse model, or a dense model by name."""
-    from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
     from gossamer.models.checkpoint import is_saved_model, load
@@ -55,7 +56,18 @@ def load_any(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]": 
     logging.disable_progress_bar()
     run = Run(Path(target))
     if (run.folder / "blocks.safetensors").exists():
-        return load_sparse(run), PreTrainedTokenizerFast.from_pretrained(run.model)
+        return load_sparse(run), _own_tokenizer(run.model)
     if is_saved_model(Path(target)):
-        return load(target), PreTrainedTokenizerFast.from_pretrained(target)
+        return load(target), _own_tokenizer(Path(target))
     return load_dense(target)
+
+
+def _own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":  # type: ignore[name-defined]
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise GossamerError(
+            f"{folder} has no tokenizer; save one there: tokenizer.save_pretrained({folder})"
+        ) from error

@@ -1,8 +1,9 @@
 """demo, report, view: what a person looks at."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -76,18 +77,20 @@ def report(
 
     records = load_records(run)
     if records.attention is None and records.metrics is not None:
-        _record_attention(run, [task.links["prompt"] for task in records.tasks.values() if task.links], tokens)
+        _record_attention(run, [task.links for task in records.tasks.values() if task.links], tokens)
     if figures is not None:
         save_figures(load_records(run), figures)
     console.print(str(write_report(run, out)), markup=False, highlight=False, soft_wrap=True)
 
 
-def _record_attention(run: Path, prompts: list[str], tokens: int) -> None:
+def _record_attention(run: Path, circuits: Sequence[Mapping[str, Any]], tokens: int) -> None:
     from gossamer.circuits.attention_record import AttentionPrompt, write_attention
     from gossamer.training.run import Run
 
     models, tokenizer = _both(Run(run))
-    shown = [AttentionPrompt(tuple(tokenizer(prompt)["input_ids"]), "task") for prompt in dict.fromkeys(prompts)]
+    # Records of older versions have the prompt's text alone.
+    prompts = (tuple(links.get("ids") or tokenizer(links["prompt"])["input_ids"]) for links in circuits)
+    shown = [AttentionPrompt(ids, "task") for ids in dict.fromkeys(prompts)]
     blocks = Run(run).blocks("held_out")[:4, :tokens].tolist()
     shown += [AttentionPrompt(tuple(block), "held-out text") for block in blocks]
     with console.status("recording attention"):
@@ -102,8 +105,9 @@ def _both(run: "Run") -> "tuple[dict[str, PreTrainedModel], PreTrainedTokenizerB
     from gossamer.training.run import load_sparse
 
     logging.disable_progress_bar()
-    dense, tokenizer = load_dense(run.dense)
-    return {"dense": dense.eval(), "sparse": load_sparse(run).eval()}, tokenizer
+    sparse = load_sparse(run)
+    dense, tokenizer = load_dense(run.dense, device=sparse.device)
+    return {"dense": dense, "sparse": sparse}, tokenizer
 
 
 @app.command()

@@ -23,6 +23,20 @@ TEMPLATES = (
     "Then {0} and {1} walked past the {place}, where {2} offered the {object} to",
 )
 
+OTHER_TEMPLATES = {
+    "afterwards": (
+        "{0} and {1} spent the afternoon together, and on the way to the {place} {2} sold the {object} to",
+        "The {place} was empty when {0} and {1} came in, so {2} brought the {object} to",
+        "Once {0} and {1} had talked about the {place}, {2} sent the {object} to",
+    ),
+    "reported": (
+        "Everyone at the {place} knew {0} and {1}. In the end {2} returned the {object} to",
+        "My friends {0} and {1} live next to the {place}. Last week {2} gave the {object} to",
+        "It was raining, and {0} and {1} stayed at the {place}. Before lunch {2} threw the {object} to",
+    ),
+}
+"""Other wordings; none of them is in :data:`TEMPLATES`."""
+
 
 def _examples(
     source: random.Random,
@@ -51,8 +65,5 @@ IOI = Task(
     "logit_difference",
     ("abc", "s2_io_flip", "s2_third"),
     _examples,
-    {
-        "first": partial(_examples, templates=TEMPLATES[:3]),
-        "second": partial(_examples, templates=TEMPLATES[3:]),
-    },
+    {name: partial(_examples, templates=templates) for name, templates in OTHER_TEMPLATES.items()},
 )
