@@ -33,8 +33,7 @@ from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
 from gossamer.files import written_beside
-from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, load_sparse, versions
+from gossamer.training.run import Run, load_both, versions
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ def compare_circuits(
     folder = _folder(run, task, corruption, config.ablation)
     if not config.replace:
         _check_record(folder, settings)
-    sparse = load_sparse(run)
-    dense, tokenizer = load_dense(run.dense, device=sparse.device)
+    dense, sparse, tokenizer = load_both(run)
     models = {"dense": dense, "sparse": sparse}
     variations: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
     if config.rephrased:

@@ -101,12 +101,10 @@ def _both(run: "Run") -> "tuple[dict[str, PreTrainedModel], PreTrainedTokenizerB
     """The dense and the sparse model of a run, and their tokenizer."""
     from transformers.utils import logging
 
-    from gossamer.models.pretrained import load_dense
-    from gossamer.training.run import load_sparse
+    from gossamer.training.run import load_both
 
     logging.disable_progress_bar()
-    sparse = load_sparse(run)
-    dense, tokenizer = load_dense(run.dense, device=sparse.device)
+    dense, sparse, tokenizer = load_both(run)
     return {"dense": dense, "sparse": sparse}, tokenizer
 
 

@@ -607,3 +607,11 @@ def load_sparse(run: Run) -> PreTrainedModel:
     if not run.model.exists():
         raise GossamerError(f"{run.folder} has no sparse model yet; finish it with gossamer sparsify ... --resume")
     return load(run.model, device=_device())
+
+
+def load_both(run: Run) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense and the sparse model of a finished run, on one device, and their tokenizer."""
+    original = run.dense
+    sparse = load_sparse(run)
+    dense, tokenizer = load_dense(original, device=sparse.device)
+    return dense, sparse, tokenizer
