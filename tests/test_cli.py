@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import gossamer
 from families import tiny_model
@@ -471,6 +479,31 @@ def test_circuits_leaves_a_record_of_both_models(finished, own_task: Path) -> No
         assert model["levels"]["edges"]["metric_everything"] == pytest.approx(model["metric_clean"], abs=1e-4)
         assert model["levels"]["edges"]["metric_nothing"] == pytest.approx(model["metric_corrupted"], abs=1e-4)
         assert model["levels"]["links"]["points"][-1]["faithfulness"] == pytest.approx(1.0)
+
+
+def test_the_page_shows_the_very_prompt_of_the_circuit(
+    finished, saved_llama: Path, own_task: Path, tmp_path: Path
+) -> None:
+    """With a tokenizer that puts a start token before every text, as Llama 3's does."""
+    start, _, _ = finished
+    model, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(saved_llama, model)
+    shutil.copytree(start, out, ignore=shutil.ignore_patterns("circuits", "attention.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    begin = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=begin)
+    tokenizer.save_pretrained(model)
+    (out / "config.json").write_text((out / "config.json").read_text().replace(str(saved_llama), str(model)))
+    line = ["circuits", out, "--task", own_task, "--examples", 2, "--ig-steps", 0, "--levels", "links", "--force"]
+    result = gossamer_command(*line)
+    assert result.returncode == 0, result.stderr
+    links = json.loads((out / "circuits" / "own" / "links.json").read_text())
+    assert links["tokens"][:2] == ["<s>", "the"]
+    result = gossamer_command("report", out)
+    assert result.returncode == 0, result.stderr
+    shown = json.loads((out / "attention.json").read_text())["prompts"][0]
+    assert shown["note"] == "task"
+    assert shown["tokens"] == links["tokens"]
 
 
 def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: Path) -> None:
