@@ -27,6 +27,7 @@ from transformers import (
 
 import gossamer
 from families import tiny_model
+from gossamer.cli import app
 from gossamer.training.checkpoints import checkpoints, fault
 
 COMMAND = [sys.executable, "-m", "gossamer.cli"]
@@ -428,7 +429,9 @@ def test_a_loss_that_explodes_stops_the_run_at_its_step(saved_llama: Path, text:
 def test_help_names_every_command() -> None:
     result = gossamer_command("--help")
     assert result.returncode == 0
-    assert all(verb in result.stdout for verb in ("sparsify", "evaluate", "inspect"))
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert len(verbs) > 10
+    assert {verb for verb in verbs if not re.search(rf"^│ {verb}\s", result.stdout, re.MULTILINE)} == set()
 
 
 @pytest.fixture(scope="module")
@@ -507,9 +510,13 @@ def test_the_page_shows_the_very_prompt_of_the_circuit(
 
 
 def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: Path) -> None:
-    out, _, _ = finished
-    arguments = ["--task", own_task, "--examples", 4, "--ig-steps", 0, "--seeds", 2, "--force"]
-    line = ["circuits", out, *arguments, "--ablation", "zero", "--signed"]
+    start, _, _ = finished
+    out = tmp_path / "run"
+    shutil.copytree(start, out, ignore=shutil.ignore_patterns("circuits"))
+    arguments = ["--task", own_task, "--examples", 4, "--ig-steps", 0, "--force"]
+    result = gossamer_command("circuits", out, *arguments, "--ablation", "zero", "--levels", "links", "--signed")
+    assert result.returncode == 0, result.stderr
+    line = ["circuits", out, *arguments, "--seeds", 2, "--ablation", "zero", "--signed"]
     assert_refused(gossamer_command(*line), "own-zero holds circuits found with", "seeds 1, not 2", "--replace")
     result = gossamer_command(*line, "--replace")
     assert result.returncode == 0, result.stderr

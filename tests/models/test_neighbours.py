@@ -123,7 +123,9 @@ def test_a_bridge_that_says_something_else_is_refused() -> None:
     "cache",
     [
         False,
-        pytest.param(True, marks=pytest.mark.xfail(reason="TransformerLens 4.3.0 with transformers 5.24: dense too")),
+        pytest.param(
+            True, marks=pytest.mark.xfail(strict=True, reason="TransformerLens 4.3.0 with transformers 5.24: dense too")
+        ),
     ],
 )
 def test_a_bridge_with_a_tokenizer_generates_what_the_model_generates(

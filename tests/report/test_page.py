@@ -44,7 +44,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     dense = tiny_model("llama")
     sparse = gossamer.sparsify(dense, gate_bias=-0.5).eval()
-    prompts = [AttentionPrompt(tuple(range(10)), "<i>hostile</i>"), AttentionPrompt((3, 4, 5), "short")]
+    prompts = [
+        AttentionPrompt(tuple(range(10)), "<i>hostile</i>"),
+        AttentionPrompt((3, 4, 5), "short"),
+        AttentionPrompt(tuple(range(90)), "long"),
+    ]
     write_attention(folder, {"dense": dense.eval(), "sparse": sparse}, Words(), prompts)  # type: ignore[arg-type]
     (folder / "config.json").write_text(json.dumps({"config": {"training": {"constraint": "ce"}}, "measured": {}}))
     sentences = [
@@ -142,6 +146,26 @@ def test_the_matrix_says_what_stands_under_the_mouse(browser: webdriver.Chrome, 
     says = browser.find_elements(By.CSS_SELECTOR, "#attention output")[0].text
     assert "(6) reads" in says
     assert f"(1): {weight(run, 'dense', 0, 0, 6, 1):.3f}" in says
+
+
+def test_where_the_matrix_is_shown_smaller_it_still_says_what_stands_under_the_mouse(
+    browser: webdriver.Chrome,
+) -> None:
+    metrics = {"width": 375, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    choose(browser, "Prompt", 2)
+    canvas = browser.find_elements(By.CSS_SELECTOR, "canvas.matrix")[0]
+    drawn = browser.execute_script("return parseFloat(arguments[0].style.width)", canvas)
+    assert canvas.size["width"] < drawn
+    assert canvas.size["width"] == pytest.approx(canvas.size["height"], abs=1)
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    cell = canvas.size["width"] / 90
+    for query, key in ((88, 80), (60, 20)):
+        offset = (round((place + 0.5) * cell - canvas.size["width"] / 2) for place in (key, query))
+        ActionChains(browser).move_to_element_with_offset(canvas, *offset).perform()
+        says = browser.find_elements(By.CSS_SELECTOR, "#attention output")[0].text
+        assert f"({query}) reads" in says
+        assert f"({key}):" in says
 
 
 def test_all_of_it_works_from_the_keyboard(browser: webdriver.Chrome) -> None:

@@ -4,14 +4,16 @@ import asyncio
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
 
-from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.compare import SearchConfig, compare_circuits, load_circuit
 from gossamer.circuits.tasks import TASKS
 from gossamer.cli import main
 from gossamer.demo.demonstrate import DemoConfig, demonstrate
@@ -59,7 +61,8 @@ def test_series_are_the_records_numbers(run: Path) -> None:
     assert constraint.series[-1].points[0][1] == records.metrics["tau"]
     series = {one.name: one.points for one in loss_chart(records.metrics).series}
     assert series["sparse"] == ((records.metrics["open_fraction"], records.metrics["loss_sparse"]),)
-    assert len(series["dense, top-k"]) + len(series["dense, top-k renormalised"]) == len(records.metrics["topk"])
+    assert len(series["dense, top-k"]) + len(series["dense, top-k renormalised"]) == len(records.metrics["topk"]) + 2
+    assert series["dense, top-k"][-1] == (1.0, records.metrics["topk_loss_dense"])
     task = records.tasks["addition"]
     charts = faithfulness_charts(task.circuits)
     points = task.circuits["models"]["sparse"]["levels"]["edges"]["points"]
@@ -88,13 +91,39 @@ def test_the_commands_write_pages_and_figures(run: Path, tmp_path: Path, monkeyp
     )
     assert (code, said.strip()) == (0, str(tmp_path / "p.html"))
     assert "</html>" in (tmp_path / "p.html").read_text()
-    names = {file.stem for file in (tmp_path / "f").iterdir()}
-    assert names == set(dict(all_figures(load_records(run))))
+    names = {file.name for file in (tmp_path / "f").iterdir()}
+    figures = dict(all_figures(load_records(run)))
+    assert names == {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
     before = {file: file.stat().st_mtime for file in run.rglob("*")}
     code, _, _ = command(monkeypatch, capsys, "view", run, "12+34=", "--out", tmp_path / "v.html")
     assert code == 0
     assert '"note":"your prompt"' in (tmp_path / "v.html").read_text()
     assert {file: file.stat().st_mtime for file in run.rglob("*")} == before
+
+
+def test_circuits_of_another_corruption_have_a_folder_of_their_own(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    before = (copy / "circuits" / "addition" / "circuits.json").read_text()
+    config = SearchConfig(examples=6, steps=0, forced=True, corruption="carry", levels=("edges",))
+    record = compare_circuits(Run(copy), TASKS["addition"], config)
+    assert (copy / "circuits" / "addition" / "circuits.json").read_text() == before
+    assert json.loads((copy / "circuits" / "addition-carry" / "circuits.json").read_text()) == record
+    found = load_circuit(Run(copy), TASKS["addition"], "dense", 5, corruption="carry")
+    other = load_circuit(Run(copy), TASKS["addition"], "dense", 5)
+    assert not torch.equal(found.scores, other.scores)
+    with pytest.raises(GossamerError, match="has no circuits of addition-carry-zero"):
+        load_circuit(Run(copy), TASKS["addition"], "dense", 5, corruption="carry", ablation="zero")
+    with pytest.raises(GossamerError, match=r"found with ig_steps 0, not 1; --replace"):
+        compare_circuits(Run(copy), TASKS["addition"], replace(config, steps=1))
+
+
+def test_a_page_takes_only_so_many_links(run: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("gossamer.circuits.attention_record.MOST_LINKS", 2 * 2 * 21)
+    assert command(monkeypatch, capsys, "view", run, "12+34=")[0] == 0
+    code, _, said = command(monkeypatch, capsys, "view", run, "12+34=0")
+    assert code == 2
+    assert "prompts of 7 tokens have 112 links, more than the 84" in said
 
 
 def test_what_cannot_be_shown_is_refused_in_one_line(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:

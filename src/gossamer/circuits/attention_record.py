@@ -16,7 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.streams import Pattern, Visitor, graph_of, visited
+from gossamer.errors import GossamerError
 from gossamer.files import write_text
+
+MOST_LINKS = 20_000_000
+"""Links, open or not, of all prompts of a record; 4/3 bytes each in the page, for the dense model alone."""
 
 LIKELY = 3
 """Next tokens that are recorded at each position."""
@@ -61,8 +65,19 @@ def attention_of(
 def record_attention(
     models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompts: Sequence[AttentionPrompt]
 ) -> dict[str, Any]:
-    """The record of some prompts; models in ``eval()`` mode."""
+    """The record of some prompts; models in ``eval()`` mode.
+
+    Raises:
+        GossamerError: if the prompts have more than :data:`MOST_LINKS` links in all: the page would hold them all.
+    """
     graph = graph_of(next(iter(models.values())))
+    lengths = [len(prompt.ids) for prompt in prompts]
+    links = sum(graph.layers * graph.heads * length * (length + 1) // 2 for length in lengths)
+    if links > MOST_LINKS:
+        raise GossamerError(
+            f"prompts of {' + '.join(map(str, lengths))} tokens have {links:,} links, more than the {MOST_LINKS:,} "
+            "that a page can show; give fewer tokens"
+        )
     rows = []
     for prompt in prompts:
         found = {name: _of_model(model, tokenizer, prompt.ids) for name, model in models.items()}

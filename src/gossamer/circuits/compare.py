@@ -10,7 +10,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -93,7 +94,6 @@ def compare_circuits(
     corruption = config.corruption or task.corruptions[0]
     settings: dict[str, Any] = {
         "task": task.name,
-        "summary": task.summary,
         "corruption": corruption,
         "examples": config.examples,
         "seed": config.seed,
@@ -105,8 +105,6 @@ def compare_circuits(
         "selection": "largest absolute score" if config.absolute else "lowest score",
     }
     folder = _folder(run, task, corruption, config.ablation)
-    if not config.replace:
-        _check_record(folder, settings)
     dense, sparse, tokenizer = load_both(run)
     models = {"dense": dense, "sparse": sparse}
     variations: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
@@ -116,6 +114,9 @@ def compare_circuits(
         task.prompts(tokenizer, config.examples, seed=seed, corruption=config.corruption, phrasing=phrasing)
         for seed, phrasing in variations
     ]
+    settings["checksum"] = _checksum(prompts)
+    if not config.replace:
+        _check_record(folder, settings)
     abilities = {}
     for name, model in models.items():
         abilities[name] = [measure_ability(model, some) for some in prompts]
@@ -159,6 +160,11 @@ def _folder(run: Run, task: Task, corruption: str, ablation: Ablation) -> Path:
     if ablation != "patch":
         parts.append(ablation)
     return run.folder / "circuits" / "-".join(parts)
+
+
+def _checksum(prompts: Sequence[Prompts]) -> int:
+    ids = [(each.clean.tolist(), each.corrupted.tolist()) for some in prompts for each in some.kept]
+    return zlib.crc32(json.dumps(ids).encode())
 
 
 def _check_record(folder: Path, settings: dict[str, Any]) -> None:

@@ -65,19 +65,28 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="Also write every figure as PNG and SVG into this directory.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens shown of each held-out text.")] = 32,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Record attention anew, with so many tokens of each held-out text. [default: 32]"),
+    ] = None,
 ) -> None:
     """Write the page of RUN: attention of some prompts, dense beside sparse, circuits, and every figure.
 
-    The page is one file that opens offline. Attention is recorded once, in RUN/attention.json.
+    The page is one file that opens offline. Attention is recorded in RUN/attention.json, once unless --tokens is
+    given.
     """
     from gossamer.report.html import write_report
     from gossamer.report.plots import save_figures
     from gossamer.report.records import load_records
 
     records = load_records(run)
-    if records.attention is None and records.metrics is not None:
-        _record_attention(run, [task.links for task in records.tasks.values() if task.links], tokens)
+    circuits = [task.links for task in records.tasks.values() if task.links]
+    if records.metrics is not None and (records.attention is None or tokens is not None):
+        _record_attention(run, circuits, tokens or 32)
+    elif records.attention is not None:
+        recorded = [prompt["tokens"] for prompt in records.attention["prompts"]]
+        if any(links["tokens"] not in recorded for links in circuits):
+            warn(f"{run / 'attention.json'} lacks prompts of circuits found since; --tokens 32 records attention anew")
     if figures is not None:
         save_figures(load_records(run), figures)
     console.print(str(write_report(run, out)), markup=False, highlight=False, soft_wrap=True)

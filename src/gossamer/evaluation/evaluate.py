@@ -115,6 +115,7 @@ def evaluate_run(
         "open_links": tally.open_links.tolist(),
         "allowed_links": tally.allowed_links.tolist(),
         "topk": [asdict(point) for point in curve],
+        "topk_loss_dense": measure_language(dense, some, **options).loss,
         "topk_tokens_evaluated": some.shape[0] * (some.shape[1] - max(1, config.training.prompt_tokens)),
         "versions_trained": record["versions"],
         "versions_evaluated": versions(),

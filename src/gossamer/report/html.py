@@ -50,7 +50,11 @@ def _embedded(content: dict[str, Any]) -> str:
 def _content(records: Records) -> dict[str, Any]:
     metrics = records.metrics or {}
     heads = metrics.get("open_fraction_per_head")
-    links = {name: task.links for name, task in records.tasks.items() if task.links is not None}
+    links = {
+        name: {**task.links, "ablation": task.circuits.get("ablation"), "corruption": task.circuits.get("corruption")}
+        for name, task in records.tasks.items()
+        if task.links is not None
+    }
     charts = []
     if metrics.get("topk"):
         charts.append({"id": "loss", "title": "Loss", "figures": [_chart(loss_chart(metrics))]})

@@ -66,12 +66,14 @@ def training_charts(records: Records) -> list[Chart]:
 
 def loss_chart(metrics: Mapping[str, Any]) -> Chart:
     """Loss against open fraction: dense, its top-k, the sparse model, the dense control."""
+    # On the part of the text that top-k is measured on, so that the lines end in the dense model they begin with.
+    whole = metrics.get("topk_loss_dense")
+    ends = () if whole is None else ((1.0, whole),)
     series = [
         Series(
             "dense, top-k renormalised" if renormalised else "dense, top-k",
-            tuple(
-                (row["open_fraction"], row["loss"]) for row in metrics["topk"] if row["renormalised"] == renormalised
-            ),
+            tuple((row["open_fraction"], row["loss"]) for row in metrics["topk"] if row["renormalised"] == renormalised)
+            + ends,
         )
         for renormalised in (False, True)
     ]

@@ -151,7 +151,10 @@ function attentionSection() {
         }
       }
     }
-    canvas.onclick = (event) => go(Math.floor(event.offsetY / cell), Math.floor((event.offsetX - 24) / cell));
+    canvas.onclick = (event) => {
+      const [x, y] = spot(event);
+      go(Math.floor(y / cell), Math.floor((x - 24) / cell));
+    };
     canvas.onkeydown = (event) => {
       const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
       if (move) { go(state.layer + move[0], state.head + move[1]); event.preventDefault(); }
@@ -179,7 +182,7 @@ function attentionSection() {
     }
     canvas.setAttribute("aria-label", `Attention of layer ${state.layer} head ${state.head}, ${panel.name}; the numbers stand below`);
     canvas.onmousemove = (event) => {
-      const query = Math.floor(event.offsetY / cell), key = Math.floor(event.offsetX / cell);
+      const [x, y] = spot(event), query = Math.floor(y / cell), key = Math.floor(x / cell);
       if (query < 0 || key < 0 || query >= tokens.length || key > query) return;
       panel.says.replaceChildren(token(tokens[query]), ` (${query}) reads `, token(tokens[key]), ` (${key}): ${number(get(state.layer, state.head, query, key))}`);
     };
@@ -220,8 +223,14 @@ function attentionSection() {
 function size(canvas, width, height) {
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
-  canvas.style.width = width + "px"; canvas.style.height = height + "px";
+  canvas.style.width = width + "px"; canvas.style.height = "auto";
   canvas.getContext("2d").scale(ratio, ratio);
+}
+// Where the mouse is in a canvas, in the units it was drawn in: a narrow window shows it smaller.
+function spot(event) {
+  const canvas = event.currentTarget, box = canvas.getBoundingClientRect();
+  const scale = parseFloat(canvas.style.width) / box.width;
+  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
 }
 
 // Tokens along x, layers upwards; a link goes from what is read to what reads it, one layer up.
@@ -254,9 +263,11 @@ function layered(tokens, layers, links, color, picked = [], label = (text) => sh
 }
 
 function circuitSection(name, links) {
-  const layers = data.layers;
+  const layers = data.layers, changes = links.ablation === "zero"
+    ? ["about how much the metric changes when the link carries nothing", "carrying nothing"]
+    : ["about how much the metric changes when the link carries the corrupted run's value", "patched"];
   const made = section("circuit-" + name, `Circuit of ${name}`,
-    element("p", {}, "The attention links that explain 90 % of the task's metric (mean over the prompts), on one prompt. Width: how much the metric changes when the link is patched; whole lines support the answer, dashed ones work against it."),
+    element("p", {}, `The attention links that explain 90 % of the task's metric (mean over the prompts), on one prompt; corruption: ${links.corruption ?? "unknown"}. Width: ${changes[0]}; whole lines support the answer, dashed ones work against it.`),
     element("p", {}, "Answer: ", token(links.answer)));
   const pair = element("div", { class: "pair" });
   made.append(pair);
@@ -269,7 +280,7 @@ function circuitSection(name, links) {
       if (place < 0) return says.replaceChildren(`${order.length.toLocaleString("en")} links on this prompt` + (size ? ` (best ${size.toLocaleString("en")}, less those cut off)` : ""));
       const [layer, head, query, key, score] = order[place];
       says.replaceChildren(`${place + 1} of ${order.length}: layer ${layer} head ${head}: `, token(links.tokens[query]), ` (${query}) reads `,
-        token(links.tokens[key]), ` (${key}); patched, the metric changes by ${number(score, 4)}`);
+        token(links.tokens[key]), ` (${key}); ${changes[1]}, the metric changes by ${number(score, 4)}`);
     };
     const step = (by) => () => { place = order.length ? (place + by + order.length + (place < 0 && by < 0 ? 1 : 0)) % order.length : -1; draw(); };
     pair.append(element("figure", {}, element("h3", {}, model === "dense" ? "Dense ○" : "Sparse ●"),
