@@ -28,8 +28,7 @@ dataset_kwargs: {data_files: {test: last_word.jsonl}}
 output_type: loglikelihood
 test_split: test
 doc_to_text: "{{context}}"
-doc_to_target: "{{word}}"
-target_delimiter: " "
+doc_to_target: "{{' ' + word}}"
 metric_list: [{metric: perplexity}, {metric: acc}]
 metadata: {version: 1.0}
 """,
