@@ -579,14 +579,19 @@ def test_a_model_without_a_tokenizer_is_named(saved_llama: Path, own_task: Path,
 
 def test_an_interrupted_run_says_how_to_go_on(saved_llama: Path, text: Path, tmp_path: Path) -> None:
     line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 10**7]
-    process = subprocess.Popen([*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    for _ in range(1200):
-        if (tmp_path / "run" / "training.jsonl").exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+    )  # fmt: skip
+    try:
+        for _ in range(1200):
+            if (tmp_path / "run" / "training.jsonl").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 2
     assert errors.strip() == "gossamer: interrupted; go on with --resume"
 
