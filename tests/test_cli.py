@@ -581,7 +581,7 @@ def test_an_interrupted_run_says_how_to_go_on(saved_llama: Path, text: Path, tmp
     line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 10**7]
     process = subprocess.Popen(
         [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if run in the background
     )  # fmt: skip
     try:
         for _ in range(1200):
