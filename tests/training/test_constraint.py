@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from gossamer.training.constraint import Multiplier, MultiplierConfig, lagrangian
+from gossamer.training.constraint import Multiplier, MultiplierConfig, ObjectiveKind, lagrangian
 
 
 def test_multiplier_rises_above_the_bound_and_falls_below() -> None:
@@ -68,16 +68,25 @@ def test_multiplier_goes_on_exactly_from_its_state() -> None:
     assert first.mean_violation == second.mean_violation
 
 
-def test_constrained_descent_finds_the_known_optimum() -> None:
-    """minimise x subject to (x - 2)^2 <= 1/4: x = 3/2, and there lambda = 1 / (2 * 1/2) = 1."""
+@pytest.mark.parametrize(("objective", "multiplier_there"), [("fraction", 1.0), ("log", 2 / 3)])
+def test_constrained_descent_finds_the_known_optimum(objective: ObjectiveKind, multiplier_there: float) -> None:
+    """minimise x, or log x, subject to (x - 2)^2 <= 1/4: x = 3/2, and there lambda = 1 / (2 * 1/2) = 1, or 2/3."""
     x = torch.tensor(4.0, requires_grad=True)
     multiplier = Multiplier(MultiplierConfig(initial=0.01, rate=0.05, decay=0.5))
     optimizer = torch.optim.SGD([x], lr=0.05)
     for _ in range(8000):
         violation = (x - 2) ** 2 - 0.25
         optimizer.zero_grad()
-        lagrangian(x, violation, multiplier.value).backward()
+        lagrangian(x, violation, multiplier.value, objective).backward()
         optimizer.step()
         multiplier.update(violation.item())
     assert x.item() == pytest.approx(1.5, abs=0.02)
-    assert multiplier.value == pytest.approx(1.0, rel=0.1)
+    assert multiplier.value == pytest.approx(multiplier_there, rel=0.1)
+
+
+def test_the_log_of_nothing_open_is_finite() -> None:
+    nothing = torch.tensor(0.0, requires_grad=True)
+    value = lagrangian(nothing, torch.tensor(1.0), 7.0, "log")
+    value.backward()
+    assert math.isfinite(value.item())
+    assert nothing.grad == 0

@@ -20,6 +20,13 @@ class Constraint(str, Enum):
     kl = "kl"
 
 
+class Objective(str, Enum):
+    """What is minimised."""
+
+    fraction = "fraction"
+    log = "log"
+
+
 class Part(str, Enum):
     """Which weights are trained."""
 
@@ -76,6 +83,12 @@ def sparsify(
     ] = None,
     slack: Annotated[float, typer.Option(min=0.0, help="Nats that the loss may be above the dense model's.")] = 0.01,
     epsilon: Annotated[float, typer.Option(min=0.0, help="Bound on KL(dense || sparse), nats.")] = 0.05,
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            help="What is minimised: the expected open fraction, or its log, whose lambda hardly moves (start it at 7)."
+        ),
+    ] = Objective.fraction,
     train: Annotated[
         Part,
         typer.Option(help="Weights to train besides the gate biases: all, the attention's, or adapters on it."),
@@ -190,6 +203,7 @@ def sparsify(
             gate_learning_rate=gate_learning_rate,
             hard_fraction=hard_fraction,
             constraint=constraint.value,
+            objective=objective.value,
             multiplier=MultiplierConfig(
                 initial=initial_multiplier, rate=multiplier_rate, proportional=multiplier_proportional
             ),

@@ -10,16 +10,21 @@ of the gradient steady while lambda moves over orders of magnitude.
 
 The sum I alone lags behind: while the weights still recover from closed gates it keeps rising, and it comes down only
 after the bound has long been held. The proportional part answers at once (Sohrabi et al. 2024, arXiv 2406.04558).
+
+With the objective ``log``, log(E / allowed) stands for E / allowed. The optimum is the same, but lambda is another:
+the relative saving of links that a nat is worth, which need not fall as links get few.
 """
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 ConstraintKind = Literal["ce", "kl"]
+ObjectiveKind = Literal["fraction", "log"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,13 @@ class Multiplier:
         return f"Multiplier({self.value:.4g}, {asdict(self.config)})"
 
 
-def lagrangian(open_fraction: Float[Tensor, ""], violation: Float[Tensor, ""], multiplier: float) -> Float[Tensor, ""]:
-    """(E / allowed + lambda * violation) / (1 + lambda)."""
+def lagrangian(
+    open_fraction: Float[Tensor, ""],
+    violation: Float[Tensor, ""],
+    multiplier: float,
+    objective: ObjectiveKind = "fraction",
+) -> Float[Tensor, ""]:
+    """(f + lambda * violation) / (1 + lambda), f the expected open fraction or its logarithm."""
+    if objective == "log":
+        open_fraction = open_fraction.clamp(min=torch.finfo(open_fraction.dtype).tiny).log()
     return (open_fraction + multiplier * violation) / (1 + multiplier)

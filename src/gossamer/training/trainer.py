@@ -52,6 +52,7 @@ from gossamer.training.constraint import (
     ConstraintKind,
     Multiplier,
     MultiplierConfig,
+    ObjectiveKind,
     lagrangian,
 )
 from gossamer.training.losses import cross_entropy, kl_divergence
@@ -80,6 +81,7 @@ class TrainingConfig:
         max_grad_norm: the gradient's norm is clipped to it.
         fused_optimizer: AdamW in one pass over memory: a sixth of the time on a CPU. It rounds otherwise than in many.
         constraint: kind of the constraint.
+        objective: what is minimised: the expected open fraction, or its logarithm.
         multiplier: how lambda moves.
         validate_every: steps between measurements of the violation.
         prompt_tokens: tokens at the start of every block that are given: the loss does not ask for them.
@@ -102,6 +104,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     fused_optimizer: bool = True
     constraint: ConstraintKind = "ce"
+    objective: ObjectiveKind = "fraction"
     multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
     validate_every: int = 20
     prompt_tokens: int = 0
@@ -448,7 +451,8 @@ class SparsityTrainer(PostTrainer):
             "open_fraction": opened.item(),
             "sampled": float(not self.hard),
         }
-        return lagrangian(expected, constrained - self.bound, self.multiplier.value), measured
+        violation = constrained - self.bound
+        return lagrangian(expected, violation, self.multiplier.value, self.config.objective), measured
 
     def constrained_quantity(
         self, logits: Float[Tensor, "batch tokens vocab"], input_ids: Int[Tensor, "batch tokens"]
