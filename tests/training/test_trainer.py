@@ -46,6 +46,16 @@ def test_training_closes_links(tmp_path: Path) -> None:
     assert (gate_biases(trainer.model) < -0.5).all()
 
 
+@pytest.mark.parametrize("objective", ["fraction", "log"])
+def test_what_is_minimised_is_the_open_fraction_or_its_log(objective: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, objective=objective)
+    value, measured = trainer.batch_objective(trainer.model, BLOCKS[:4])
+    fraction, multiplier = measured["expected_open_fraction"], trainer.multiplier.value
+    sparsity = fraction if objective == "fraction" else math.log(fraction)
+    violation = measured["constrained"] - 0.05
+    assert value.item() == pytest.approx((sparsity + multiplier * violation) / (1 + multiplier), rel=1e-5)
+
+
 def test_a_bound_out_of_reach_raises_the_multiplier(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, bound=-10.0, steps=10, checkpoint_every=0)
     trainer.train()

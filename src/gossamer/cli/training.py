@@ -85,9 +85,7 @@ def sparsify(
     epsilon: Annotated[float, typer.Option(min=0.0, help="Bound on KL(dense || sparse), nats.")] = 0.05,
     objective: Annotated[
         Objective,
-        typer.Option(
-            help="What is minimised: the expected open fraction, or its log, whose lambda hardly moves (start it at 7)."
-        ),
+        typer.Option(help="What is minimised: the expected open fraction, or its log; then start lambda near 10."),
     ] = Objective.fraction,
     train: Annotated[
         Part,
