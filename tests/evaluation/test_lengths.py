@@ -37,7 +37,8 @@ def test_the_length_of_training_gives_the_figures_of_the_run(run: Run) -> None:
     assert {key: value for key, value in after.items() if key != "lengths"} == before
     assert json.loads(run.metrics.read_text()) == after
     own, longer, shorter = after["lengths"]
-    for key in ("tokens_evaluated", "loss_dense", "loss_sparse", "kl", "open_fraction", "open_links_per_query"):
+    for key in ("tokens_evaluated", "loss_dense", "loss_sparse", "loss_difference_stderr", "kl", "open_fraction",
+                "open_links_per_query"):  # fmt: skip
         assert own[key] == pytest.approx(before[key], rel=1e-5), key
     assert [row["seq_len"] for row in (own, longer, shorter)] == [16, 32, 7]
     assert longer["open_links_per_query"] > own["open_links_per_query"] > shorter["open_links_per_query"] > 0
@@ -59,6 +60,23 @@ def test_a_stream_is_measured_on_its_held_out_documents(saved_llama: Path, text:
 def test_every_key_is_documented(run: Run) -> None:
     documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     assert [key for key in add_lengths(run, [8])["lengths"][0] if f"`{key}`" not in documented] == []
+
+
+def test_as_much_text_is_measured_as_asked_for(run: Run) -> None:
+    (row,) = add_lengths(run, [16], held_out_tokens=64)["lengths"]
+    assert (row["blocks_evaluated"], row["tokens_evaluated"]) == (4, 60)
+    (only,) = add_lengths(run, [16], held_out_tokens=16)["lengths"]
+    assert (only["blocks_evaluated"], only["loss_difference_stderr"], only["kl_stderr"]) == (1, None, None)
+
+
+def test_an_amount_of_text_without_lengths_is_refused(run: Run, monkeypatch, capsys) -> None:
+    before = run.metrics.read_text()
+    monkeypatch.setattr(sys, "argv", ["gossamer", "evaluate", str(run.folder), "--held-out-tokens", "64"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "--held-out-tokens 64 needs --lengths" in capsys.readouterr().err
+    assert run.metrics.read_text() == before
 
 
 @pytest.mark.parametrize(("lengths", "complaint"), [("8,x", "not a list of numbers"), ("1", "2 tokens or more")])

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import gossamer
 from families import tiny_model, tokens
 from gossamer.evaluation.evaluate import evaluate_run, verdict
+from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.sparsity import LinkTally
-from gossamer.training.run import Run, RunConfig, post_train
+from gossamer.models.pretrained import load_dense
+from gossamer.training.run import Run, RunConfig, load_both, post_train
 from gossamer.training.trainer import TrainingConfig
 
 
@@ -95,9 +97,39 @@ def test_metrics_agree_with_one_another(run: Run, metrics: dict) -> None:
     assert ("NOT met" in verdict(metrics)) != metrics["constraint_met"]
 
 
+def test_the_error_of_the_difference_is_that_of_each_block(run: Run, metrics: dict) -> None:
+    blocks = run.blocks("held_out")
+    dense, sparse, _ = load_both(run)
+    losses = [[measure_language(model, block).loss for block in blocks.split(1)] for model in (dense, sparse)]
+    differences = torch.tensor(losses[1]) - torch.tensor(losses[0])
+    error = (differences.std() / math.sqrt(len(blocks))).item()
+    assert metrics["loss_difference_stderr"] == metrics["constraint_stderr"] == pytest.approx(error, rel=1e-3)
+    assert metrics["blocks_evaluated"] == len(blocks) > 1
+    assert metrics["kl_stderr"] > 0
+
+
+@pytest.mark.parametrize(("over", "told"), [(0.001, True), (-0.001, True), (0.5, False), (-0.5, False)])
+def test_the_verdict_says_when_so_little_text_cannot_tell(over: float, told: bool) -> None:
+    metrics = {"constraint": "ce", "loss_sparse": 3.0 + over, "tau": 3.0, "constraint_met": over <= 0}
+    line = verdict(metrics | {"constraint_stderr": 0.04, "blocks_evaluated": 32})
+    assert ("less than two standard errors apart (one is 0.0400 over 32 blocks)" in line) == told
+    assert ("NOT met" in line) == (over > 0)
+    assert "standard error" not in verdict(metrics | {"constraint_stderr": None})
+    assert "standard error" not in verdict(metrics)  # a record of an older version
+
+
 def test_every_key_is_documented(metrics: dict) -> None:
     documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     assert [key for key in metrics if f"`{key}`" not in documented] == []
+
+
+def test_the_control_can_be_sparsified_in_turn(run: Run, metrics: dict, tmp_path: Path) -> None:
+    adapted, tokenizer = load_dense(str(run.control))
+    assert measure_language(adapted, run.blocks("held_out")).loss == pytest.approx(metrics["loss_dense_control"])
+    assert tokenizer.get_vocab() == load_dense(run.dense)[1].get_vocab()
+    config = RunConfig(str(run.control), run.config().text, seq_len=16, control=False,
+                       training=TrainingConfig(steps=1, checkpoint_every=0))  # fmt: skip
+    assert post_train(config, tmp_path / "run").record()["measured"]["loss_dense"] > 0
 
 
 def test_padding_is_not_counted() -> None:

@@ -34,21 +34,36 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option(help="Also at these sequence lengths, with commas between: 256,512,1024.")
     ] = None,
+    held_out_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many unseen tokens at each of --lengths, or all there are. [default: as the run]"),
+    ] = None,
 ) -> None:
     """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
     from gossamer.training.memory import keep_freed_memory
     from gossamer.training.run import Run
 
     keep_freed_memory()
+    if held_out_tokens is not None and lengths is None:
+        raise GossamerError(
+            f"--held-out-tokens {held_out_tokens} needs --lengths: the run's own figures stay on the blocks chosen at "
+            f"its start; give for example --lengths {Run(run).config().seq_len}"
+        )
     if lengths is not None:
-        _evaluate_lengths(Run(run), lengths, precision, batch_size)
+        _evaluate_lengths(Run(run), lengths, held_out_tokens, precision, batch_size)
     elif tasks is None:
         evaluate_and_show(Run(run), precision, batch_size)
     if tasks is not None:
         _evaluate_tasks(Run(run), names(tasks), task_path, precision, batch_size, num_fewshot, limit)
 
 
-def _evaluate_lengths(run: "Run", lengths: str, precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
+def _evaluate_lengths(
+    run: "Run",  # type: ignore[name-defined]
+    lengths: str,
+    held_out_tokens: int | None,
+    precision: Precision,
+    batch_size: int,
+) -> None:
     from gossamer.evaluation.lengths import add_lengths, lengths_table
 
     try:
@@ -60,7 +75,11 @@ def _evaluate_lengths(run: "Run", lengths: str, precision: Precision, batch_size
         evaluate_and_show(run, precision, batch_size)
     with console.status("evaluating") as status:
         metrics = add_lengths(
-            run, asked, precision=precision.value, progress=lambda what: status.update(f"evaluating: {what}")
+            run,
+            asked,
+            held_out_tokens=held_out_tokens,
+            precision=precision.value,
+            progress=lambda what: status.update(f"evaluating: {what}"),
         )
     console.print(lengths_table(metrics))
 

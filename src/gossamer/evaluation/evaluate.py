@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from gossamer.evaluation.capability import task_table
-from gossamer.evaluation.language import measure_language
+from gossamer.evaluation.language import measure_language, plus_minus, standard_error
 from gossamer.evaluation.sparsity import LinkTally
 from gossamer.evaluation.topk import topk_curve
 from gossamer.files import write_text
@@ -87,9 +87,16 @@ def evaluate_run(
 
     loss_dense = dense_figures.loss
     tau = config.tau if config.tau is not None else loss_dense + config.slack
-    kl = sparse_figures.kl
+    kl, kls = sparse_figures.kl, sparse_figures.kls
     assert kl is not None
+    assert kls is not None
     is_ce = config.training.constraint == "ce"
+    difference_stderr = standard_error(sparse_figures.losses - dense_figures.losses)
+    kl_stderr = standard_error(kls)
+    if is_ce:
+        constraint_stderr = difference_stderr if config.tau is None else standard_error(sparse_figures.losses)
+    else:
+        constraint_stderr = kl_stderr
     metrics = {
         "model": config.model,
         "text": config.text,
@@ -98,16 +105,20 @@ def evaluate_run(
         "tokens_trained": config.training.steps * config.tokens_per_step,
         "tokens_trained_before": record["measured"].get("tokens_before") or None,
         "selected_step": record["measured"].get("selected", {}).get("step"),
+        "blocks_evaluated": len(blocks),
         "tokens_evaluated": sparse_figures.tokens,
         "precision_evaluated": precision,
         "loss_dense": loss_dense,
         "loss_sparse": sparse_figures.loss,
+        "loss_difference_stderr": difference_stderr,
         "loss_dense_control": control_loss,
         "tau": tau,
         "kl": kl,
+        "kl_stderr": kl_stderr,
         "constraint": config.training.constraint,
         "epsilon": None if is_ce else config.epsilon,
         "constraint_met": sparse_figures.loss <= tau if is_ce else kl <= config.epsilon,
+        "constraint_stderr": constraint_stderr,
         "open_fraction": tally.open_fraction,
         "open_links_per_query": tally.open_links_per_query,
         "open_fraction_per_layer": tally.open_fraction_per_layer,
@@ -133,14 +144,24 @@ def summary_tables(metrics: dict[str, Any]) -> list[Table]:
 
 
 def verdict(metrics: dict[str, Any]) -> str:
-    """One plain sentence on whether the constraint was met."""
+    """In plain words whether the constraint was met, and whether so much text can tell."""
     if metrics["constraint"] == "ce":
         what, value, bound = "held-out loss", metrics["loss_sparse"], metrics["tau"]
     else:
         what, value, bound = "KL to the dense model", metrics["kl"], metrics["epsilon"]
-    if metrics["constraint_met"]:
-        return f"Constraint met: {what} {value:.4f} nat, bound {bound:.4f}."
-    return f"Constraint NOT met: {what} {value:.4f} nat, bound {bound:.4f}, over by {value - bound:.4f}."
+    said = f"{what} {value:.4f} nat, bound {bound:.4f}"
+    said = (
+        f"Constraint met: {said}."
+        if metrics["constraint_met"]
+        else (f"Constraint NOT met: {said}, over by {value - bound:.4f}.")
+    )
+    error = metrics.get("constraint_stderr")
+    if error is None or abs(value - bound) >= 2 * error:
+        return said
+    return (
+        f"{said} The two are less than two standard errors apart (one is {error:.4f} over "
+        f"{metrics['blocks_evaluated']:,} blocks): so little text cannot tell."
+    )
 
 
 def _losses(metrics: dict[str, Any]) -> Table:
@@ -150,7 +171,12 @@ def _losses(metrics: dict[str, Any]) -> Table:
     dense = metrics["loss_dense"]
     table.add_row("dense", f"{dense:.4f}", "", "")
     sparse = metrics["loss_sparse"]
-    table.add_row("sparse, hard gates", f"{sparse:.4f}", f"{sparse - dense:+.4f}", f"{metrics['kl']:.4f}")
+    table.add_row(
+        "sparse, hard gates",
+        f"{sparse:.4f}",
+        f"{sparse - dense:+.4f}{plus_minus(metrics.get('loss_difference_stderr'))}",
+        f"{metrics['kl']:.4f}{plus_minus(metrics.get('kl_stderr'))}",
+    )
     control = metrics["loss_dense_control"]
     if control is not None:
         table.add_row("dense control", f"{control:.4f}", f"{control - dense:+.4f}", "")

@@ -1,10 +1,11 @@
 """Language modelling on held-out blocks: loss, and KL to the dense model."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,14 +17,38 @@ class LanguageFigures:
     """Means over the predicted tokens of the held-out blocks.
 
     Attributes:
-        loss: next-token cross-entropy, nats.
-        kl: KL(dense || model) of the next-token distributions, nats; None without a dense model.
+        losses: next-token cross-entropy of each block, nats.
+        kls: KL(dense || model) of the next-token distributions of each block, nats; None without a dense model.
         tokens: how many predictions the means are over.
     """
 
-    loss: float
-    kl: float | None
+    losses: Float[Tensor, " blocks"]
+    kls: Float[Tensor, " blocks"] | None
     tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Mean next-token cross-entropy, nats."""
+        return self.losses.mean().item()
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL(dense || model), nats; None without a dense model."""
+        return None if self.kls is None else self.kls.mean().item()
+
+
+def standard_error(values: Float[Tensor, " blocks"]) -> float | None:
+    """Of the mean of values that each come from a block of their own; None for fewer than two, which tell of no spread.
+
+    The standard deviation over the blocks, with one degree of freedom less than blocks, by the root of their number. To
+    compare two models on the same blocks, give the differences: most of the spread of the losses is the text's.
+    """
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
+
+
+def plus_minus(error: float | None) -> str:
+    """A standard error as it stands behind a figure; nothing where there is none."""
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def measure_language(
@@ -49,7 +74,8 @@ def measure_language(
     """
     model.eval()
     device = next(model.parameters()).device
-    loss = kl = 0.0
+    losses: list[Tensor] = []
+    kls: list[Tensor] = []
     with (
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
@@ -58,9 +84,14 @@ def measure_language(
             batch = cpu_batch.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
             after_batch()
-            loss += cross_entropy(logits, batch, prompt_tokens).item() * len(batch)
+            rows = list(zip(logits.split(1), batch.split(1), strict=True))
+            losses += [cross_entropy(row, ids, prompt_tokens) for row, ids in rows]
             if dense is not None:
-                dense_logits = dense(input_ids=batch, use_cache=False).logits
-                kl += kl_divergence(dense_logits, logits, prompt_tokens).item() * len(batch)
+                dense_rows = dense(input_ids=batch, use_cache=False).logits.split(1)
+                kls += [kl_divergence(of, row, prompt_tokens) for of, (row, _) in zip(dense_rows, rows, strict=True)]
     predicted = len(blocks) * (blocks.shape[1] - max(1, prompt_tokens))
-    return LanguageFigures(loss / len(blocks), kl / len(blocks) if dense is not None else None, predicted)
+    return LanguageFigures(_on_cpu(losses), _on_cpu(kls) if dense is not None else None, predicted)
+
+
+def _on_cpu(means: list[Tensor]) -> Float[Tensor, " blocks"]:
+    return torch.stack(means).double().cpu()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.evaluation.language import measure_language
+from gossamer.evaluation.language import measure_language, plus_minus, standard_error
 from gossamer.evaluation.sparsity import LinkTally
 from gossamer.files import write_text
 from gossamer.models.attention import counted_links
@@ -24,17 +24,20 @@ def add_lengths(
     run: Run,
     lengths: Sequence[int],
     *,
+    held_out_tokens: int | None = None,
     precision: str = "fp32",
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure a finished, evaluated run at several sequence lengths and add them to its ``metrics.json``.
 
-    The blocks are cut anew from the part of the run's text that was held out, about as many tokens at each length as
-    the run's own figures stand on; the validation blocks, which moved only lambda, may be among them.
+    The blocks are cut anew from the part of the run's text that was held out; the validation blocks, which moved lambda
+    and chose the checkpoint, may be among them.
 
     Args:
         run: the run.
         lengths: tokens in a block.
+        held_out_tokens: at each length, as far as the held-out text goes; None for about as many as the run's own
+            figures stand on.
         precision: of the forward passes, ``fp32`` or ``bf16``.
         progress: is told in a few words what is being measured.
 
@@ -59,10 +62,11 @@ def add_lengths(
     dense = dense.to(sparse.device)
     rows = []
     # Another seed, so that text from the model itself is not the text that it was trained on.
+    wanted = config.held_out_tokens if held_out_tokens is None else held_out_tokens
     one_block = TrainingConfig(steps=1, batch_size=1, seed=config.training.seed + 1)
     for length in lengths:
         progress(f"length {length:,}")
-        asked = replace(config, seq_len=length, validation_tokens=length, training=one_block)
+        asked = replace(config, seq_len=length, validation_tokens=length, held_out_tokens=wanted, training=one_block)
         blocks = blocks_of(asked, dense, tokenizer).held_out
         rows.append(_at_length(sparse, dense, blocks, precision))
     metrics = {**json.loads(run.metrics.read_text()), "lengths": rows}
@@ -84,13 +88,18 @@ def _at_length(
             tally.add(counts, remaining.pop(0).numel())
 
         figures = measure_language(sparse, blocks, dense=dense, after_batch=count_batch, **options)
+    dense_figures = measure_language(dense, blocks, **options)
+    assert figures.kls is not None
     return {
         "seq_len": blocks.shape[1],
+        "blocks_evaluated": len(blocks),
         "tokens_evaluated": figures.tokens,
         "precision": precision,
-        "loss_dense": measure_language(dense, blocks, **options).loss,
+        "loss_dense": dense_figures.loss,
         "loss_sparse": figures.loss,
+        "loss_difference_stderr": standard_error(figures.losses - dense_figures.losses),
         "kl": figures.kl,
+        "kl_stderr": standard_error(figures.kls),
         "open_fraction": tally.open_fraction,
         "open_links_per_query": tally.open_links_per_query,
     }
@@ -107,8 +116,8 @@ def lengths_table(metrics: dict[str, Any]) -> Table:
             f"{row['seq_len']:,}",
             f"{row['loss_dense']:.4f}",
             f"{row['loss_sparse']:.4f}",
-            f"{row['loss_sparse'] - row['loss_dense']:+.4f}",
-            f"{row['kl']:.4f}",
+            f"{row['loss_sparse'] - row['loss_dense']:+.4f}{plus_minus(row.get('loss_difference_stderr'))}",
+            f"{row['kl']:.4f}{plus_minus(row.get('kl_stderr'))}",
             f"{100 * row['open_fraction']:.3f}",
             f"{row['open_links_per_query']:.3f}",
         )

@@ -530,6 +530,7 @@ def _train_control(
             merge_adapters(control)
         with written_beside(run.control) as staging:
             control.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
         shutil.rmtree(run.folder / _CHECKPOINTS[1], ignore_errors=True)
 
 
