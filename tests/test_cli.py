@@ -363,7 +363,8 @@ def test_a_bound_below_the_dense_loss_warns_at_once_and_says_so_after(saved_llam
 
 
 @pytest.mark.parametrize("options", [["--constraint", "kl", "--epsilon", 0.3], ["--train", "lora"], ["--train", "all"],
-                                     ["--text", "self"], ["--gradient-accumulation", 2]])  # fmt: skip
+                                     ["--text", "self"], ["--gradient-accumulation", 2],
+                                     ["--validate-every", 1]])  # fmt: skip
 def test_other_ways_to_train(options: list, saved_llama: Path, text: Path, tmp_path: Path) -> None:
     chosen = options if "--text" in options else [*options, "--text", text]
     arguments = [*QUICK, "--tokens", 256, "--checkpoint-every", 1, *chosen]
@@ -373,6 +374,9 @@ def test_other_ways_to_train(options: list, saved_llama: Path, text: Path, tmp_p
     if "kl" in options:
         assert metrics["constraint"] == "kl"
         assert metrics["constraint_met"] == (metrics["kl"] <= 0.3)
+    measured = ["constrained_held_out" in json.loads(line) for line in
+                (tmp_path / "run" / "training.jsonl").read_text().splitlines()]  # fmt: skip
+    assert measured == ([True] * 4 if "--validate-every" in options else [False] * (len(measured) - 1) + [True])
 
 
 def test_adapters_of_a_run_merge_into_its_model(saved_llama: Path, text: Path, tmp_path: Path) -> None:

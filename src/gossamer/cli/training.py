@@ -132,6 +132,10 @@ def sparsify(
     validation_tokens: Annotated[
         int, typer.Option(min=1, help="Unseen text that the bound is held on during training.")
     ] = 8_192,
+    validate_every: Annotated[
+        int,
+        typer.Option(min=1, help="Steps between measurements of the bound, which move lambda; fewer for tight bounds."),
+    ] = 20,
     held_out_tokens: Annotated[int, typer.Option(min=1, help="Other unseen text, to measure the figures on.")] = 32_768,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 100,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
@@ -205,6 +209,7 @@ def sparsify(
             multiplier=MultiplierConfig(
                 initial=initial_multiplier, rate=multiplier_rate, proportional=multiplier_proportional
             ),
+            validate_every=validate_every,
             precision=precision.value,
             checkpoint_every=checkpoint_every,
             seed=seed,
