@@ -74,8 +74,8 @@ def measure_language(
     """
     model.eval()
     device = next(model.parameters()).device
-    losses: list[Tensor] = []
-    kls: list[Tensor] = []
+    losses: list[float] = []
+    kls: list[float] = []
     with (
         torch.no_grad(),
         torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
@@ -85,13 +85,11 @@ def measure_language(
             logits = model(input_ids=batch, use_cache=False).logits
             after_batch()
             rows = list(zip(logits.split(1), batch.split(1), strict=True))
-            losses += [cross_entropy(row, ids, prompt_tokens) for row, ids in rows]
+            losses += [cross_entropy(row, ids, prompt_tokens).item() for row, ids in rows]
             if dense is not None:
                 dense_rows = dense(input_ids=batch, use_cache=False).logits.split(1)
-                kls += [kl_divergence(of, row, prompt_tokens) for of, (row, _) in zip(dense_rows, rows, strict=True)]
+                pairs = zip(dense_rows, (row for row, _ in rows), strict=True)
+                kls += [kl_divergence(*pair, prompt_tokens).item() for pair in pairs]
     predicted = len(blocks) * (blocks.shape[1] - max(1, prompt_tokens))
-    return LanguageFigures(_on_cpu(losses), _on_cpu(kls) if dense is not None else None, predicted)
-
-
-def _on_cpu(means: list[Tensor]) -> Float[Tensor, " blocks"]:
-    return torch.stack(means).double().cpu()
+    of_blocks = [torch.tensor(figures, dtype=torch.double) for figures in (losses, kls)]
+    return LanguageFigures(of_blocks[0], of_blocks[1] if dense is not None else None, predicted)
