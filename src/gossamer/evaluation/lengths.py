@@ -61,8 +61,8 @@ def add_lengths(
     sparse = load_sparse(run)
     dense = dense.to(sparse.device)
     rows = []
-    # Another seed, so that text from the model itself is not the text that it was trained on.
     wanted = config.held_out_tokens if held_out_tokens is None else held_out_tokens
+    # Another seed, so that text from the model itself is not the text that it was trained on.
     one_block = TrainingConfig(steps=1, batch_size=1, seed=config.training.seed + 1)
     for length in lengths:
         progress(f"length {length:,}")
