@@ -18,7 +18,7 @@ from gossamer.circuits.tasks import TASKS
 from gossamer.cli import main
 from gossamer.demo.demonstrate import DemoConfig, demonstrate
 from gossamer.errors import GossamerError
-from gossamer.report.plots import all_figures, circuit_figure, heads_figure
+from gossamer.report.plots import all_figures, attention_weights, circuit_figure, heads_figure
 from gossamer.report.records import load_records
 from gossamer.report.series import faithfulness_charts, loss_chart, training_charts
 from gossamer.training.run import Run
@@ -81,6 +81,18 @@ def test_every_figure_is_drawn(run: Path, tmp_path: Path) -> None:
     assert links is not None
     axes = circuit_figure(links, 2).axes
     assert [len(part.lines) for part in axes] == [len(model["links"]) for model in links["models"].values()]
+    attention = records.attention
+    assert attention is not None
+    panels = figures["attention_0"].axes
+    assert [panel.get_title() for panel in panels] == list(attention["prompts"][0]["models"])
+    for panel in panels:
+        weights = attention_weights(attention, 0, panel.get_title())
+        layers, heads, tokens, _ = weights.shape
+        picture = panel.images[0].get_array().filled(np.nan)
+        tiles = picture.reshape(layers, len(picture) // layers, heads, -1).transpose(0, 2, 1, 3)
+        margin = (tiles.shape[2] - tokens) // 2
+        assert np.array_equal(tiles[..., margin:-margin, margin:-margin], weights)
+        assert np.isnan(tiles).sum() == tiles.size - weights.size
     figures["loss"].savefig(tmp_path / "loss.svg")
     assert (tmp_path / "loss.svg").stat().st_size > 1000
 

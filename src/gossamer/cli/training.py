@@ -83,6 +83,14 @@ def sparsify(
     ] = None,
     slack: Annotated[float, typer.Option(min=0.0, help="Nats that the loss may be above the dense model's.")] = 0.01,
     epsilon: Annotated[float, typer.Option(min=0.0, help="Bound on KL(dense || sparse), nats.")] = 0.05,
+    margin: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="How far inside the bound training aims, nats; of epsilon at most a tenth. More where little text "
+            "steers it.",
+        ),
+    ] = 0.005,
     objective: Annotated[
         Objective,
         typer.Option(help="What is minimised: the expected open fraction, or its log; then start lambda near 10."),
@@ -186,6 +194,7 @@ def sparsify(
         tau=tau,
         slack=slack,
         epsilon=epsilon,
+        margin=margin,
         gate_bias=gate_bias,
         start_from=None if start_from is None else str(start_from),
         lora_rank=lora_rank,

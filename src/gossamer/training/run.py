@@ -17,6 +17,7 @@ where one never interrupted ends.
 
 import copy
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -264,6 +265,7 @@ def _begin(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Write what a run starts from, or check that it is there; gives the dense model and its tokenizer."""
     check_watchers(report_to)
+    _check_numbers(asdict(config))
     if resume:
         for target in (run.folder, run.model, run.adapter, run.control, *(run.folder / name for name in _CHECKPOINTS)):
             remove_staging(target)
@@ -313,6 +315,15 @@ def train_begun(
             dense = load_dense(run.dense)[0]
     if config.control and not run.control.exists():
         _train_control(run, config, dense, tokenizer, console, warn)
+
+
+def _check_numbers(settings: dict[str, Any], before: str = "--") -> None:
+    for key, value in settings.items():
+        name = before + key.replace("_", "-")
+        if isinstance(value, dict):
+            _check_numbers(value, before if key == "training" else f"{name}-")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise GossamerError(f"{name} {value} is not a number to train with; give a finite one")
 
 
 def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
