@@ -354,10 +354,12 @@ def test_what_is_no_run_is_named(verb: str, tmp_path: Path) -> None:
 def test_a_bound_below_the_dense_loss_warns_at_once_and_says_so_after(saved_llama: Path, text: Path, tmp_path: Path):
     result = gossamer_command(
         "sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 128, "--tau", 0.5,
-        "--no-control",
+        "--no-control", "--validate-every", 1, "--multiplier-rate", 60,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "tau 0.500 is below the dense model's held-out loss" in result.stderr
+    assert "lambda went from 0.02 to" in result.stderr
+    assert "--gate-bias" in result.stderr
     assert "Constraint NOT met" in result.stdout
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["constraint_met"] is False
@@ -373,6 +375,7 @@ def test_other_ways_to_train(options: list, saved_llama: Path, text: Path, tmp_p
     arguments = [*QUICK, "--tokens", 256, "--checkpoint-every", 1, *chosen]
     result = gossamer_command("sparsify", saved_llama, "--out", tmp_path / "run", *arguments)
     assert result.returncode == 0, result.stderr
+    assert "lambda went" not in result.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     if "kl" in options:
         assert metrics["constraint"] == "kl"

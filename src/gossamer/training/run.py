@@ -58,6 +58,9 @@ from gossamer.training.trainer import (
 )
 from gossamer.training.watching import check_watchers, watch
 
+WOUND_UP = 100
+"""So many times its first value lambda says that the gates no longer answer it (docs/LOG.md)."""
+
 _CHECKPOINTS = ("checkpoints", "control-checkpoints")
 
 
@@ -492,9 +495,16 @@ def _train_sparse(
     train_logged(trainer, run, config, "sparse", "training.jsonl", bound, console, warn)
     selected = trainer.select_weights()
     whole = trainer.whole_weights()
+    first, last = training.multiplier.initial, trainer.multiplier.value
     with together():
         if not processes().is_main_process:
             return
+        if last >= WOUND_UP * first and not trainer.holds_bound(selected):
+            warn(
+                f"lambda went from {first:g} to {last:.3g} and the bound is missed on the validation text: gates that "
+                "are shut hardly open again. Begin with more links open (--gate-bias) or a larger "
+                "--initial-multiplier, or shut them more slowly (--gate-learning-rate)"
+            )
         if selected is not None:
             _record_selection(run, asdict(selected))
             if selected.step != training.steps:
