@@ -4,33 +4,31 @@ python results/smollm2/other_text.py BLOCKS_OF RUN [RUN ...]
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
-import torch
-
-import gossamer
+from gossamer import counted_links
+from gossamer.evaluation.language import measure_language
+from gossamer.evaluation.sparsity import LinkTally
 from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, held_out_loss, load_control
+from gossamer.training.run import Run, load_control, load_sparse
 
 
 def main(blocks_of: Path, runs: list[Path]) -> None:
     other = Run(blocks_of)
     blocks = other.blocks("held_out")
-    dense = held_out_loss(load_dense(other.config().model)[0], blocks, precision="fp32")
+    dense = measure_language(load_dense(other.config().model)[0], blocks).loss
     print(f"{other.config().model}: {dense:.3f} nat")
-    for folder in [blocks_of, *runs]:
-        model = gossamer.load(folder / "model")
-        opened = allowed = 0
-        for batch in blocks.split(8):
-            with torch.no_grad(), gossamer.counted_links(model) as counts:
-                model(input_ids=batch, use_cache=False)
-            opened += sum(int(count.open_links.sum()) for count in counts.values())
-            allowed += sum(int(count.allowed_links.sum()) for count in counts.values())
-        loss = held_out_loss(model, blocks, precision="fp32")
-        print(f"{folder}: {loss:.3f} nat ({loss - dense:+.3f}), {100 * opened / allowed:.3f} % open")
-        if Run(folder).control.exists():
-            loss = held_out_loss(load_control(Run(folder)), blocks, precision="fp32")
-            print(f"{folder}, dense control: {loss:.3f} nat ({loss - dense:+.3f})")
+    for run in (other, *map(Run, runs)):
+        model = load_sparse(run)
+        tally = LinkTally.empty(model.config.num_hidden_layers, model.config.num_attention_heads)
+        with counted_links(model) as counts:
+            counted = partial(tally.add, counts, queries=0)
+            loss = measure_language(model, blocks, after_batch=counted).loss
+        print(f"{run.folder}: {loss:.3f} nat ({loss - dense:+.3f}), {100 * tally.open_fraction:.3f} % open")
+        if run.control.exists():
+            loss = measure_language(load_control(run), blocks).loss
+            print(f"{run.folder}, dense control: {loss:.3f} nat ({loss - dense:+.3f})")
 
 
 if __name__ == "__main__":

@@ -87,8 +87,8 @@ def sparsify(
         float,
         typer.Option(
             min=0.0,
-            help="How far inside the bound training aims, nats; of epsilon at most a tenth. More where little text "
-            "steers it.",
+            help="How far inside the bound training aims, and the weights kept are to be, nats; of epsilon at most a "
+            "tenth. More where little text steers it.",
         ),
     ] = 0.005,
     objective: Annotated[

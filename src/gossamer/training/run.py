@@ -77,7 +77,8 @@ class RunConfig:
         tau: bound on the cross-entropy in nats; the dense model's held-out loss plus ``slack`` if None.
         slack: nats above the dense model's loss.
         epsilon: bound on KL(dense || sparse) in nats, for the constraint ``kl``.
-        margin: how far inside the bound training aims, nats; of epsilon at most a tenth.
+        margin: how far inside the bound training aims, and the weights kept are to be, nats; of epsilon at most a
+            tenth.
         gate_bias: initial bias of every gate.
         start_from: directory of a finished run of the same model; this run starts from its sparse model (gates and all,
             so that ``gate_bias`` does not matter), the control from its control. None starts both from the dense model.
@@ -501,15 +502,16 @@ def _train_sparse(
             return
         if last >= WOUND_UP * first and not trainer.holds_bound(selected):
             warn(
-                f"lambda went from {first:g} to {last:.3g} and the bound is missed on the validation text: gates that "
-                "are shut hardly open again. Begin with more links open (--gate-bias) or a larger "
+                f"lambda went from {first:g} to {last:.3g} and the bound less its margin is missed on the validation "
+                "text: gates that are shut hardly open again. Begin with more links open (--gate-bias) or a larger "
                 "--initial-multiplier, or shut them more slowly (--gate-learning-rate)"
             )
         if selected is not None:
             _record_selection(run, asdict(selected))
             if selected.step != training.steps:
                 warn(
-                    f"the last step missed the bound or was less sparse; the model kept is that of step {selected.step}"
+                    "the last step missed the bound less its margin, or was less sparse; the model kept is that of "
+                    f"step {selected.step}"
                 )
         if whole is not None:
             model = sparsify(load_dense(run.dense)[0], gate_bias=config.gate_bias, inplace=True)
