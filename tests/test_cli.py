@@ -376,6 +376,7 @@ def test_other_ways_to_train(options: list, saved_llama: Path, text: Path, tmp_p
     result = gossamer_command("sparsify", saved_llama, "--out", tmp_path / "run", *arguments)
     assert result.returncode == 0, result.stderr
     assert "lambda went" not in result.stderr
+    assert bool(re.search(r"sampling text (\d+)/\1 blocks  0 s left", result.stdout)) == ("self" in options)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     if "kl" in options:
         assert metrics["constraint"] == "kl"

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from gossamer import counted_links
+from gossamer.errors import GossamerError
 from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.sparsity import LinkTally
 from gossamer.models.pretrained import load_dense
@@ -32,6 +33,10 @@ def main(blocks_of: Path, runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("which runs? other_text.py BLOCKS_OF RUN [RUN ...]")
-    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
+    try:
+        if len(sys.argv) < 2:
+            raise GossamerError("which runs? other_text.py BLOCKS_OF RUN [RUN ...]")
+        main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
+    except GossamerError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -136,7 +136,11 @@ def test_a_short_text_comes_again_once_all_of_it_has_come(text: Path, tokenizer)
 def test_self_sampled_text_is_a_function_of_the_seed_and_leaves_the_global_state(tokenizer) -> None:
     model = tiny_model("llama")
     state = torch.random.get_rng_state()
-    first = sample_blocks(model, tokenizer, 5, 12, seed=3, batch_size=2)
+    told: list[tuple[int, int]] = []
+    first = sample_blocks(
+        model, tokenizer, 5, 12, seed=3, batch_size=2, progress=lambda done, total: told.append((done, total))
+    )
+    assert told == [(2, 5), (4, 5), (5, 5)]
     assert torch.equal(state, torch.random.get_rng_state())
     assert first.shape == (5, 12)
     assert (first[:, 0] == tokenizer.bos_token_id).all()

@@ -64,11 +64,17 @@ def add_lengths(
     wanted = config.held_out_tokens if held_out_tokens is None else held_out_tokens
     # Another seed, so that text from the model itself is not the text that it was trained on.
     one_block = TrainingConfig(steps=1, batch_size=1, seed=config.training.seed + 1)
+
+    def held_out(length: int) -> Int[Tensor, "blocks tokens"]:
+        def sampled(done: int, total: int) -> None:
+            progress(f"length {length:,}: {done} of {total} blocks sampled")
+
+        asked = replace(config, seq_len=length, validation_tokens=length, held_out_tokens=wanted, training=one_block)
+        return blocks_of(asked, dense, tokenizer, sampled).held_out
+
     for length in lengths:
         progress(f"length {length:,}")
-        asked = replace(config, seq_len=length, validation_tokens=length, held_out_tokens=wanted, training=one_block)
-        blocks = blocks_of(asked, dense, tokenizer).held_out
-        rows.append(_at_length(sparse, dense, blocks, precision))
+        rows.append(_at_length(sparse, dense, held_out(length), precision))
     metrics = {**json.loads(run.metrics.read_text()), "lengths": rows}
     write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -92,6 +92,7 @@ def load_blocks(
     held_out_blocks: int,
     seed: int,
     model: PreTrainedModel | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
     """Training and held-out blocks of a text; the same arguments give the same blocks.
 
@@ -107,6 +108,7 @@ def load_blocks(
         held_out_blocks: at most so many held-out blocks, evenly spaced over the rest of it.
         seed: of the choice, and of the text sampled from the model.
         model: for ``self``.
+        progress: called with the number of blocks sampled so far, and of all, for ``self``.
 
     Raises:
         GossamerError: naming the text and what is wrong with it.
@@ -115,7 +117,7 @@ def load_blocks(
         if model is None:
             raise ValueError("text 'self' needs the model")
         sizes = (train_blocks, validation_blocks, held_out_blocks)
-        sampled = sample_blocks(model, tokenizer, sum(sizes), seq_len, seed=seed)
+        sampled = sample_blocks(model, tokenizer, sum(sizes), seq_len, seed=seed, progress=progress)
         return Blocks(*sampled.split(sizes))
     if is_local(text):
         files = [list(read_documents(file)) for file in text_files(Path(text))]
@@ -330,11 +332,13 @@ def sample_blocks(
     *,
     seed: int,
     batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "blocks tokens"]:
     """Text sampled from the model at temperature 1, each block starting with the start-of-text token.
 
     The end-of-text token does not end a block: what the model says after it belongs to the text. The model's
-    own generation settings are set aside, and the global random state is left as it was.
+    own generation settings are set aside, and the global random state is left as it was. ``progress`` is called after
+    every batch with the number of blocks so far, and of all.
 
     Raises:
         GossamerError: if the tokenizer has no token to start from.
@@ -357,6 +361,8 @@ def sample_blocks(
                     max_new_tokens=seq_len - 1,
                 ).cpu()
             )
+            if progress is not None:
+                progress(first + count, blocks)
     return torch.cat(rows)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,30 @@ class StepLog(TrainerCallback):
             parts.append(f"λ {last['multiplier']:.3g}")
             parts.append(f"open {100 * last['open_fraction']:.2f} %")
         return "  ".join([*parts, f"{speed:.0f} tokens/s"])
+
+
+@contextmanager
+def sampling_shown(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Gives what shows how many blocks of text are sampled, of how many; nothing is shown before it is called."""
+    columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed}/{task.total} blocks"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=console)
+    task = bar.add_task("sampling text", total=None)
+    started, tenths = time.monotonic(), 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal tenths
+        bar.update(task, completed=done, total=total)
+        if console.is_terminal:
+            bar.start()
+        elif 10 * done // total > tenths:
+            tenths = 10 * done // total
+            left = (time.monotonic() - started) * (total - done) / done
+            console.print(f"sampling text {done}/{total} blocks  {left:.0f} s left", soft_wrap=True)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def _step(line: str) -> int:

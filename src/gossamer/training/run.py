@@ -47,7 +47,7 @@ from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import SELF, BlockDataset, Blocks, load_blocks
 from gossamer.training.losses import cross_entropy
 from gossamer.training.processes import by_first, check_processes, processes, together
-from gossamer.training.progress import StepLog
+from gossamer.training.progress import StepLog, sampling_shown
 from gossamer.training.stream import BlockStream, unseen_blocks
 from gossamer.training.trainer import (
     PostTrainer,
@@ -254,7 +254,7 @@ def post_train(
     with together():
         check_processes(config.training.processes)
         if here.is_main_process:
-            dense, tokenizer = _begin(run, config, resume, report_to)
+            dense, tokenizer = _begin(run, config, resume, report_to, console)
         else:
             console, warn = Console(quiet=True), lambda line: None
     with together():
@@ -265,7 +265,7 @@ def post_train(
 
 
 def _begin(
-    run: Run, config: RunConfig, resume: bool, report_to: Sequence[str]
+    run: Run, config: RunConfig, resume: bool, report_to: Sequence[str], console: Console
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Write what a run starts from, or check that it is there; gives the dense model and its tokenizer."""
     check_watchers(report_to)
@@ -287,7 +287,8 @@ def _begin(
         raise GossamerError(f"--epsilon {config.epsilon:g} cannot be held: no KL is below 0; give for example 0.05")
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
-        blocks = blocks_of(config, dense, tokenizer)
+        with sampling_shown(console) as progress:
+            blocks = blocks_of(config, dense, tokenizer, progress)
         with written_beside(run.folder) as staging:
             write_beginning(staging, config, dense, blocks)
     return dense, tokenizer
@@ -401,8 +402,15 @@ def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
         raise GossamerError(f"--seq-len {config.seq_len} leaves nothing to predict; give at least 2")
 
 
-def blocks_of(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+def blocks_of(
+    config: RunConfig,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Callable[[int, int], None] | None = None,
+) -> Blocks:
     """The blocks that a configuration asks for; of a stream the unseen ones only.
+
+    ``progress`` is called with the number of blocks sampled so far, and of all, where the model samples them itself.
 
     Raises:
         GossamerError: naming the text and what is wrong with it.
@@ -416,7 +424,9 @@ def blocks_of(config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTo
     if config.stream:
         return unseen_blocks(config.text, tokenizer, **sizes)
     count = training.steps * training.blocks_per_step
-    return load_blocks(config.text, tokenizer, **sizes, train_blocks=count, seed=training.seed, model=dense)
+    return load_blocks(
+        config.text, tokenizer, **sizes, train_blocks=count, seed=training.seed, model=dense, progress=progress
+    )
 
 
 def _training_blocks(run: Run, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> BlockDataset | BlockStream:
