@@ -316,7 +316,7 @@ def plan(
         "to CUDA and its allocator",
         "speed, estimated": f"{speed:,.0f} tokens/s, if {100 * utilisation:.0f} % of {gpu_tflops:g} TFLOP/s are used",
         f"{tokens:,} tokens{', and the control' if control else ''}": _duration(seconds),
-        "settings tried": "yes, see docs/results.md" if chosen.tried else "no: carried over from smaller models",
+        "settings tried": "yes, see docs/runs.md" if chosen.tried else "no: carried over from smaller models",
     }
     console.print(facts_table("Estimate", facts))
     low = f"the {100 * (MARGIN - 1):.0f} % that an allocator may take besides"

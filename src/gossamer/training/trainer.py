@@ -426,7 +426,7 @@ class SparsityTrainer(PostTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward under the gates of the step: activations that are recomputed meet the same gates."""
-        # The 0 has no meaning; without it, the runs of docs/results.md could not be repeated.
+        # The 0 has no meaning; without it, the runs of docs/runs.md could not be repeated.
         seed = fold_seed(self.config.seed, self.state.global_step, 0)
         parts_before = len(self.measured) * self.config.processes + self.args.process_index
         first_row = parts_before * self.config.batch_size
