@@ -32,8 +32,8 @@ class LinkTally:
     def add(self, counts: dict[int, LinkCounts], queries: int) -> None:
         """Add one forward pass over ``queries`` real tokens, as :func:`gossamer.counted_links` gave it."""
         for layer, count in counts.items():
-            self.open_links[layer] += count.open_links.sum(0).cpu()
-            self.allowed_links[layer] += count.allowed_links.sum(0).cpu()
+            self.open_links[layer] += count.open_links.sum((0, 2)).cpu()
+            self.allowed_links[layer] += count.allowed_links.sum((0, 2)).cpu()
         self.queries += queries
 
     @property

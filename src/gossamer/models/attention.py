@@ -24,11 +24,11 @@ IMPLEMENTATION = "gossamer"
 
 @dataclass(frozen=True)
 class LinkCounts:
-    """Links of one layer in one forward pass, each ``[batch, heads]``; see :class:`gossamer.GatedAttention`."""
+    """Links of each query of one layer in one forward pass; see :class:`gossamer.GatedAttention`."""
 
-    expected_open: Float[Tensor, "batch heads"]
-    open_links: Int[Tensor, "batch heads"]
-    allowed_links: Int[Tensor, "batch heads"]
+    expected_open: Float[Tensor, "batch heads queries"]
+    open_links: Int[Tensor, "batch heads queries"]
+    allowed_links: Int[Tensor, "batch heads queries"]
 
 
 @dataclass

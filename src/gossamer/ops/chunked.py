@@ -198,8 +198,8 @@ class _Chunked(torch.autograd.Function):
         # Laid out as the projections around attention have it.
         output = q.new_empty(call.batch, call.queries, call.heads, v.shape[-1]).transpose(1, 2)
         normaliser = q.new_empty(call.batch * call.heads, call.queries, dtype=call.dtype)
-        expected = torch.zeros_like(call.bias)
-        opened = torch.zeros_like(call.bias, dtype=torch.long)
+        expected = torch.empty_like(normaliser)
+        opened = torch.empty_like(normaliser, dtype=torch.long)
         for start in range(0, call.queries, BLOCK):
             block = _Block(call, start)
             elements = block.forward(expect)
@@ -208,12 +208,12 @@ class _Chunked(torch.autograd.Function):
             sums = block.by_group(elements.weights) @ value[:, :, block.columns]
             output[:, :, block.rows] = block.by_head(sums) / block.by_head(total[..., None])
             normaliser[:, block.rows] = torch.where(closed, float("inf"), elements.top + total.log())
-            opened += elements.opened.sum(-1)
+            opened[:, block.rows] = elements.opened
             if elements.expected is not None:
-                expected += elements.expected.sum(-1)
+                expected[:, block.rows] = elements.expected
         ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
         ctx.settings = (pairs, scale, softcap, noise_keys)
-        opened, expected = opened.view(call.batch, call.heads), expected.view(call.batch, call.heads)
+        opened, expected = (x.view(call.batch, call.heads, -1) for x in (opened, expected))
         ctx.mark_non_differentiable(opened)
         return output, expected if expect else None, opened
 
@@ -223,7 +223,7 @@ class _Chunked(torch.autograd.Function):
         pairs, scale, softcap, noise_keys = ctx.settings
         call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)
         key, value = k.to(call.stored), v.to(call.stored)
-        price = torch.zeros_like(call.bias) if d_expected is None else d_expected.flatten().to(call.dtype)
+        price = torch.zeros_like(normaliser) if d_expected is None else d_expected.flatten(0, 1).to(call.dtype)
         dq = torch.empty_like(q)
         # Transposed, [batch, kv_heads, features, keys]: that product is faster by a third than its transpose.
         d_key, d_value = (torch.zeros(x.mT.shape, dtype=call.dtype, device=x.device) for x in (k, v))
@@ -234,7 +234,8 @@ class _Chunked(torch.autograd.Function):
             d_out = block.grouped(d_output)
             delta = (d_out.to(call.dtype) * block.grouped(output)).sum(-1).view(len(call.bias), -1)
             d_out = d_out.to(call.stored)
-            elements = block.backward(block.pairwise(d_out, value), _packed(normaliser[:, block.rows]), delta, price)
+            normalisers, prices = (_packed(x[:, block.rows]) for x in (normaliser, price))
+            elements = block.backward(block.pairwise(d_out, value), normalisers, delta, prices)
             d_bias += elements.d_bias.sum(-1)
             d_logits = block.by_group(elements.d_logits)
             d_value[..., columns] += d_out.mT @ block.by_group(elements.weights)

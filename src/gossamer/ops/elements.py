@@ -162,7 +162,7 @@ def backward_elements(
 ) -> BackwardElements:
     """One block backward; ``products`` are dO v^T, ``delta`` is dO . O by query (docs/derivations.md).
 
-    ``d_expected`` and ``bias`` are ``[streams]``, ``normaliser`` and ``delta`` ``[streams, rows]``; ``stored`` is the
+    ``bias`` is ``[streams]``; ``normaliser``, ``delta`` and ``d_expected`` are ``[streams, rows]``; ``stored`` is the
     dtype of the results that products come after.
     """
     capped = soft_capped(logits, softcap)
@@ -178,7 +178,7 @@ def backward_elements(
         gates = u > 1 - probability
         opening = probability * u
         soft = opening / (opening + (1 - probability) * (1 - u))
-    d_gates = weighted * (soft * (1 - soft)) + d_expected[:, None, None] * (probability * (1 - probability))
+    d_gates = weighted * (soft * (1 - soft)) + d_expected[..., None] * (probability * (1 - probability))
     d_logits = torch.where(gates, weighted, 0.0) - pattern * delta[..., None] + d_gates
     if softcap is not None:
         d_logits = d_logits * (1 - (capped / softcap) ** 2)

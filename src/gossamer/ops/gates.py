@@ -45,17 +45,17 @@ class GatedAttention:
 
     Attributes:
         output: ``[batch, heads, queries, d_head]``, in the dtype of the queries.
-        expected_open: ``[batch, heads]``, float; the sum of sigma(G) over the allowed pairs. Differentiable.
-            None if it was not asked for.
-        open_links: ``[batch, heads]``, int64; allowed pairs with G > 0, the gates of evaluation, even
+        expected_open: ``[batch, heads, queries]``, float; the sum of sigma(G) over the allowed keys of each query.
+            Differentiable. None if it was not asked for.
+        open_links: ``[batch, heads, queries]``, int64; allowed keys with G > 0, the gates of evaluation, even
             when the output was made with sampled ones.
-        allowed_links: ``[batch, heads]``, int64; pairs that causality, padding and window allow.
+        allowed_links: ``[batch, heads, queries]``, int64; keys that causality, padding and window allow.
     """
 
     output: Float[Tensor, "batch heads queries d_head"]
-    expected_open: Float[Tensor, "batch heads"] | None
-    open_links: Int[Tensor, "batch heads"]
-    allowed_links: Int[Tensor, "batch heads"]
+    expected_open: Float[Tensor, "batch heads queries"] | None
+    open_links: Int[Tensor, "batch heads queries"]
+    allowed_links: Int[Tensor, "batch heads queries"]
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,10 @@ class Pairs:
             allowed = allowed & real_queries[:, None, :, None] & self.real[:, None, None, columns]
         return allowed if self.mask is None else allowed & self.mask[:, :, rows, columns]
 
-    def allowed_links(self, heads: int) -> Int[Tensor, "batch heads"]:
-        """How many pairs are allowed; without a mask in memory linear in the length."""
+    def allowed_links(self, heads: int) -> Int[Tensor, "batch heads queries"]:
+        """How many keys each query is allowed; without a mask in memory linear in the length."""
         if self.mask is not None:
-            counts = self.allowed(slice(0, self.queries), slice(0, self.keys)).sum((-1, -2, -3))
+            counts = self.allowed(slice(0, self.queries), slice(0, self.keys)).sum((-1, -3))
         else:
             device = self.first_real.device
             real = torch.ones(1, self.keys, dtype=torch.bool, device=device) if self.real is None else self.real
@@ -237,8 +237,8 @@ class Pairs:
             i = torch.arange(self.offset, self.keys, device=device)
             stop = i + 1 if self.causal else torch.full_like(i, self.keys)
             start = torch.zeros_like(i) if self.window is None else (i + 1 - self.window).clamp(min=0)
-            counts = ((before[:, stop] - before[:, start]) * real[:, i]).sum(-1)
-        return counts[:, None].expand(len(self.first_real), heads)
+            counts = (before[:, stop] - before[:, start]) * real[:, i]
+        return counts[:, None].expand(len(self.first_real), heads, -1)
 
     def uniforms(
         self, keys: Int[Tensor, "2 batch heads"], rows: slice, columns: slice

@@ -39,9 +39,9 @@ def gated_attention(
 
     return GatedAttention(
         output=((gates * pattern) @ value).to(q.dtype),
-        expected_open=torch.where(allowed, torch.sigmoid(gate_logits), 0.0).sum((-1, -2)) if expect else None,
-        open_links=((gate_logits > 0) & allowed).sum((-1, -2)),
-        allowed_links=allowed.sum((-1, -2)),
+        expected_open=torch.where(allowed, torch.sigmoid(gate_logits), 0.0).sum(-1) if expect else None,
+        open_links=((gate_logits > 0) & allowed).sum(-1),
+        allowed_links=allowed.sum(-1),
     )
 
 

@@ -162,9 +162,9 @@ class _Triton(torch.autograd.Function):
         assert output is not None
         ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
         ctx.settings = (pairs, scale, softcap, noise_keys)
-        opened = opened.sum(-1)
+        opened = opened.long()
         ctx.mark_non_differentiable(opened)
-        return output, None if expected is None else expected.sum(-1), opened
+        return output, expected, opened
 
     @staticmethod
     def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -173,7 +173,7 @@ class _Triton(torch.autograd.Function):
         call = _Call(q, k, gate_bias, pairs, scale, softcap)
         (d_output,) = _dense_rows(d_output)
         if d_expected is None:
-            d_expected = q.new_zeros(call.batch, call.heads)
+            d_expected = torch.zeros_like(normaliser)
         d_expected = d_expected.float().contiguous()
         features = v.shape[-1]
         flags = {**call.flags, "DV": features, "PDV": padded(features), "SAMPLE": noise_keys is not None}

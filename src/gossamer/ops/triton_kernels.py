@@ -238,7 +238,7 @@ def _logit_gradients(
 ):  # fmt: skip
     """Of one tile: the weights left by the gates, the gradients of the gate logits and of the logits.
 
-    ``products`` are dO v^T; ``normaliser`` and ``delta`` broadcast along the keys.
+    ``products`` are dO v^T; ``normaliser``, ``delta`` and ``d_expected`` broadcast along the keys.
     """
     pattern = _exp2(raw * factor - normaliser)
     odds = _exp2(-raw * factor - bias)
@@ -290,7 +290,7 @@ def query_gradients(
     delta = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(DELTA + lines, delta, mask=row_inside)
     normaliser = tl.load(NORMALISER + lines, mask=row_inside, other=_INFINITY)
-    d_expected = tl.load(D_EXPECTED + batch * heads + head)
+    d_expected = tl.load(D_EXPECTED + lines, mask=row_inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
@@ -344,7 +344,7 @@ def query_gradients(
                 raw = tl.where(allowed, raw, -_INFINITY)
             _, d_gates, d_logits = _logit_gradients(
                 raw, products, query_words[:, None], _key_words(columns - real_start)[None, :], k1,
-                normaliser[:, None], delta[:, None], factor, bias, threshold, d_expected, SAMPLE,
+                normaliser[:, None], delta[:, None], factor, bias, threshold, d_expected[:, None], SAMPLE,
             )  # fmt: skip
             d_bias += tl.sum(d_gates, 1)
             if SOFTCAP:
@@ -413,7 +413,6 @@ def key_value_gradients(
         queries_of_head = Q + batch * q_batch + head.to(tl.int64) * q_head
         d_out_of_head = D_OUT + batch * do_batch + head.to(tl.int64) * do_head
         line = (batch * heads + head) * queries
-        d_expected = tl.load(D_EXPECTED + batch * heads + head)
         bias = tl.load(BIAS + head)
         threshold = -bias if SOFTCAP else -bias / scale
         bias *= _LOG2_E
@@ -445,6 +444,7 @@ def key_value_gradients(
                 )
                 normaliser = tl.load(NORMALISER + line + rows, mask=row_inside, other=_INFINITY)
                 delta = tl.load(DELTA + line + rows, mask=row_inside, other=0.0)
+                d_expected = tl.load(D_EXPECTED + line + rows, mask=row_inside, other=0.0)
                 raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 products = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
                 if SOFTCAP:
@@ -458,7 +458,7 @@ def key_value_gradients(
                     raw = tl.where(allowed, raw, -_INFINITY)
                 kept, _, d_logits = _logit_gradients(
                     raw, products, _query_words(rows + offset - real_start, k0)[None, :], key_words[:, None], k1,
-                    normaliser[None, :], delta[None, :], factor, bias, threshold, d_expected, SAMPLE,
+                    normaliser[None, :], delta[None, :], factor, bias, threshold, d_expected[None, :], SAMPLE,
                 )  # fmt: skip
                 d_v = tl.dot(kept.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
                 if SOFTCAP:
