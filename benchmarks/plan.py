@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gossamer import sparsify
 from gossamer.models.lora import add_adapters
-from gossamer.training.plan import StepShape, plan_run
-from gossamer.training.presets import presets
+from gossamer.runs.plan import StepShape, plan_run
+from gossamer.runs.presets import presets
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained, without_dropout
 from training import Blocks
 

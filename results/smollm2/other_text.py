@@ -4,15 +4,12 @@ python results/smollm2/other_text.py BLOCKS_OF RUN [RUN ...]
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
-from gossamer import counted_links
 from gossamer.errors import GossamerError
-from gossamer.evaluation.language import measure_language
-from gossamer.evaluation.sparsity import LinkTally
+from gossamer.measures.language import measure_language
 from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, load_control, load_sparse
+from gossamer.runs.record import Run, load_control, load_sparse
 
 
 def main(blocks_of: Path, runs: list[Path]) -> None:
@@ -22,11 +19,9 @@ def main(blocks_of: Path, runs: list[Path]) -> None:
     print(f"{other.config().model}: {dense:.3f} nat")
     for run in (other, *map(Run, runs)):
         model = load_sparse(run)
-        tally = LinkTally.empty(model.config.num_hidden_layers, model.config.num_attention_heads)
-        with counted_links(model) as counts:
-            counted = partial(tally.add, counts, queries=0)
-            loss = measure_language(model, blocks, after_batch=counted).loss
-        print(f"{run.folder}: {loss:.3f} nat ({loss - dense:+.3f}), {100 * tally.open_fraction:.3f} % open")
+        figures = measure_language(model, blocks)
+        loss, links = figures.loss, figures.links
+        print(f"{run.folder}: {loss:.3f} nat ({loss - dense:+.3f}), {100 * links.open_fraction:.3f} % open")
         if run.control.exists():
             loss = measure_language(load_control(run), blocks).loss
             print(f"{run.folder}, dense control: {loss:.3f} nat ({loss - dense:+.3f})")

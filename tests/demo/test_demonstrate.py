@@ -19,7 +19,7 @@ from gossamer.demo.addition import POSITIONS, TOKENS, split_pairs
 from gossamer.demo.demonstrate import DemoConfig, addition_table, demo_config, demonstrate
 from gossamer.demo.findings import Measurements, model_accuracy
 from gossamer.evaluation.evaluate import evaluate_run
-from gossamer.training.run import Run
+from gossamer.runs.record import Run
 
 COMMAND = [sys.executable, "-m", "gossamer.cli"]
 

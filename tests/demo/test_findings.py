@@ -21,8 +21,8 @@ from gossamer.demo.findings import (
     model_accuracy,
     quantities_of,
 )
+from gossamer.measures.losses import cross_entropy
 from gossamer.models.attention import counted_links
-from gossamer.training.losses import cross_entropy
 
 LAYERS, HEADS = 2, 2
 

@@ -9,11 +9,13 @@ import pytest
 from gossamer.cli import main
 from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
-from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.lengths import add_lengths
+from gossamer.measures.language import measure_language
 from gossamer.models.pretrained import load_dense
+from gossamer.runs.job import post_train
+from gossamer.runs.record import Run
+from gossamer.runs.settings import RunConfig
 from gossamer.training.data import pack, read_documents
-from gossamer.training.run import Run, RunConfig, post_train
 from gossamer.training.stream import is_held_out
 from gossamer.training.trainer import TrainingConfig
 

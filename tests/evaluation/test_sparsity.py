@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import gossamer
-from families import tiny_model, tokens
 from gossamer.evaluation.evaluate import evaluate_run, verdict
-from gossamer.evaluation.language import measure_language
-from gossamer.evaluation.sparsity import LinkTally
+from gossamer.measures.language import measure_language
 from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, RunConfig, load_both, post_train
+from gossamer.runs.job import post_train
+from gossamer.runs.record import Run, load_both
+from gossamer.runs.settings import RunConfig
 from gossamer.training.trainer import TrainingConfig
 
 
@@ -130,20 +129,3 @@ def test_the_control_can_be_sparsified_in_turn(run: Run, metrics: dict, tmp_path
     config = RunConfig(str(run.control), run.config().text, seq_len=16, control=False,
                        training=TrainingConfig(steps=1, checkpoint_every=0))  # fmt: skip
     assert post_train(config, tmp_path / "run").record()["measured"]["loss_dense"] > 0
-
-
-def test_padding_is_not_counted() -> None:
-    gated = gossamer.sparsify(tiny_model("llama"), gate_bias=0.0)
-    ids, length = tokens(1, 9), 9
-    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], dim=1)
-    mask = torch.tensor([[0] * 4 + [1] * length])
-    tallies = []
-    for batch in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}):
-        tally = LinkTally.empty(3, 4)
-        with torch.no_grad(), gossamer.counted_links(gated) as counts:
-            gated(**batch)
-        tally.add(counts, length)
-        tallies.append(tally)
-    assert torch.equal(tallies[0].allowed_links, tallies[1].allowed_links)
-    assert torch.equal(tallies[0].open_links, tallies[1].open_links)
-    assert tallies[0].open_fraction_per_head[1][2] == tallies[0].open_links[1, 2] / tallies[0].allowed_links[1, 2]

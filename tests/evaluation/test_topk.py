@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from families import CONFIGS, WINDOW, tiny_model, tokens
-from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.topk import topk_attention, topk_curve, topk_pattern
+from gossamer.measures.language import measure_language
 
 
 def test_pattern_by_hand() -> None:

@@ -21,7 +21,7 @@ from gossamer.errors import GossamerError
 from gossamer.report.plots import all_figures, attention_weights, circuit_figure, heads_figure
 from gossamer.report.records import load_records
 from gossamer.report.series import faithfulness_charts, loss_chart, training_charts
-from gossamer.training.run import Run
+from gossamer.runs.record import Run
 from gossamer.training.trainer import TrainingConfig
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "example.ipynb"

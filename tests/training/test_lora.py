@@ -12,8 +12,10 @@ import gossamer
 from families import tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.models.lora import add_adapters
+from gossamer.runs.job import post_train
+from gossamer.runs.record import Run
+from gossamer.runs.settings import RunConfig
 from gossamer.training.data import BlockDataset
-from gossamer.training.run import Run, RunConfig, post_train
 from gossamer.training.trainer import PostTrainer, SparsityTrainer, TrainingConfig, choose_trained, without_dropout
 
 BLOCKS = tokens(32, 16)

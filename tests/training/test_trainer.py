@@ -9,12 +9,12 @@ import torch
 import gossamer
 from families import tiny_model, tokens
 from gossamer import GossamerError
+from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.models.architectures import attention_modules
 from gossamer.models.checkpoint import gate_biases
 from gossamer.models.lora import add_adapters, merge_adapters
 from gossamer.training.checkpoints import checkpoints, fault, last_sound
 from gossamer.training.data import BlockDataset
-from gossamer.training.losses import cross_entropy, kl_divergence
 from gossamer.training.stream import BlockStream
 from gossamer.training.trainer import PostTrainer, SparsityTrainer, TrainingConfig, choose_trained, without_dropout
 

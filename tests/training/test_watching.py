@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gossamer import GossamerError
-from gossamer.training.run import RunConfig, post_train
+from gossamer.runs.job import post_train
+from gossamer.runs.settings import RunConfig
 from gossamer.training.trainer import TrainingConfig
 from gossamer.training.watching import check_watchers
 

@@ -34,7 +34,7 @@ from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
 from gossamer.files import written_beside
-from gossamer.training.run import Run, load_both, versions
+from gossamer.runs.record import Run, load_both, versions
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,8 @@ def circuits(
 
     from gossamer.circuits.compare import SearchConfig, compare_circuits, comparison_tables
     from gossamer.circuits.tasks import find_task
+    from gossamer.runs.record import Run
     from gossamer.training.memory import keep_freed_memory
-    from gossamer.training.run import Run
 
     logging.disable_progress_bar()
     keep_freed_memory()
@@ -164,7 +164,7 @@ def export(
     from gossamer.circuits.compare import load_circuit
     from gossamer.circuits.interchange import write_circuit
     from gossamer.circuits.tasks import find_task
-    from gossamer.training.run import Run
+    from gossamer.runs.record import Run
 
     chosen = find_task(task)
     circuit = load_circuit(Run(run), chosen, model.value, edges, corruption=corruption, ablation=ablation.value)

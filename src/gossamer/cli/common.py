@@ -51,7 +51,7 @@ def load_any(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]": 
 
     from gossamer.models.checkpoint import is_saved_model, load
     from gossamer.models.pretrained import load_dense
-    from gossamer.training.run import Run, load_sparse
+    from gossamer.runs.record import Run, load_sparse
 
     logging.disable_progress_bar()
     run = Run(Path(target))

@@ -40,8 +40,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
+    from gossamer.runs.record import Run
     from gossamer.training.memory import keep_freed_memory
-    from gossamer.training.run import Run
 
     keep_freed_memory()
     if held_out_tokens is not None and lengths is None:
@@ -141,7 +141,7 @@ def inspect(
     target: Annotated[str, typer.Argument(help="A run, a saved sparse model, or a dense model as for sparsify.")],
 ) -> None:
     """Show what TARGET is: its settings and figures, or whether gossamer can gate it."""
-    from gossamer.training.run import Run
+    from gossamer.runs.record import Run
 
     folder = Path(target)
     if (folder / "blocks.safetensors").exists():

@@ -94,7 +94,7 @@ def report(
 
 def _record_attention(run: Path, circuits: Sequence[Mapping[str, Any]], tokens: int) -> None:
     from gossamer.circuits.attention_record import AttentionPrompt, write_attention
-    from gossamer.training.run import Run
+    from gossamer.runs.record import Run
 
     models, tokenizer = _both(Run(run))
     # Records of older versions have the prompt's text alone.
@@ -110,7 +110,7 @@ def _both(run: "Run") -> "tuple[dict[str, PreTrainedModel], PreTrainedTokenizerB
     """The dense and the sparse model of a run, and their tokenizer."""
     from transformers.utils import logging
 
-    from gossamer.training.run import load_both
+    from gossamer.runs.record import load_both
 
     logging.disable_progress_bar()
     dense, sparse, tokenizer = load_both(run)
@@ -130,7 +130,7 @@ def view(
     from gossamer.files import write_text
     from gossamer.report.html import page
     from gossamer.report.records import load_records
-    from gossamer.training.run import Run
+    from gossamer.runs.record import Run
 
     records = load_records(run)
     models, tokenizer = _both(Run(run))

@@ -45,7 +45,7 @@ class MLPActivation(str, Enum):
 def use_preset(context: typer.Context, name: str | None) -> str | None:
     """Let the preset's settings stand where the command line says nothing."""
     if name is not None:
-        from gossamer.training.presets import find_preset
+        from gossamer.runs.presets import find_preset
 
         context.default_map = {**(context.default_map or {}), **find_preset(name).settings}
     return name
@@ -174,10 +174,12 @@ def sparsify(
     (the figures), training.jsonl (every step), config.json (all settings); with lora also adapter/ (adapters and
     gates alone). In several processes: torchrun --nproc_per_node 2 -m gossamer sparsify MODEL ... (see launch-file).
     """
+    from gossamer.runs.job import post_train
+    from gossamer.runs.record import Run
+    from gossamer.runs.settings import RunConfig
     from gossamer.training.constraint import MultiplierConfig
     from gossamer.training.memory import keep_freed_memory
     from gossamer.training.processes import leave, processes, speak_when_terminated
-    from gossamer.training.run import Run, RunConfig, post_train
     from gossamer.training.trainer import TrainingConfig
 
     keep_freed_memory()
@@ -272,8 +274,8 @@ def plan(
     """Estimate memory and time of a run with the settings of PRESET, and say whether it fits. Needs no network."""
     from transformers.utils import logging
 
-    from gossamer.training.plan import MARGIN, RESERVE, StepShape, alternatives, plan_run
-    from gossamer.training.presets import find_preset
+    from gossamer.runs.plan import MARGIN, RESERVE, StepShape, alternatives, plan_run
+    from gossamer.runs.presets import find_preset
 
     logging.set_verbosity_error()
     chosen = find_preset(preset)

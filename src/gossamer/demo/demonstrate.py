@@ -40,9 +40,12 @@ from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.files import remove_staging, write_text, written_beside
 from gossamer.report.html import write_report
+from gossamer.runs.beginning import write_beginning
+from gossamer.runs.job import Job
+from gossamer.runs.record import Run, load_sparse
+from gossamer.runs.settings import RunConfig
 from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import BlockDataset, Blocks
-from gossamer.training.run import Run, RunConfig, load_sparse, train_begun, train_logged, write_beginning
 from gossamer.training.trainer import PostTrainer, TrainingConfig
 
 _BATCH = 256
@@ -159,7 +162,7 @@ def _demonstrate(
         tokenizer.save_pretrained(run.folder / "dense")
     with _timed(seconds, "training_sparse"):
         write_beginning(run.folder, settings, dense, blocks)
-        train_begun(run, settings, dense, tokenizer, console, warn)
+        Job(run, settings, console, warn).train(dense, tokenizer)
     with _timed(seconds, "measuring"):
         evaluate_run(run, batch_size=_SEQUENCES_AT_ONCE, progress=progress)
         sparse = load_sparse(run)
@@ -234,7 +237,7 @@ def train_dense(
             )
         )
     trainer = PostTrainer(model, config.dense, BlockDataset(split.train.blocks()), run.folder / "dense-checkpoints")
-    train_logged(trainer, run, settings, "dense", "dense.jsonl", None, console, warn)
+    Job(run, settings, console, warn).fit(trainer, "dense", "dense.jsonl")
     shutil.rmtree(run.folder / "dense-checkpoints", ignore_errors=True)
     return model.eval()
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from gossamer.errors import GossamerError
 from gossamer.files import write_text
 from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, load_control, load_sparse
+from gossamer.runs.record import Run, load_control, load_sparse
 
 
 def measure_tasks(

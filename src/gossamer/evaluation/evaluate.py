@@ -12,13 +12,11 @@ from typing import Any
 from rich.table import Table
 
 from gossamer.evaluation.capability import task_table
-from gossamer.evaluation.language import measure_language, plus_minus, standard_error
-from gossamer.evaluation.sparsity import LinkTally
 from gossamer.evaluation.topk import topk_curve
 from gossamer.files import write_text
-from gossamer.models.attention import counted_links
+from gossamer.measures.language import measure_language, plus_minus, standard_error
 from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, load_control, load_sparse, versions
+from gossamer.runs.record import Run, load_control, load_sparse, versions
 
 TOPK = (1, 2, 4, 8, 16, 32, 64)
 TOPK_TOKENS = 4_096
@@ -63,14 +61,7 @@ def evaluate_run(
     }
 
     progress("sparse model and KL to the dense one")
-    tally = LinkTally.empty(sparse.config.num_hidden_layers, sparse.config.num_attention_heads)
-    with counted_links(sparse) as counts:
-        remaining = list(blocks.split(batch_size))
-
-        def count_batch() -> None:
-            tally.add(counts, remaining.pop(0).numel())
-
-        sparse_figures = measure_language(sparse, blocks, dense=dense, after_batch=count_batch, **options)
+    sparse_figures = measure_language(sparse, blocks, dense=dense, **options)
     del sparse
     progress("dense model")
     dense_figures = measure_language(dense, blocks, **options)
@@ -87,6 +78,7 @@ def evaluate_run(
 
     loss_dense = dense_figures.loss
     tau = config.tau if config.tau is not None else loss_dense + config.slack
+    tally = sparse_figures.links
     kl, kls = sparse_figures.kl, sparse_figures.kls
     assert kl is not None
     assert kls is not None

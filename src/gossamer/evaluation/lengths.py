@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.evaluation.language import measure_language, plus_minus, standard_error
-from gossamer.evaluation.sparsity import LinkTally
 from gossamer.files import write_text
-from gossamer.models.attention import counted_links
+from gossamer.measures.language import measure_language, plus_minus, standard_error
 from gossamer.models.pretrained import load_dense
-from gossamer.training.run import Run, blocks_of, load_sparse
+from gossamer.runs.beginning import blocks_of
+from gossamer.runs.record import Run, load_sparse
 from gossamer.training.trainer import TrainingConfig
 
 
@@ -84,16 +83,8 @@ def _at_length(
     sparse: PreTrainedModel, dense: PreTrainedModel, blocks: Int[Tensor, "blocks tokens"], precision: str
 ) -> dict[str, Any]:
     """One entry of the list ``lengths``."""
-    tally = LinkTally.empty(sparse.config.num_hidden_layers, sparse.config.num_attention_heads)
-    batch_size = max(1, 2_048 // blocks.shape[1])
-    remaining = list(blocks.split(batch_size))
-    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
-    with counted_links(sparse) as counts:
-
-        def count_batch() -> None:
-            tally.add(counts, remaining.pop(0).numel())
-
-        figures = measure_language(sparse, blocks, dense=dense, after_batch=count_batch, **options)
+    options: dict[str, Any] = {"batch_size": max(1, 2_048 // blocks.shape[1]), "precision": precision}
+    figures = measure_language(sparse, blocks, dense=dense, **options)
     dense_figures = measure_language(dense, blocks, **options)
     assert figures.kls is not None
     return {
@@ -106,8 +97,8 @@ def _at_length(
         "loss_difference_stderr": standard_error(figures.losses - dense_figures.losses),
         "kl": figures.kl,
         "kl_stderr": standard_error(figures.kls),
-        "open_fraction": tally.open_fraction,
-        "open_links_per_query": tally.open_links_per_query,
+        "open_fraction": figures.links.open_fraction,
+        "open_links_per_query": figures.links.open_links_per_query,
     }
 
 

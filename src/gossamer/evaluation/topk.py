@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from gossamer.evaluation.language import measure_language
+from gossamer.measures.language import measure_language
 from gossamer.models.attention import gated_mask
 
 IMPLEMENTATION = "gossamer_topk"

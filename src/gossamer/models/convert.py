@@ -20,7 +20,7 @@ def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = 
     """A gated copy of a dense causal language model: a hard on/off gate on every attention link.
 
     This only puts the gates in; ``gossamer sparsify`` on the command line and
-    :func:`gossamer.training.run.post_train` also train them.
+    :func:`gossamer.runs.job.post_train` also train them.
 
     Args:
         model: of a supported family (:data:`gossamer.models.architectures.ARCHITECTURES`).

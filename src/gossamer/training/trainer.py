@@ -41,6 +41,8 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from gossamer.errors import GossamerError
+from gossamer.measures.language import forward_passes
+from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.models.architectures import attention_modules
 from gossamer.models.attention import counted_links, sampled_gates
 from gossamer.models.checkpoint import read_weights, write_model
@@ -55,7 +57,6 @@ from gossamer.training.constraint import (
     ObjectiveKind,
     lagrangian,
 )
-from gossamer.training.losses import cross_entropy, kl_divergence
 from gossamer.training.processes import by_first, check_processes, stopped_together, together
 from gossamer.training.stream import BlockStream
 
@@ -465,25 +466,23 @@ class SparsityTrainer(PostTrainer):
             dense_logits = dense(input_ids=input_ids, use_cache=False).logits
         return kl_divergence(dense_logits, logits, self.config.prompt_tokens)
 
-    @torch.no_grad()
     def validate(self) -> Validation:
         """Measure the constrained quantity and the open fraction on the validation blocks, with hard gates."""
-        self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
         batches = self.validation.split(2 * self.config.batch_size)
-        processes = self.config.processes
         # Each process takes as many turns: where weights are sharded, all take part in each other's forward passes.
-        for turn in range(math.ceil(len(batches) / processes)):
-            index = turn * processes + self.args.process_index
-            batch = batches[index % len(batches)]
-            with self.compute_loss_context_manager(), counted_links(self.model) as counts:
-                ids = batch.to(self.args.device)
-                logits = self.model(input_ids=ids, use_cache=False).logits
-                constrained = self.constrained_quantity(logits, ids).item() * len(batch)
-            opened = sum(int(count.open_links.sum()) for count in counts.values())
-            allowed = sum(int(count.allowed_links.sum()) for count in counts.values())
-            if index < len(batches):
-                sums += torch.tensor([constrained, opened, allowed], dtype=torch.float64)
+        turns = range(self.args.process_index, self.config.processes * -(-len(batches) // self.config.processes),
+                      self.config.processes)  # fmt: skip
+
+        def measure(logits: Tensor, ids: Tensor) -> float:
+            return self.constrained_quantity(logits, ids).item() * len(ids)
+
+        with self.compute_loss_context_manager():
+            found = forward_passes(self.model, [batches[turn % len(batches)] for turn in turns], measure)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for turn, (constrained, links) in zip(turns, found, strict=True):
+            if turn < len(batches):
+                counted = constrained, int(links.open_links.sum()), int(links.allowed_links.sum())
+                sums += torch.tensor(counted, dtype=torch.float64)
         constrained, opened, allowed = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         return Validation(self.state.global_step, constrained / len(self.validation), opened / allowed)
 

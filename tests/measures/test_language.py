@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from families import tiny_model, tokens
-from gossamer.evaluation.language import measure_language, standard_error
+from gossamer.measures.language import measure_language, standard_error
 
 
 @torch.no_grad()

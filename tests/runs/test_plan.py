@@ -10,11 +10,11 @@ from transformers import AutoConfig
 import gossamer
 from families import CONFIGS, tiny_model, tokens
 from gossamer import GossamerError
+from gossamer.measures.losses import cross_entropy
+from gossamer.runs.plan import MARGIN, StepShape, alternatives, plan_run
+from gossamer.runs.presets import find_preset, presets
+from gossamer.runs.settings import RunConfig
 from gossamer.training.data import BlockDataset
-from gossamer.training.losses import cross_entropy
-from gossamer.training.plan import MARGIN, StepShape, alternatives, plan_run
-from gossamer.training.presets import find_preset, presets
-from gossamer.training.run import RunConfig
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained
 
 PARAMETERS = {"gpt2": 124_439_808, "smollm2": 134_515_008, "llama-3.2-1b": 1_235_814_400, "olmo-2-7b": 7_298_617_344}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from gossamer.training.losses import POSITIONS, cross_entropy, kl_divergence
+from gossamer.measures.losses import POSITIONS, cross_entropy, kl_divergence
 
 
 def test_losses_by_hand() -> None:

@@ -24,11 +24,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.pytorch_utils import Conv1D
 
 from gossamer.errors import GossamerError
+from gossamer.measures.losses import POSITIONS
 from gossamer.models.architectures import ARCHITECTURES
 from gossamer.models.lora import add_adapters
 from gossamer.ops.chunked import BLOCK
 from gossamer.training.constraint import ConstraintKind
-from gossamer.training.losses import POSITIONS
 from gossamer.training.trainer import TrainedPart, choose_trained
 
 _FAKE_ATTENTION = "gossamer-plan"

@@ -1,5 +1,6 @@
 """How many attention links the hard gates leave open: in all, per layer, per head."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,15 @@ class LinkTally:
         """Nothing counted yet."""
         zeros = torch.zeros(layers, heads, dtype=torch.long)
         return cls(zeros, zeros.clone())
+
+    @classmethod
+    def total(cls, tallies: Sequence["LinkTally"]) -> "LinkTally":
+        """What several tallies of one model count together; at least one."""
+        return cls(
+            torch.stack([tally.open_links for tally in tallies]).sum(0),
+            torch.stack([tally.allowed_links for tally in tallies]).sum(0),
+            sum(tally.queries for tally in tallies),
+        )
 
     def add(self, counts: dict[int, LinkCounts], queries: int) -> None:
         """Add one forward pass over ``queries`` real tokens, as :func:`gossamer.counted_links` gave it."""

@@ -1,0 +1,129 @@
+"""Language modelling on blocks: loss, KL to the dense model, and the open links."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gossamer.measures.links import LinkTally
+from gossamer.measures.losses import cross_entropy, kl_divergence
+from gossamer.models.attention import counted_links
+from gossamer.models.convert import is_gated
+
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class LanguageFigures:
+    """Means over the predicted tokens of the held-out blocks.
+
+    Attributes:
+        losses: next-token cross-entropy of each block, nats.
+        kls: KL(dense || model) of the next-token distributions of each block, nats; None without a dense model.
+        tokens: how many predictions the means are over.
+        links: open and allowed links; none of a model without gates.
+    """
+
+    losses: Float[Tensor, " blocks"]
+    kls: Float[Tensor, " blocks"] | None
+    tokens: int
+    links: LinkTally
+
+    @property
+    def loss(self) -> float:
+        """Mean next-token cross-entropy, nats."""
+        return self.losses.mean().item()
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL(dense || model), nats; None without a dense model."""
+        return None if self.kls is None else self.kls.mean().item()
+
+
+def standard_error(values: Float[Tensor, " blocks"]) -> float | None:
+    """Of the mean of values that each come from a block of their own; None for fewer than two, which tell of no spread.
+
+    The standard deviation over the blocks, with one degree of freedom less than blocks, by the root of their number. To
+    compare two models on the same blocks, give the differences: most of the spread of the losses is the text's.
+    """
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
+
+
+def plus_minus(error: float | None) -> str:
+    """A standard error as it stands behind a figure; nothing where there is none."""
+    return "" if error is None else f" ± {error:.4f}"
+
+
+def forward_passes(
+    model: PreTrainedModel,
+    batches: Iterable[Int[Tensor, "batch tokens"]],
+    measure: Callable[[Float[Tensor, "batch tokens vocab"], Int[Tensor, "batch tokens"]], Measured],
+) -> list[tuple[Measured, LinkTally]]:
+    """What ``measure`` makes of the logits and the tokens of each batch, and the links that the batch left open.
+
+    The model runs without gradient in ``eval()`` mode, in which it is left, with hard gates if it has any.
+
+    Args:
+        model: dense or gated; of a dense one no link is counted.
+        batches: token ids, on any device.
+        measure: is called after each forward pass, with both on the model's device.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    shape = model.config.num_hidden_layers, model.config.num_attention_heads
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            ids, tally = batch.to(device), LinkTally.empty(*shape)
+            with counted_links(model) if is_gated(model) else nullcontext({}) as counts:
+                logits = model(input_ids=ids, use_cache=False).logits
+            tally.add(counts, ids.numel())
+            found.append((measure(logits, ids), tally))
+    return found
+
+
+def measure_language(
+    model: PreTrainedModel,
+    blocks: Int[Tensor, "blocks tokens"],
+    *,
+    dense: PreTrainedModel | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    prompt_tokens: int = 0,
+) -> LanguageFigures:
+    """Loss and open links of ``model``, with hard gates if it has any, and its KL from ``dense``.
+
+    Args:
+        model: in any mode; measured, and left, in ``eval()``.
+        blocks: token ids.
+        dense: what to compare with.
+        batch_size: blocks in one forward pass.
+        precision: ``bf16`` runs the matrix products under autocast.
+        prompt_tokens: tokens at the start of each block that are given, not predicted.
+    """
+
+    def measure(logits: Tensor, batch: Tensor) -> tuple[list[float], list[float]]:
+        rows = list(zip(logits.split(1), batch.split(1), strict=True))
+        losses = [cross_entropy(row, ids, prompt_tokens).item() for row, ids in rows]
+        if dense is None:
+            return losses, []
+        dense_rows = dense(input_ids=batch, use_cache=False).logits.split(1)
+        pairs = zip(dense_rows, (row for row, _ in rows), strict=True)
+        return losses, [kl_divergence(*pair, prompt_tokens).item() for pair in pairs]
+
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        found = forward_passes(model, blocks.split(batch_size), measure)
+    losses, kls = (
+        torch.tensor([figure for measured, _ in found for figure in measured[column]], dtype=torch.double)
+        for column in (0, 1)
+    )
+    predicted = len(blocks) * (blocks.shape[1] - max(1, prompt_tokens))
+    links = LinkTally.total([tally for _, tally in found])
+    return LanguageFigures(losses, None if dense is None else kls, predicted, links)

@@ -1,0 +1,187 @@
+"""How a run begins: everything that can be wrong is found, then text, settings and the dense loss are written."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gossamer.errors import GossamerError
+from gossamer.files import write_text, written_beside
+from gossamer.measures.language import measure_language
+from gossamer.models.architectures import architecture_of
+from gossamer.models.lora import adapter_targets
+from gossamer.models.pretrained import load_dense
+from gossamer.runs.record import Run, versions
+from gossamer.runs.settings import RunConfig
+from gossamer.training.data import SELF, Blocks, load_blocks
+from gossamer.training.stream import unseen_blocks
+
+Progress = Callable[[int, int], None]
+
+
+def begin(
+    run: Run, config: RunConfig, progress: Progress, *, resume: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Write what a run starts from, or check that it is there; gives the dense model and its tokenizer.
+
+    Args:
+        run: its directory must not exist yet, or with ``resume`` must hold the same run begun.
+        config: what is asked for.
+        progress: see :func:`blocks_of`.
+        resume: go on with what is there.
+
+    Raises:
+        GossamerError: on bad input, before anything is written; if the directory cannot be written.
+    """
+    _check_numbers(asdict(config))
+    if resume:
+        run.remove_staging()
+        if run.folder.exists():
+            _check_same(run.config(), config, run.folder)
+    elif run.folder.exists():
+        raise GossamerError(f"{run.folder} exists already; go on with it by --resume, or give another --out")
+    dense, tokenizer = load_dense(config.model)
+    architecture_of(dense)
+    if config.training.train == "lora":
+        adapter_targets(dense, config.lora_targets)
+    if config.start_from is not None:
+        _check_start(config)
+    if config.training.constraint == "kl" and config.epsilon <= 0:
+        raise GossamerError(f"--epsilon {config.epsilon:g} cannot be held: no KL is below 0; give for example 0.05")
+    _check_length(dense, config)
+    if not (run.folder / "config.json").exists():
+        blocks = blocks_of(config, dense, tokenizer, progress)
+        with written_beside(run.folder) as staging:
+            write_beginning(staging, config, dense, blocks)
+    return dense, tokenizer
+
+
+def _check_numbers(settings: dict[str, Any], before: str = "--") -> None:
+    for key, value in settings.items():
+        name = before + key.replace("_", "-")
+        if isinstance(value, dict):
+            _check_numbers(value, before if key == "training" else f"{name}-")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise GossamerError(f"{name} {value} is not a number to train with; give a finite one")
+
+
+def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
+    before, now = asdict(begun), asdict(asked)
+    if begun.training.processes != asked.training.processes:
+        raise GossamerError(
+            f"{folder} was begun with {begun.training.processes} processes, not {asked.training.processes}; "
+            "resume with as many, or give another --out"
+        )
+    for key in before:
+        if before[key] != now[key]:
+            raise GossamerError(
+                f"{folder} was begun with {key}={before[key]!r}, not {now[key]!r}; "
+                "resume with the same settings, or give another --out"
+            )
+
+
+def _check_start(config: RunConfig) -> None:
+    earlier_runs = list(_starts(config))
+    start = earlier_runs[0]
+    folder = start.folder
+    model = start.config().model
+    if model != config.model:
+        raise GossamerError(f"--start-from {folder} is a run of {model}, not of {config.model}; give one of this model")
+    if not start.model.exists():
+        raise GossamerError(
+            f"--start-from {folder} has no sparse model yet; finish it with gossamer sparsify ... --resume"
+        )
+    if config.control and not start.control.exists():
+        raise GossamerError(f"--start-from {folder} has no dense control to train on; give --no-control")
+    if config.training.train == "lora":
+        raise GossamerError(
+            f"--start-from {folder} does not go with --train lora: adapters are saved beside the dense model, "
+            "not beside another run's; give --train all or attention"
+        )
+    for earlier in earlier_runs:
+        before = earlier.config()
+        if before.text != config.text:
+            continue
+        if before.stream != config.stream:
+            asked = "as well" if before.stream else "not"
+            raise GossamerError(
+                f"--start-from {folder} held out other parts of {config.text}, since it was run "
+                f"{'with' if before.stream else 'without'} --stream; {'give it' if before.stream else 'do'} {asked}"
+            )
+        if config.text == SELF and before.training.seed == config.training.seed:
+            raise GossamerError(
+                f"--start-from {folder} was trained on the text that --text self samples from --seed "
+                f"{config.training.seed}; give another --seed"
+            )
+
+
+def _starts(config: RunConfig) -> Iterator[Run]:
+    """The run that this one starts from, the one that that one started from, and so on."""
+    while config.start_from is not None:
+        run = Run(Path(config.start_from))
+        yield run
+        config = run.config()
+
+
+def _tokens_before(config: RunConfig) -> int:
+    """Training tokens of the runs that this one starts from."""
+    return sum(before.training.steps * before.tokens_per_step for before in (run.config() for run in _starts(config)))
+
+
+def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
+    context = getattr(dense.config, "max_position_embeddings", None)
+    if context is not None and config.seq_len > context:
+        raise GossamerError(
+            f"--seq-len {config.seq_len} is over the model's context of {context} tokens; give at most {context}"
+        )
+    if config.seq_len < 2:
+        raise GossamerError(f"--seq-len {config.seq_len} leaves nothing to predict; give at least 2")
+
+
+def blocks_of(
+    config: RunConfig,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress | None = None,
+) -> Blocks:
+    """The blocks that a configuration asks for; of a stream the unseen ones only.
+
+    ``progress`` is called with the number of blocks sampled so far, and of all, where the model samples them itself.
+
+    Raises:
+        GossamerError: naming the text and what is wrong with it.
+    """
+    training = config.training
+    sizes = {
+        "seq_len": config.seq_len,
+        "validation_blocks": max(1, config.validation_tokens // config.seq_len),
+        "held_out_blocks": max(1, config.held_out_tokens // config.seq_len),
+    }
+    if config.stream:
+        return unseen_blocks(config.text, tokenizer, **sizes)
+    count = training.steps * training.blocks_per_step
+    return load_blocks(
+        config.text, tokenizer, **sizes, train_blocks=count, seed=training.seed, model=dense, progress=progress
+    )
+
+
+def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -> None:
+    """Write what a run starts from into its folder: the blocks, the configuration, the dense model's loss."""
+    training = config.training
+    tau_dense = measure_language(
+        dense, blocks.validation, precision=training.precision, prompt_tokens=training.prompt_tokens
+    ).loss
+    tau = config.tau if config.tau is not None else tau_dense + config.slack
+    record = {
+        "config": asdict(config),
+        "versions": versions(),
+        "measured": {"loss_dense": tau_dense, "tau": tau, "tokens_before": _tokens_before(config)},
+    }
+    parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
+    save_file(parts, folder / "blocks.safetensors")
+    write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,312 @@
+"""A whole post-training run in one directory: begun, the sparse model trained, then the dense control.
+
+Everything that depends on chance is a function of the seed, so a run that is killed and resumed ends
+where one never interrupted ends.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from gossamer.files import write_text, written_beside
+from gossamer.models.checkpoint import load, save
+from gossamer.models.convert import sparsify
+from gossamer.models.lora import add_adapters, merge_adapters
+from gossamer.models.lora_files import save_adapter
+from gossamer.models.pretrained import load_dense
+from gossamer.runs.beginning import begin
+from gossamer.runs.record import Run, load_control, run_device
+from gossamer.runs.settings import RunConfig
+from gossamer.training.checkpoints import checkpoints, last_sound
+from gossamer.training.data import BlockDataset
+from gossamer.training.processes import by_first, check_processes, processes, together
+from gossamer.training.progress import StepLog, sampling_shown
+from gossamer.training.stream import BlockStream
+from gossamer.training.trainer import PostTrainer, SparsityTrainer, Validation, choose_trained, without_dropout
+from gossamer.training.watching import check_watchers, watch
+
+WOUND_UP = 100
+"""So many times its first value lambda says that the gates no longer answer it (docs/LOG.md)."""
+
+
+def post_train(
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    report_to: Sequence[str] = (),
+    console: Console | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Run:
+    """Make a sparse model of a dense one, and its dense control, in ``folder``.
+
+    Started in several processes (torchrun, ``accelerate launch``), they train together: the first one prepares, draws
+    and writes, and all of them have to see the folder.
+
+    Args:
+        config: what to do.
+        folder: the run's directory; must not exist yet, or with ``resume`` must hold the same run begun.
+        resume: go on from the last checkpoint without a fault; begin if there is nothing yet.
+        report_to: what shows the training of the sparse model: names of :mod:`gossamer.training.watching`.
+        console: where progress is drawn; none if None.
+        warn: is given one line for each thing the user should know at once.
+
+    Returns:
+        The run, with ``model/`` and, unless ``config.control`` is False, ``control/`` in it.
+
+    Raises:
+        GossamerError: on bad input, before anything is written; on a loss that is not finite; if the
+            directory cannot be written. On all processes, if one finds it.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    job = Job(Run(Path(folder)), config, console or Console(quiet=True), warn or (lambda line: None), tuple(report_to))
+    first = processes().is_main_process
+    with together():
+        check_processes(config.training.processes)
+        if first:
+            check_watchers(report_to)
+            with sampling_shown(job.console) as progress:
+                dense, tokenizer = begin(job.run, config, progress, resume=resume)
+    if not first:
+        job = replace(job, console=Console(quiet=True), warn=lambda line: None)
+    with together():
+        if not first:
+            dense, tokenizer = load_dense(config.model)
+    job.train(dense, tokenizer)
+    return job.run
+
+
+@dataclass(frozen=True)
+class Job:
+    """The training of a run that was begun.
+
+    Attributes:
+        run: the run.
+        config: its settings.
+        console: where progress is drawn.
+        warn: is given one line for each thing the user should know at once.
+        report_to: what shows the training of the sparse model.
+    """
+
+    run: Run
+    config: RunConfig
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    warn: Callable[[str], None] = lambda line: None
+    report_to: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> Run | None:
+        """The run that this one starts from."""
+        folder = self.config.start_from
+        return None if folder is None else Run(Path(folder))
+
+    @property
+    def adapters(self) -> bool:
+        """Whether adapters are trained: then ``dense`` itself becomes the sparse model, without a copy."""
+        return self.config.training.train == "lora"
+
+    def train(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Train what the run does not have yet: the sparse model and, if wanted, the dense control."""
+        run, config = self.run, self.config
+        record = run.record()
+        tau_dense, tau = record["measured"]["loss_dense"], record["measured"]["tau"]
+        if config.training.constraint == "ce" and tau < tau_dense:
+            self.warn(
+                f"tau {tau:.3f} is below the dense model's held-out loss {tau_dense:.3f}: "
+                "the constraint may be out of reach"
+            )
+        if not run.model.exists():
+            self.train_sparse(dense, tokenizer, tau)
+            if self.adapters and config.control:
+                dense = load_dense(run.dense)[0]
+        if config.control and not run.control.exists():
+            self.train_control(dense, tokenizer)
+
+    def train_sparse(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tau: float) -> None:
+        """Train the sparse model and save it."""
+        run, config, training = self.run, self.config, self.config.training
+        bound, margin = tau, config.margin
+        if training.constraint == "kl":
+            bound, margin = config.epsilon, min(config.margin, config.epsilon / 10)
+        trainer = SparsityTrainer(
+            self._gated(dense),
+            self._reference(dense),
+            bound - margin,
+            training,
+            self._blocks(tokenizer),
+            run.blocks("validation"),
+            run.checkpoints,
+            tokenizer=tokenizer,
+        )
+        if processes().is_main_process:
+            begun = last_sound(trainer.folder)[0]
+            watch(trainer, self.report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1)
+        self.fit(trainer, "sparse", "training.jsonl", bound)
+        selected = trainer.select_weights()
+        whole = trainer.whole_weights()
+        with together():
+            if processes().is_main_process:
+                self._tell(trainer, selected)
+                self._save_sparse(cast(PreTrainedModel, trainer.model), whole, tokenizer)
+
+    def train_control(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Train the dense control, the dense model fine-tuned on the same text for the same steps, and save it."""
+        run, config = self.run, self.config
+        control = (
+            copy.deepcopy(dense) if config.start_from is None else load_control(Run(Path(config.start_from)), "cpu")
+        )
+        self._prepare(control)
+        trainer = PostTrainer(control, config.training, self._blocks(tokenizer), run.control_checkpoints)
+        self.fit(trainer, "control", "control.jsonl")
+        whole = trainer.whole_weights()
+        with together():
+            if not processes().is_main_process:
+                return
+            if whole is not None:
+                control = self._put_together(load_dense(run.dense)[0], whole)
+            if self.adapters:
+                merge_adapters(control)
+            with written_beside(run.control) as staging:
+                control.save_pretrained(staging)
+                tokenizer.save_pretrained(staging)
+            shutil.rmtree(run.control_checkpoints, ignore_errors=True)
+
+    def fit(self, trainer: PostTrainer, label: str, log: str, bound: float | None = None) -> None:
+        """Train from the last checkpoint without a fault, with progress on the console and every step in a log.
+
+        Args:
+            trainer: what to train.
+            label: in front of the bar.
+            log: the file's name in the run's directory.
+            bound: of the constraint, as it is shown; None without a constraint.
+        """
+        config = self.config
+        checkpoint = by_first(lambda: self._resume_point(trainer.folder))
+        steps = StepLog(
+            trainer,
+            label,
+            self.run.folder / log,
+            bound=bound,
+            tokens_per_step=config.tokens_per_step,
+            console=self.console,
+        )
+        if processes().is_main_process:
+            trainer.add_callback(steps)
+        with without_dropout(cast(PreTrainedModel, trainer.model)):
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                steps.progress.stop()
+        if trainer.stream is not None and (rounds := trainer.stream.rounds):
+            self.warn(
+                f"{config.text} ended before the training did and began again; parts of it were read {rounds + 1} times"
+            )
+
+    def _resume_point(self, folder: Path) -> Path | None:
+        """The last checkpoint without a fault; what is newer, or was not finished, is removed."""
+        for partial in folder.glob(".*.partial"):
+            shutil.rmtree(partial)
+        checkpoint, faults = last_sound(folder)
+        for line in faults:
+            self.warn(f"{line}; resuming from {checkpoint or 'the start'}")
+        for damaged in checkpoints(folder):
+            if checkpoint is None or int(damaged.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
+                shutil.rmtree(damaged)
+        return checkpoint
+
+    def _gated(self, dense: PreTrainedModel) -> PreTrainedModel:
+        """The sparse model before its training."""
+        if self.start is not None:
+            model = load(self.start.model)
+        else:
+            model = sparsify(dense, gate_bias=self.config.gate_bias, inplace=self.adapters)
+        self._prepare(model)
+        return model
+
+    def _reference(self, dense: PreTrainedModel) -> PreTrainedModel | None:
+        """The dense model beside the sparse one, where the constraint needs it and the sparse one does not hold it."""
+        training = self.config.training
+        if training.constraint != "kl" or self.adapters:
+            return None
+        reference = copy.deepcopy(dense).to(run_device())
+        return reference.to(torch.bfloat16) if training.precision == "bf16" else reference
+
+    def _blocks(self, tokenizer: PreTrainedTokenizerBase) -> BlockDataset | BlockStream:
+        config = self.config
+        if not config.stream:
+            return BlockDataset(self.run.blocks("train"))
+        here = processes()
+        return BlockStream(
+            config.text,
+            tokenizer,
+            config.seq_len,
+            process=here.process_index,
+            processes=here.num_processes,
+            workers=config.stream_workers,
+            most=config.training.steps * config.training.gradient_accumulation,
+        )
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """Let gradients flow to what is trained, adapters put on where they are."""
+        config = self.config
+        if self.adapters:
+            add_adapters(
+                model,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                targets=config.lora_targets,
+                seed=config.training.seed,
+            )
+        else:
+            choose_trained(model, config.training.train)
+
+    def _put_together(self, model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
+        """A fresh model, on the first process, with the weights of one that was trained in shards."""
+        self._prepare(model)
+        model.load_state_dict(weights)
+        return model
+
+    def _tell(self, trainer: SparsityTrainer, selected: Validation | None) -> None:
+        """Record which step's weights were kept, and warn of what went wrong on the way there."""
+        training = self.config.training
+        first, last = training.multiplier.initial, trainer.multiplier.value
+        if last >= WOUND_UP * first and not trainer.holds_bound(selected):
+            self.warn(
+                f"lambda went from {first:g} to {last:.3g} and the bound less its margin is missed on the validation "
+                "text: gates that are shut hardly open again. Begin with more links open (--gate-bias) or a larger "
+                "--initial-multiplier, or shut them more slowly (--gate-learning-rate)"
+            )
+        if selected is None:
+            return
+        record = self.run.record()
+        record["measured"]["selected"] = asdict(selected)
+        write_text(self.run.folder / "config.json", json.dumps(record, indent=2) + "\n")
+        if selected.step != training.steps:
+            self.warn(
+                "the last step missed the bound less its margin, or was less sparse; the model kept is that of "
+                f"step {selected.step}"
+            )
+
+    def _save_sparse(
+        self, model: PreTrainedModel, whole: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        run = self.run
+        if whole is not None:
+            fresh = sparsify(load_dense(run.dense)[0], gate_bias=self.config.gate_bias, inplace=True)
+            model = self._put_together(fresh, whole)
+        if self.adapters:
+            save_adapter(model, run.adapter)
+            merge_adapters(model)
+        save(model, run.model, tokenizer)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
