@@ -28,6 +28,7 @@ from gossamer import sparsify
 from gossamer.models.lora import add_adapters
 from gossamer.runs.plan import StepShape, plan_run
 from gossamer.runs.presets import presets
+from gossamer.training.constraints import KLDivergence
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained, without_dropout
 from training import Blocks
 
@@ -48,8 +49,8 @@ CASES: dict[str, tuple[dict[str, Any], StepShape]] = {
     "SmolLM2-135M, T=256, batch 4, attention": (SMOL, replace(BASE, train="attention")),
     "SmolLM2-135M, T=256, batch 4, LoRA": (SMOL, replace(BASE, train="lora")),
     "SmolLM2-135M, T=1,024, batch 4, checkpointing": (SMOL, replace(BASE, seq_len=1024, gradient_checkpointing=True)),
-    "SmolLM2-135M, T=256, batch 4, KL": (SMOL, replace(BASE, constraint="kl")),
-    "SmolLM2-135M, T=256, batch 4, LoRA, KL": (SMOL, replace(BASE, train="lora", constraint="kl")),
+    "SmolLM2-135M, T=256, batch 4, KL": (SMOL, replace(BASE, constraint=KLDivergence())),
+    "SmolLM2-135M, T=256, batch 4, LoRA, KL": (SMOL, replace(BASE, train="lora", constraint=KLDivergence())),
     "SmolLM2-135M, T=256, batch 2 × 2": (SMOL, replace(BASE, batch_size=2, gradient_accumulation=2)),
     "GPT-2 124M, T=512, batch 2": (GPT2, replace(BASE, seq_len=512, batch_size=2)),
     "LLaMA 8 × 512, T=512, batch 4": (SMALL, replace(BASE, seq_len=512)),
@@ -64,7 +65,7 @@ def train(config: dict[str, Any], shape: StepShape, *, copy: bool = False) -> No
         model = sparsify(AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)),
                          inplace=True)  # fmt: skip
     reference = None
-    if shape.constraint == "kl" and (copy or shape.train != "lora"):
+    if shape.constraint.needs_dense and (copy or shape.train != "lora"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
         reference = reference.to(torch.bfloat16) if shape.precision == "bf16" else reference
     if shape.train == "lora":

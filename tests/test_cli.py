@@ -75,7 +75,13 @@ def test_a_run_leaves_a_sparse_model_and_its_figures(finished) -> None:
     assert "tokens/s" in result.stdout
     assert "λ" in result.stdout
     record = json.loads((out / "config.json").read_text())
-    assert record["config"]["training"]["seed"] == 0
+    assert record["config"]["seed"] == 0
+    assert record["constraint"] == {
+        "name": "ce",
+        "symbol": "τ",
+        "label": "loss",
+        "bound": record["measured"]["loss_dense"] + 0.01,
+    }
     assert {"torch", "transformers", "gossamer", "python"} <= set(record["versions"])
     assert [json.loads(line)["step"] for line in (out / "training.jsonl").read_text().splitlines()] == list(
         range(1, 61)
@@ -694,10 +700,10 @@ def test_a_preset_gives_what_the_command_line_does_not_say(saved_llama: Path, te
     config = json.loads((out / "config.json").read_text())["config"]
     assert config["model"] == str(saved_llama)
     assert config["seq_len"] == 16
-    assert config["training"]["precision"] == "fp32"
-    assert config["training"]["batch_size"] == 2
-    assert config["training"]["gradient_accumulation"] == 2  # the preset's; 1 without it
-    assert config["training"]["steps"] == 2
+    assert config["precision"] == "fp32"
+    assert config["batch_size"] == 2
+    assert config["gradient_accumulation"] == 2  # the preset's; 1 without it
+    assert config["steps"] == 2
     result = gossamer_command("sparsify", "--preset", "gpt2", "--out", tmp_path / "other")
     assert_refused(result, "no model 'openai-community/gpt2'")
     assert not (tmp_path / "other").exists()

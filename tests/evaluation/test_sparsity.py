@@ -109,7 +109,8 @@ def test_the_error_of_the_difference_is_that_of_each_block(run: Run, metrics: di
 
 @pytest.mark.parametrize(("over", "told"), [(0.001, True), (-0.001, True), (0.5, False), (-0.5, False)])
 def test_the_verdict_says_when_so_little_text_cannot_tell(over: float, told: bool) -> None:
-    metrics = {"constraint": "ce", "loss_sparse": 3.0 + over, "tau": 3.0, "constraint_met": over <= 0}
+    metrics = {"constraint_label": "loss", "constraint_value": 3.0 + over, "constraint_bound": 3.0,
+               "constraint_met": over <= 0}  # fmt: skip
     line = verdict(metrics | {"constraint_stderr": 0.04, "blocks_evaluated": 32})
     assert ("less than two standard errors apart (one is 0.0400 over 32 blocks)" in line) == told
     assert ("NOT met" in line) == (over > 0)

@@ -50,7 +50,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         AttentionPrompt(tuple(range(90)), "long"),
     ]
     write_attention(folder, {"dense": dense.eval(), "sparse": sparse}, Words(), prompts)  # type: ignore[arg-type]
-    (folder / "config.json").write_text(json.dumps({"config": {"training": {"constraint": "ce"}}, "measured": {}}))
+    (folder / "config.json").write_text(
+        json.dumps({"config": {}, "constraint": {"name": "ce", "symbol": "τ", "label": "loss", "bound": 3.0}})
+    )
     sentences = [
         {"text": f"{HOSTILE[0]} {place}", "links": [[place, 1, 4, 2]], "evidence": {"<b>cut</b>": 0.25 + place}}
         for place in range(3)

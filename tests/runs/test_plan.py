@@ -14,6 +14,7 @@ from gossamer.measures.losses import cross_entropy
 from gossamer.runs.plan import MARGIN, StepShape, alternatives, plan_run
 from gossamer.runs.presets import find_preset, presets
 from gossamer.runs.settings import RunConfig
+from gossamer.training.constraints import KLDivergence
 from gossamer.training.data import BlockDataset
 from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained
 
@@ -66,16 +67,18 @@ def test_terms_are_what_can_be_counted_by_hand() -> None:
     assert loss["logits and their gradient"] == 2 * 4 * 2 * 16 * 97
     assert loss["gradients"] == 0
     assert update["gradients"] == 4 * count
-    twice = plan_run(tiny("llama"), replace(SHAPE, gradient_accumulation=2, gpus=2, constraint="kl"))
+    twice = plan_run(tiny("llama"), replace(SHAPE, gradient_accumulation=2, gpus=2, constraint=KLDivergence()))
     assert twice.moments["loss"]["gradients"] == 4 * count
     assert twice.moments["loss"]["gradient buckets of several GPUs"] == 4 * count
-    assert twice.moments["loss"]["dense reference of the KL"] == 4 * count
+    assert twice.moments["loss"]["dense reference"] == 4 * count
     attention = plan_run(tiny("llama"), replace(SHAPE, train="attention"))
     assert attention.trained == 3 * (32 * 32 * 2 + 32 * 16 * 2)
     adapted = plan_run(tiny("llama"), replace(SHAPE, train="lora", lora_rank=2))
     assert adapted.trained == 3 * 2 * ((32 + 32) * 2 + (32 + 16) * 2)
-    inside = plan_run(tiny("llama"), replace(SHAPE, train="lora", lora_rank=2, constraint="kl")).moments["loss"]
-    assert inside["dense reference of the KL"] == 0
+    inside = plan_run(tiny("llama"), replace(SHAPE, train="lora", lora_rank=2, constraint=KLDivergence())).moments[
+        "loss"
+    ]
+    assert inside["dense reference"] == 0
     assert inside["logits and their gradient"] == 3 * 4 * 2 * 16 * 97
     chosen = plan_run(tiny("llama"), replace(SHAPE, train="lora", lora_rank=2, lora_targets=("up_proj",)))
     assert chosen.trained == 3 * 2 * (32 + 48)
@@ -90,7 +93,10 @@ def test_operations_are_two_a_weight_and_product() -> None:
     by_hand = 16 * 6 * (3 * layer + 32 * 97) + 2 * 7 * 3 * 4 * 8 * pairs
     assert 16 * plan.flops_per_token == pytest.approx(by_hand)
     assert plan.tokens_per_second(2, 100, 0.5) == pytest.approx(1e14 / plan.flops_per_token)
-    assert plan_run(tiny("gpt2"), replace(SHAPE, constraint="kl")).control_flops_per_token == plan.flops_per_token
+    assert (
+        plan_run(tiny("gpt2"), replace(SHAPE, constraint=KLDivergence())).control_flops_per_token
+        == plan.flops_per_token
+    )
 
 
 def test_alternatives_end_where_a_step_fits() -> None:

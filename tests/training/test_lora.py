@@ -1,7 +1,6 @@
 """Runs with adapters: what they leave, the dense model inside the sparse one, variants beside the plain run."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from gossamer.models.lora import add_adapters
 from gossamer.runs.job import post_train
 from gossamer.runs.record import Run
 from gossamer.runs.settings import RunConfig
+from gossamer.training.constraints import KLDivergence
 from gossamer.training.data import BlockDataset
 from gossamer.training.trainer import PostTrainer, SparsityTrainer, TrainingConfig, choose_trained, without_dropout
 
@@ -23,9 +23,16 @@ VALIDATION = tokens(5, 16, seed=1)
 
 
 def trained(folder: Path, *, part: str = "lora", copied: bool = False, **settings) -> SparsityTrainer:
-    """A trainer after its training, with the constraint ``kl``; ``copied``: the reference is a model of its own."""
+    """A trainer after its training, with the constraint on KL; ``copied``: the reference is a model of its own."""
     config = TrainingConfig(
-        **{"train": part, "steps": 6, "constraint": "kl", "checkpoint_every": 0, "validate_every": 3, **settings}
+        **{
+            "train": part,
+            "steps": 6,
+            "constraint": KLDivergence(),
+            "checkpoint_every": 0,
+            "validate_every": 3,
+            **settings,
+        }
     )
     model = gossamer.sparsify(tiny_model("llama"))
     if part == "lora":
@@ -107,10 +114,11 @@ def test_a_run_in_bf16_follows_that_in_fp32(part: str, hard_fraction: float, tmp
 
 @pytest.fixture
 def config(saved_llama: Path, text: Path) -> RunConfig:
-    training = TrainingConfig(train="lora", steps=8, constraint="kl", checkpoint_every=2, validate_every=2)
+    training = TrainingConfig(train="lora", steps=8, constraint=KLDivergence(epsilon=5.0), checkpoint_every=2,
+                              validate_every=2)  # fmt: skip
     return RunConfig(
         model=str(saved_llama), text=str(text), seq_len=16, validation_tokens=64, held_out_tokens=64, lora_rank=2,
-        lora_alpha=8.0, lora_targets=("q_proj", "mlp.up_proj"), epsilon=5.0, training=training,
+        lora_alpha=8.0, lora_targets=("q_proj", "mlp.up_proj"), training=training,
     )  # fmt: skip
 
 
@@ -172,10 +180,3 @@ def test_a_target_that_is_in_no_layer_stops_a_run_before_anything_is_written(con
     with pytest.raises(GossamerError, match="linear map 'q_prj'"):
         post_train(RunConfig(**{**vars(config), "lora_targets": ("q_prj",)}), tmp_path / "run")
     assert not list(tmp_path.iterdir())
-
-
-def test_configurations_from_before_there_were_targets_still_load(config: RunConfig) -> None:
-    values = json.loads(json.dumps(asdict(config)))
-    assert RunConfig.from_dict(values) == config
-    del values["lora_targets"]
-    assert RunConfig.from_dict(values).lora_targets == ()

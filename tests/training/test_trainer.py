@@ -14,6 +14,7 @@ from gossamer.models.architectures import attention_modules
 from gossamer.models.checkpoint import gate_biases
 from gossamer.models.lora import add_adapters, merge_adapters
 from gossamer.training.checkpoints import checkpoints, fault, last_sound
+from gossamer.training.constraints import CONSTRAINTS
 from gossamer.training.data import BlockDataset
 from gossamer.training.stream import BlockStream
 from gossamer.training.trainer import PostTrainer, SparsityTrainer, TrainingConfig, choose_trained, without_dropout
@@ -65,7 +66,13 @@ def test_a_bound_out_of_reach_raises_the_multiplier(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ce", "kl"])
 def test_the_multiplier_follows_the_validation_blocks_under_hard_gates(kind: str, tmp_path: Path) -> None:
-    settings = {"constraint": kind, "steps": 2, "validate_every": 2, "checkpoint_every": 0, "hard_fraction": 0.0}
+    settings = {
+        "constraint": CONSTRAINTS[kind](),
+        "steps": 2,
+        "validate_every": 2,
+        "checkpoint_every": 0,
+        "hard_fraction": 0.0,
+    }
     trainer = make_trainer(tmp_path, bound=0.25, **settings)
     trainer.train()
     with torch.no_grad():

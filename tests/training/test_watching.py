@@ -39,7 +39,7 @@ def test_tensorboard_shows_every_step_and_layer(saved_llama: Path, text: Path, t
     for line in lines:
         mean = sum(layer[line["step"]] for layer in layers) / 3  # each layer has as many allowed links
         assert mean == pytest.approx(line["open_fraction"], rel=1e-5)
-    bound = run.record()["measured"]["tau"] - run.config().margin
+    bound = run.record()["constraint"]["bound"] - run.config().margin
     wanted = {line["step"]: line["constrained_held_out"] - bound for line in lines if "constrained_held_out" in line}
     assert len(wanted) == STEPS - 1  # from the first measurement on
     assert shown("violation") == pytest.approx(wanted, rel=1e-4, abs=1e-6)

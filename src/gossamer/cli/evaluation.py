@@ -1,6 +1,5 @@
 """evaluate and inspect: the figures of a run, and what a model is."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -152,14 +151,13 @@ def inspect(
 
 def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
     from gossamer.evaluation.evaluate import summary_tables, verdict
+    from gossamer.runs.upgrade import upgraded_metrics
 
-    config = dataclasses.asdict(run.config())
-    rows = {**config.pop("training"), **config}
-    console.print(facts_table(f"Run {run.folder}", {key: value for key, value in rows.items() if key != "multiplier"}))
+    console.print(facts_table(f"Run {run.folder}", run.config().to_dict()))
     if not run.metrics.exists():
         console.print("Not evaluated yet: finish it with --resume, then gossamer evaluate.")
         return
-    metrics = json.loads(run.metrics.read_text())
+    metrics = upgraded_metrics(json.loads(run.metrics.read_text()))
     for table in summary_tables(metrics):
         console.print(table)
     console.print(verdict(metrics), style="bold")

@@ -177,8 +177,9 @@ def sparsify(
     from gossamer.runs.job import post_train
     from gossamer.runs.record import Run
     from gossamer.runs.settings import RunConfig
-    from gossamer.training.constraint import MultiplierConfig
+    from gossamer.training.constraints import CrossEntropy, KLDivergence
     from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.multiplier import MultiplierConfig
     from gossamer.training.processes import leave, processes, speak_when_terminated
     from gossamer.training.trainer import TrainingConfig
 
@@ -193,9 +194,6 @@ def sparsify(
         seq_len=seq_len,
         validation_tokens=validation_tokens,
         held_out_tokens=held_out_tokens,
-        tau=tau,
-        slack=slack,
-        epsilon=epsilon,
         margin=margin,
         gate_bias=gate_bias,
         start_from=None if start_from is None else str(start_from),
@@ -215,7 +213,7 @@ def sparsify(
             learning_rate=learning_rate,
             gate_learning_rate=gate_learning_rate,
             hard_fraction=hard_fraction,
-            constraint=constraint.value,
+            constraint=CrossEntropy(slack, tau) if constraint.value == "ce" else KLDivergence(epsilon),
             objective=objective.value,
             multiplier=MultiplierConfig(
                 initial=initial_multiplier, rate=multiplier_rate, proportional=multiplier_proportional
@@ -276,6 +274,7 @@ def plan(
 
     from gossamer.runs.plan import MARGIN, RESERVE, StepShape, alternatives, plan_run
     from gossamer.runs.presets import find_preset
+    from gossamer.training.constraints import CONSTRAINTS
 
     logging.set_verbosity_error()
     chosen = find_preset(preset)
@@ -286,7 +285,7 @@ def plan(
         train=train.value,
         lora_rank=lora_rank,
         lora_targets=names(lora_targets),
-        constraint=constraint.value,
+        constraint=CONSTRAINTS[constraint.value](),
         precision=precision.value,
         gradient_checkpointing=gradient_checkpointing,
         gpus=gpus,

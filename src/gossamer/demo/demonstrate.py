@@ -44,8 +44,9 @@ from gossamer.runs.beginning import write_beginning
 from gossamer.runs.job import Job
 from gossamer.runs.record import Run, load_sparse
 from gossamer.runs.settings import RunConfig
-from gossamer.training.constraint import MultiplierConfig
+from gossamer.training.constraints import CrossEntropy
 from gossamer.training.data import BlockDataset, Blocks
+from gossamer.training.multiplier import MultiplierConfig
 from gossamer.training.trainer import PostTrainer, TrainingConfig
 
 _BATCH = 256
@@ -88,6 +89,7 @@ class DemoConfig:
             hard_fraction=0.4,
             fused_optimizer=False,
             prompt_tokens=PROMPT_TOKENS,
+            constraint=CrossEntropy(slack=0.0),
             multiplier=MultiplierConfig(initial=0.05, rate=0.2, largest_violation=0.02, largest=10.0),
             checkpoint_every=20,
         )
@@ -205,7 +207,6 @@ def run_config(config: DemoConfig) -> RunConfig:
         seq_len=TOKENS,
         validation_tokens=config.validation * TOKENS,
         held_out_tokens=config.held_out * TOKENS,
-        slack=0.0,
         margin=0.0,
         gate_bias=config.gate_bias,
         control=False,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from gossamer.measures.links import LinkTally
 from gossamer.measures.losses import cross_entropy, kl_divergence
-from gossamer.models.attention import counted_links
+from gossamer.models.attention import LinkCounts, counted_links
 from gossamer.models.convert import is_gated
 
 Measured = TypeVar("Measured")
@@ -81,7 +81,10 @@ def forward_passes(
     with torch.no_grad():
         for batch in batches:
             ids, tally = batch.to(device), LinkTally.empty(*shape)
-            with counted_links(model) if is_gated(model) else nullcontext({}) as counts:
+            counting: AbstractContextManager[dict[int, LinkCounts]] = nullcontext({})
+            if is_gated(model):
+                counting = counted_links(model)
+            with counting as counts:
                 logits = model(input_ids=ids, use_cache=False).logits
             tally.add(counts, ids.numel())
             found.append((measure(logits, ids), tally))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.errors import GossamerError
+from gossamer.runs.upgrade import upgraded_metrics, upgraded_record
 
 SHOWN = {
     "open_fraction": "open fraction",
@@ -15,16 +16,15 @@ SHOWN = {
     "loss_dense": "loss, dense (nats)",
     "loss_sparse": "loss, sparse (nats)",
     "loss_dense_control": "loss, dense control (nats)",
-    "tau": "bound on the loss (nats)",
     "kl": "KL(dense ‖ sparse) (nats)",
-    "epsilon": "bound on the KL (nats)",
+    "constraint_bound": "bound on the {constraint_label} (nats)",
     "constraint_met": "constraint met",
     "seq_len": "tokens in a block",
     "tokens_trained": "tokens trained",
     "tokens_trained_before": "tokens trained before, in the run it started from",
     "seed": "seed",
 }
-"""What a summary shows of ``metrics.json``, and how it calls it."""
+"""What a summary shows of ``metrics.json``, and how it calls it; braces hold the key of a name."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Records:
     def summary(self) -> dict[str, str]:
         """The main figures by name, as texts."""
         metrics = self.metrics or {}
-        return {name: _text(metrics[key]) for key, name in SHOWN.items() if metrics.get(key) is not None}
+        shown = {name: key for key, name in SHOWN.items() if metrics.get(key) is not None}
+        return {name.format_map(metrics): _text(metrics[key]) for name, key in shown.items()}
 
     def __repr__(self) -> str:
         return f"Records({str(self.folder)!r}, " + ", ".join(f"{k}={v}" for k, v in self.summary().items()) + ")"
@@ -85,13 +86,14 @@ def load_records(folder: str | Path) -> Records:
     config = _json(folder / "config.json")
     if not isinstance(config, dict) or "config" not in config:
         raise GossamerError(f"{folder} is not a run: it has no config.json of gossamer sparsify or demo")
+    metrics = _json(folder / "metrics.json")
     tasks = {}
     for file in sorted(folder.glob("circuits/*/circuits.json")):
         tasks[file.parent.name] = TaskRecord(_json(file), _json(file.parent / "links.json"))
     return Records(
         folder,
-        config,
-        _json(folder / "metrics.json"),
+        upgraded_record(config),
+        None if metrics is None else upgraded_metrics(metrics),
         _lines(folder / "training.jsonl"),
         tasks,
         _json(folder / "attention.json"),

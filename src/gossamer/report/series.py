@@ -37,22 +37,20 @@ class Chart:
 
 
 def training_charts(records: Records) -> list[Chart]:
-    """Constrained loss with its bound, open fraction and multiplier by step; none without ``training.jsonl``."""
+    """The constraint with its bound, open fraction and multiplier by step; none without ``training.jsonl``."""
     rows = records.training
     if not rows:
         return []
     metrics = records.metrics or {}
-    kl = records.config["config"].get("training", {}).get("constraint") == "kl"
-    measured = records.config.get("measured", {})
-    bound = metrics.get("epsilon") if kl else metrics.get("tau", measured.get("tau"))
-    name = "KL(dense ‖ sparse)" if kl else "cross-entropy"
+    constraint = records.config["constraint"]
+    bound = metrics.get("constraint_bound", constraint["bound"])
+    name = constraint["label"]
     ends = (rows[0]["step"], rows[-1]["step"])
     losses = [
         Series("training batch", _column(rows, "constrained")),
         Series("validation, hard gates", _column(rows, "constrained_held_out")),
+        Series(f"bound {constraint['symbol']}", ((ends[0], bound), (ends[1], bound))),
     ]
-    if bound is not None:
-        losses.append(Series("bound", ((ends[0], bound), (ends[1], bound))))
     return [
         Chart(f"The constraint: {name}", "step", f"{name} (nats)", tuple(losses)),
         Chart(

@@ -1,11 +1,8 @@
 """How a run begins: everything that can be wrong is found, then text, settings and the dense loss are written."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +35,7 @@ def begin(
     Raises:
         GossamerError: on bad input, before anything is written; if the directory cannot be written.
     """
-    _check_numbers(asdict(config))
+    config.check()
     if resume:
         run.remove_staging()
         if run.folder.exists():
@@ -51,8 +48,6 @@ def begin(
         adapter_targets(dense, config.lora_targets)
     if config.start_from is not None:
         _check_start(config)
-    if config.training.constraint == "kl" and config.epsilon <= 0:
-        raise GossamerError(f"--epsilon {config.epsilon:g} cannot be held: no KL is below 0; give for example 0.05")
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
         blocks = blocks_of(config, dense, tokenizer, progress)
@@ -61,26 +56,17 @@ def begin(
     return dense, tokenizer
 
 
-def _check_numbers(settings: dict[str, Any], before: str = "--") -> None:
-    for key, value in settings.items():
-        name = before + key.replace("_", "-")
-        if isinstance(value, dict):
-            _check_numbers(value, before if key == "training" else f"{name}-")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise GossamerError(f"{name} {value} is not a number to train with; give a finite one")
-
-
 def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
-    before, now = asdict(begun), asdict(asked)
+    before, now = begun.to_dict(), asked.to_dict()
     if begun.training.processes != asked.training.processes:
         raise GossamerError(
             f"{folder} was begun with {begun.training.processes} processes, not {asked.training.processes}; "
             "resume with as many, or give another --out"
         )
-    for key in before:
-        if before[key] != now[key]:
+    for key in now:
+        if before.get(key) != now[key]:
             raise GossamerError(
-                f"{folder} was begun with {key}={before[key]!r}, not {now[key]!r}; "
+                f"{folder} was begun with {key}={before.get(key)!r}, not {now[key]!r}; "
                 "resume with the same settings, or give another --out"
             )
 
@@ -173,14 +159,14 @@ def blocks_of(
 def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -> None:
     """Write what a run starts from into its folder: the blocks, the configuration, the dense model's loss."""
     training = config.training
-    tau_dense = measure_language(
+    dense_loss = measure_language(
         dense, blocks.validation, precision=training.precision, prompt_tokens=training.prompt_tokens
     ).loss
-    tau = config.tau if config.tau is not None else tau_dense + config.slack
     record = {
-        "config": asdict(config),
+        "config": config.to_dict(),
+        "constraint": training.constraint.words(dense_loss),
         "versions": versions(),
-        "measured": {"loss_dense": tau_dense, "tau": tau, "tokens_before": _tokens_before(config)},
+        "measured": {"loss_dense": dense_loss, "tokens_before": _tokens_before(config)},
     }
     parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
     save_file(parts, folder / "blocks.safetensors")

@@ -119,30 +119,23 @@ class Job:
     def train(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Train what the run does not have yet: the sparse model and, if wanted, the dense control."""
         run, config = self.run, self.config
-        record = run.record()
-        tau_dense, tau = record["measured"]["loss_dense"], record["measured"]["tau"]
-        if config.training.constraint == "ce" and tau < tau_dense:
-            self.warn(
-                f"tau {tau:.3f} is below the dense model's held-out loss {tau_dense:.3f}: "
-                "the constraint may be out of reach"
-            )
+        dense_loss = run.record()["measured"]["loss_dense"]
+        for line in config.training.constraint.warnings(dense_loss):
+            self.warn(line)
         if not run.model.exists():
-            self.train_sparse(dense, tokenizer, tau)
+            self.train_sparse(dense, tokenizer, config.training.constraint.bound(dense_loss))
             if self.adapters and config.control:
                 dense = load_dense(run.dense)[0]
         if config.control and not run.control.exists():
             self.train_control(dense, tokenizer)
 
-    def train_sparse(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tau: float) -> None:
-        """Train the sparse model and save it."""
+    def train_sparse(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bound: float) -> None:
+        """Train the sparse model under the bound, nats, and save it."""
         run, config, training = self.run, self.config, self.config.training
-        bound, margin = tau, config.margin
-        if training.constraint == "kl":
-            bound, margin = config.epsilon, min(config.margin, config.epsilon / 10)
         trainer = SparsityTrainer(
             self._gated(dense),
             self._reference(dense),
-            bound - margin,
+            bound - training.constraint.margin(config.margin),
             training,
             self._blocks(tokenizer),
             run.blocks("validation"),
@@ -237,7 +230,7 @@ class Job:
     def _reference(self, dense: PreTrainedModel) -> PreTrainedModel | None:
         """The dense model beside the sparse one, where the constraint needs it and the sparse one does not hold it."""
         training = self.config.training
-        if training.constraint != "kl" or self.adapters:
+        if not training.constraint.needs_dense or self.adapters:
             return None
         reference = copy.deepcopy(dense).to(run_device())
         return reference.to(torch.bfloat16) if training.precision == "bf16" else reference

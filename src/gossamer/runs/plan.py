@@ -14,7 +14,7 @@ parameter counts. Memory is summed at the four moments of a step that can be its
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ from gossamer.measures.losses import POSITIONS
 from gossamer.models.architectures import ARCHITECTURES
 from gossamer.models.lora import add_adapters
 from gossamer.ops.chunked import BLOCK
-from gossamer.training.constraint import ConstraintKind
+from gossamer.training.constraints import Constraint, CrossEntropy
 from gossamer.training.trainer import TrainedPart, choose_trained
 
 _FAKE_ATTENTION = "gossamer-plan"
@@ -54,7 +54,7 @@ class StepShape:
         train: which weights move.
         lora_rank: of the adapters, when those are trained.
         lora_targets: the linear maps that they go on; all of the attention if there are none.
-        constraint: ``kl`` runs the dense model too: a copy, but where adapters are trained.
+        constraint: some run the dense model too: a copy, but where adapters are trained.
         precision: of the matrix products.
         gradient_checkpointing: keep only what goes into each layer, and compute the rest a second time.
         gpus: processes with a copy of the model each; their batches add up.
@@ -67,7 +67,7 @@ class StepShape:
     train: TrainedPart = "all"
     lora_rank: int = 16
     lora_targets: tuple[str, ...] = ()
-    constraint: ConstraintKind = "ce"
+    constraint: Constraint = field(default_factory=CrossEntropy)
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
     gpus: int = 1
@@ -144,7 +144,7 @@ def plan_run(config: dict[str, Any], shape: StepShape) -> Plan:
         trained=_count(model, trained=True),
         moments=_moments(model, kept, shape, parameters),
         flops_per_token=_flops(model, shape),
-        control_flops_per_token=_flops(model, replace(shape, constraint="ce")),
+        control_flops_per_token=_flops(model, replace(shape, constraint=CrossEntropy())),
     )
 
 
@@ -282,7 +282,7 @@ def _moments(model: PreTrainedModel, kept: _Kept, shape: StepShape, parameters: 
     largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
     logits = shape.tokens * vocabulary
     rows = min(POSITIONS, shape.tokens)
-    kl = shape.constraint == "kl"
+    dense = shape.constraint.needs_dense
     half = 2 if shape.precision == "bf16" else 4
     # Trainer makes float32 of the logits of its own model, which with adapters is the dense one as well.
     dense_logits = 4 if shape.train == "lora" else half
@@ -292,7 +292,7 @@ def _moments(model: PreTrainedModel, kept: _Kept, shape: StepShape, parameters: 
         "weights (float32)": 4 * everything,
         "AdamW states": 8 * trained,
         "gradient buckets of several GPUs": gradients if shape.gpus > 1 else 0,
-        "dense reference of the KL": half * parameters if kl and shape.train != "lora" else 0,
+        "dense reference": half * parameters if dense and shape.train != "lora" else 0,
     }
     activations = kept.total
     working = kept.layer
@@ -309,8 +309,8 @@ def _moments(model: PreTrainedModel, kept: _Kept, shape: StepShape, parameters: 
     loss = {
         "activations": activations,
         "gradients": accumulated,
-        "logits and their gradient": 8 * logits + (dense_logits * logits if kl else 0),
-        "float32 rows of the loss": (4 if kl else 2) * 4 * rows * vocabulary,
+        "logits and their gradient": 8 * logits + (dense_logits * logits if dense else 0),
+        "float32 rows of the loss": (4 if dense else 2) * 4 * rows * vocabulary,
     }
     backward = {
         "activations": activations,
@@ -342,5 +342,5 @@ def _flops(model: PreTrainedModel, shape: StepShape) -> float:
     forward = 2 * weights + 2 * product
     backward = 2 * weights + 2 * trained + 5 * product
     again = forward if shape.gradient_checkpointing else 0
-    reference = 2 * weights + 2 * product if shape.constraint == "kl" else 0
+    reference = 2 * weights + 2 * product if shape.constraint.needs_dense else 0
     return float(forward + backward + again + reference)

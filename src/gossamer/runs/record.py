@@ -30,6 +30,7 @@ from gossamer.files import remove_staging
 from gossamer.models.checkpoint import load
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.settings import RunConfig
+from gossamer.runs.upgrade import upgraded_record
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,9 @@ class Run:
         return self.folder / "metrics.json"
 
     def record(self) -> dict[str, Any]:
-        """The contents of ``config.json``: ``config``, ``versions``, ``measured``."""
+        """The contents of ``config.json``: ``config``, ``constraint``, ``versions``, ``measured``."""
         try:
-            return dict(json.loads((self.folder / "config.json").read_text()))
+            return upgraded_record(json.loads((self.folder / "config.json").read_text()))
         except OSError as error:
             raise GossamerError(f"{self.folder} is not a run: it has no readable config.json") from error
         except ValueError as error:
@@ -92,7 +93,7 @@ class Run:
         record = self.record()
         if "config" not in record:
             raise GossamerError(f"{self.folder} is not a run: its config.json is of another kind")
-        return RunConfig.from_dict(record["config"])
+        return RunConfig.from_dict(record["config"], source=str(self.folder / "config.json"))
 
     def remove_staging(self) -> None:
         """Remove what a killed process left while it wrote the directory or a model in it."""

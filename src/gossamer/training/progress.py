@@ -30,7 +30,7 @@ class StepLog(TrainerCallback):
         trainer: whose measurements to take.
         label: what is being trained, in front of the bar.
         file: where to append; lines of steps that a resumed run repeats are dropped.
-        bound: tau or epsilon, nats; None for the dense control.
+        bound: of the constraint, nats; None for the dense control.
         tokens_per_step: over all devices.
         console: where to draw; a plain line now and then where it is not a terminal.
     """
@@ -86,12 +86,11 @@ class StepLog(TrainerCallback):
     def figures(self, speed: float) -> str:
         """The step's figures in one line."""
         last = self.trainer.last
-        kl = self.trainer.config.constraint == "kl" and self.bound is not None
-        parts = [f"{'KL' if kl else 'loss'} {last['constrained']:.3f}"]
+        parts = [f"{self.trainer.label} {last['constrained']:.3f}"]
         if "constrained_held_out" in last:
             parts.append(f"held-out {last['constrained_held_out']:.3f}")
         if self.bound is not None:
-            parts.append(f"{'ε' if kl else 'τ'} {self.bound:.3f}")
+            parts.append(f"{self.trainer.config.constraint.symbol} {self.bound:.3f}")
         if "multiplier" in last:
             parts.append(f"λ {last['multiplier']:.3g}")
             parts.append(f"open {100 * last['open_fraction']:.2f} %")

@@ -1,11 +1,11 @@
 """Post-training under the constraint, on transformers' Trainer.
 
-Each step minimises the Lagrangian of :mod:`gossamer.training.constraint` on a batch, with sampled gates at first
+Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch, with sampled gates at first
 and, in the last part of a run (``hard_fraction``), with the hard gates of evaluation.
 
 The multiplier does not follow the training batches: what it has to hold is the loss on unseen text with hard gates,
 and a batch's loss says more about the batch than about the model. So every ``validate_every`` steps the constrained
-quantity is measured with hard gates on a fixed set of validation blocks, the same on which tau was measured; the
+quantity is measured with hard gates on a fixed set of validation blocks, the same on which the dense model was; the
 violation found there moves lambda until the next measurement. Figures are reported on yet other blocks.
 
 The last step need not hold the bound. A run therefore ends with the sparsest of its last weights and its checkpoints
@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -41,8 +41,9 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from gossamer.errors import GossamerError
+from gossamer.fields import documented, setting
 from gossamer.measures.language import forward_passes
-from gossamer.measures.losses import cross_entropy, kl_divergence
+from gossamer.measures.losses import cross_entropy
 from gossamer.models.architectures import attention_modules
 from gossamer.models.attention import counted_links, sampled_gates
 from gossamer.models.checkpoint import read_weights, write_model
@@ -50,68 +51,57 @@ from gossamer.models.convert import is_gated
 from gossamer.models.lora import as_dense
 from gossamer.ops import fold_seed
 from gossamer.training.checkpoints import checkpoints, fault, seal
-from gossamer.training.constraint import (
-    ConstraintKind,
-    Multiplier,
-    MultiplierConfig,
-    ObjectiveKind,
-    lagrangian,
-)
+from gossamer.training.constraints import Constraint, CrossEntropy
+from gossamer.training.multiplier import Multiplier, MultiplierConfig, ObjectiveKind, lagrangian
 from gossamer.training.processes import by_first, check_processes, stopped_together, together
 from gossamer.training.stream import BlockStream
 
 TrainedPart = Literal["all", "attention", "lora"]
+Precision = Literal["fp32", "bf16"]
 
 
+@documented
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to post-train; the defaults were found by the trials in ``docs/LOG.md``.
+    """How to post-train; the defaults were found by the trials in ``docs/LOG.md``."""
 
-    Attributes:
-        train: which weights move besides the gate biases.
-        steps: optimiser steps.
-        batch_size: blocks in one forward pass of one process.
-        gradient_accumulation: forward passes of each process in one optimiser step.
-        processes: how many train together, each on its own part of a step's batch.
-        gradient_checkpointing: keep only what goes into each layer for the backward pass, and compute the rest again.
-        learning_rate: of the weights, after warm-up; falls to ``final_rate`` of it along a cosine.
-        gate_learning_rate: of the gate biases, on the same schedule.
-        warmup: share of the steps over which the rates rise from 0.
-        final_rate: last learning rate as a share of the first.
-        hard_fraction: share of the steps, at the end, trained with hard gates instead of sampled ones.
-        max_grad_norm: the gradient's norm is clipped to it.
-        fused_optimizer: AdamW in one pass over memory: a sixth of the time on a CPU. It rounds otherwise than in many.
-        constraint: kind of the constraint.
-        objective: what is minimised: the expected open fraction, or its logarithm.
-        multiplier: how lambda moves.
-        validate_every: steps between measurements of the violation.
-        prompt_tokens: tokens at the start of every block that are given: the loss does not ask for them.
-        precision: of the matrix products; weights and optimiser state stay float32.
-        checkpoint_every: steps between checkpoints; 0 for none.
-        seed: of data order, noise and everything else random.
-    """
-
-    train: TrainedPart = "all"
-    steps: int = 1000
-    batch_size: int = 4
-    gradient_accumulation: int = 1
-    processes: int = 1
-    gradient_checkpointing: bool = False
-    learning_rate: float = 3e-4
-    gate_learning_rate: float = 0.2
-    warmup: float = 0.03
-    final_rate: float = 0.05
-    hard_fraction: float = 0.8
-    max_grad_norm: float = 1.0
-    fused_optimizer: bool = True
-    constraint: ConstraintKind = "ce"
-    objective: ObjectiveKind = "fraction"
-    multiplier: MultiplierConfig = field(default_factory=MultiplierConfig)
-    validate_every: int = 20
-    prompt_tokens: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    checkpoint_every: int = 100
-    seed: int = 0
+    train: TrainedPart = setting(
+        "Weights to train besides the gate biases: all, the attention's, or adapters (lora).", "all"
+    )
+    steps: int = setting("Optimiser steps.", 1000, least=1)
+    batch_size: int = setting("Blocks in one forward pass of one process.", 4, least=1)
+    gradient_accumulation: int = setting("Forward passes of each process in one step.", 1, least=1)
+    processes: int = setting("How many train together, each on its own part of a step's batch.", 1, least=1)
+    gradient_checkpointing: bool = setting(
+        "Keep only what goes into each layer for the backward pass and compute the rest again: less memory for a "
+        "quarter to a third more time.",
+        False,
+    )
+    learning_rate: float = setting("Of the weights, after warm-up; falls along a cosine.", 3e-4, least=0.0, most=1e30)
+    gate_learning_rate: float = setting("Of the gate biases, on the same schedule.", 0.2, least=0.0, most=1e30)
+    warmup: float = setting("Share of the steps over which the rates rise from 0.", 0.03, least=0.0, most=1.0)
+    final_rate: float = setting("Last learning rate as a share of the first.", 0.05, least=0.0, most=1.0)
+    hard_fraction: float = setting(
+        "Share of the steps, at the end, trained with hard gates instead of sampled ones.", 0.8, least=0.0, most=1.0
+    )
+    max_grad_norm: float = setting("The gradient's norm is clipped to it.", 1.0, least=0.0)
+    fused_optimizer: bool = setting(
+        "AdamW in one pass over memory: a sixth of the time on a CPU. It rounds otherwise than in many.", True
+    )
+    constraint: Constraint = setting("What is bounded.", default_factory=CrossEntropy)
+    objective: ObjectiveKind = setting(
+        "What is minimised: the expected open fraction, or its log; then start lambda near 10.", "fraction"
+    )
+    multiplier: MultiplierConfig = setting("How lambda moves.", default_factory=MultiplierConfig, prefix="multiplier_")
+    validate_every: int = setting(
+        "Steps between measurements of the violation, which move lambda; fewer for tight bounds.", 20, least=1
+    )
+    prompt_tokens: int = setting(
+        "Tokens at the start of every block that are given: the loss does not ask for them.", 0, least=0
+    )
+    precision: Precision = setting("Of the matrix products; weights and optimiser state stay float32.", "fp32")
+    checkpoint_every: int = setting("Steps between checkpoints; 0: none.", 100, least=0)
+    seed: int = setting("Of data order, noise and everything else random.", 0)
 
     @property
     def blocks_per_step(self) -> int:
@@ -217,6 +207,11 @@ class PostTrainer(Trainer):
             fused = True if self.config.fused_optimizer else None
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         return cast(torch.optim.Optimizer, self.optimizer)
+
+    @property
+    def label(self) -> str:
+        """What ``constrained`` is, in a word or two."""
+        return CrossEntropy.label
 
     def batch_objective(
         self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
@@ -381,7 +376,7 @@ class Validation:
 
     Attributes:
         step: after which step.
-        constrained: cross-entropy or KL, nats.
+        constrained: what the constraint measures, nats.
         open_fraction: open links / allowed links.
     """
 
@@ -395,9 +390,9 @@ class SparsityTrainer(PostTrainer):
 
     Args:
         model: the gated model.
-        reference: the dense model it was made from, frozen, for the constraint ``kl``; None where only gates and
+        reference: the dense model it was made from, frozen, for a constraint that needs it; None where only gates and
             adapters are trained: the model holds the dense one itself.
-        bound: what the constrained quantity may be at most, nats: tau or epsilon.
+        bound: what the constrained quantity may be at most, nats.
         validation: blocks on which it is measured.
     """
 
@@ -419,6 +414,11 @@ class SparsityTrainer(PostTrainer):
         self.multiplier = Multiplier(config.multiplier)
         self.validation_result: Validation | None = None
         self.open_by_layer: Float[Tensor, " layers"] | None = None
+
+    @property
+    def label(self) -> str:
+        """What the constraint measures, in a word or two."""
+        return self.config.constraint.label
 
     @property
     def hard(self) -> bool:
@@ -452,19 +452,21 @@ class SparsityTrainer(PostTrainer):
             "open_fraction": opened.item(),
             "sampled": float(not self.hard),
         }
-        violation = constrained - self.bound
+        violation = self.config.constraint.violation(constrained, self.bound)
         return lagrangian(expected, violation, self.multiplier.value, self.config.objective), measured
 
     def constrained_quantity(
         self, logits: Float[Tensor, "batch tokens vocab"], input_ids: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, ""]:
-        """Cross-entropy, or KL(dense || sparse): what may not exceed the bound."""
-        if self.config.constraint == "ce":
-            return cross_entropy(logits, input_ids, self.config.prompt_tokens)
-        reference = as_dense(self.model) if self.reference is None else nullcontext(self.reference)
-        with torch.no_grad(), reference as dense:
-            dense_logits = dense(input_ids=input_ids, use_cache=False).logits
-        return kl_divergence(dense_logits, logits, self.config.prompt_tokens)
+        """What the constraint measures on a batch: what may not exceed the bound."""
+        constraint = self.config.constraint
+        dense_logits = self._dense_logits(input_ids) if constraint.needs_dense else None
+        return constraint.measure(logits, dense_logits, input_ids, self.config.prompt_tokens)
+
+    @torch.no_grad()
+    def _dense_logits(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocab"]:
+        with as_dense(self.model) if self.reference is None else nullcontext(self.reference) as dense:
+            return cast(Tensor, dense(input_ids=input_ids, use_cache=False).logits)
 
     def validate(self) -> Validation:
         """Measure the constrained quantity and the open fraction on the validation blocks, with hard gates."""
@@ -497,11 +499,15 @@ class SparsityTrainer(PostTrainer):
             self.validation_result = self.validate()
         if self.validation_result is not None:
             self.last["constrained_held_out"] = self.validation_result.constrained
-            self.multiplier.update(self.validation_result.constrained - self.bound)
+            self.multiplier.dual_step(self.violation(self.validation_result))
+
+    def violation(self, result: Validation) -> float:
+        """How far weights that were measured so are over the bound, nats."""
+        return self.config.constraint.violation(result.constrained, self.bound)
 
     def holds_bound(self, result: Validation | None) -> bool:
         """Whether weights that were measured so hold the bound."""
-        return result is not None and result.constrained <= self.bound
+        return result is not None and self.violation(result) <= 0
 
     def best_checkpoint(self) -> tuple[Path, Validation] | None:
         """The sparsest whole checkpoint that was measured at its own step and held the bound."""

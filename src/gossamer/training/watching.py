@@ -67,8 +67,8 @@ class _Send(TrainerCallback):
         figures = dict(trainer.last)
         if trainer.lr_scheduler is not None:
             figures["learning_rate"] = float(trainer.lr_scheduler.get_last_lr()[0])
-        if "constrained_held_out" in figures:
-            figures["violation"] = figures["constrained_held_out"] - trainer.bound
+        if trainer.validation_result is not None:
+            figures["violation"] = trainer.violation(trainer.validation_result)
         if trainer.open_by_layer is not None:
             for layer, fraction in enumerate(trainer.open_by_layer.tolist()):
                 figures[f"open_fraction/layer_{layer:02d}"] = fraction

@@ -4,7 +4,7 @@
     primal     (E / allowed + lambda * (c - bound)) / (1 + lambda)
     dual       I += rate * v,  log lambda = I + proportional * v,  v = clip(running mean of (c - bound), -limit, limit)
 
-with c the cross-entropy and bound tau, or c = KL(dense || sparse) and bound epsilon. The dual step is
+with c what the constraint measures (:mod:`gossamer.training.constraints`) and v the violation. The dual step is
 multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597); dividing by 1 + lambda keeps the size
 of the gradient steady while lambda moves over orders of magnitude.
 
@@ -23,31 +23,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ConstraintKind = Literal["ce", "kl"]
+from gossamer.fields import documented, setting
+
 ObjectiveKind = Literal["fraction", "log"]
 
 
+@documented
 @dataclass(frozen=True)
 class MultiplierConfig:
-    """How the multiplier moves.
+    """How the multiplier moves."""
 
-    Attributes:
-        initial: lambda before the first step.
-        rate: of I per step and unit of violation (nat).
-        proportional: of log lambda per unit of violation (1 / nat).
-        decay: of the running mean of the violation, per step.
-        largest_violation: the running mean is clipped to it, so that the first steps, far from the bound
-            on either side, do not carry lambda away.
-        smallest, largest: lambda stays between them.
-    """
-
-    initial: float = 0.02
-    rate: float = 0.5
-    proportional: float = 0.0
-    decay: float = 0.5
-    largest_violation: float = 0.1
-    smallest: float = 1e-4
-    largest: float = 1e4
+    initial: float = setting(
+        "lambda before the first step; a low one closes the gates before the bound counts.", 0.02, least=1e-4, most=1e4
+    )
+    rate: float = setting("How fast lambda follows: change of log lambda per step and nat of violation.", 0.5)
+    proportional: float = setting(
+        "How much log lambda answers at once to each nat of violation; damps its swing.", 0.0, least=0.0
+    )
+    decay: float = setting("Of the running mean of the violation, per dual step.", 0.5, least=0.0, most=1.0)
+    largest_violation: float = setting(
+        "The running mean of the violation is clipped to it, nats, so that the first steps, far from the bound on "
+        "either side, do not carry lambda away.",
+        0.1,
+        least=0.0,
+    )
+    smallest: float = setting("lambda is at least this.", 1e-4, least=1e-30)
+    largest: float = setting("lambda is at most this.", 1e4, least=1e-30)
 
 
 class Multiplier:
@@ -70,8 +71,8 @@ class Multiplier:
     def _within(self, log_value: float) -> float:
         return min(max(log_value, math.log(self.config.smallest)), math.log(self.config.largest))
 
-    def update(self, violation: float) -> None:
-        """One dual step with the violation c - bound measured in the last primal step."""
+    def dual_step(self, violation: float) -> None:
+        """Move along the violation c - bound that was measured last."""
         config = self.config
         if self.mean_violation is None:
             self.mean_violation = violation

@@ -6,24 +6,24 @@ import math
 import pytest
 import torch
 
-from gossamer.training.constraint import Multiplier, MultiplierConfig, ObjectiveKind, lagrangian
+from gossamer.training.multiplier import Multiplier, MultiplierConfig, ObjectiveKind, lagrangian
 
 
 def test_multiplier_rises_above_the_bound_and_falls_below() -> None:
     multiplier = Multiplier(MultiplierConfig(initial=1.0, rate=0.5, decay=0.0, largest_violation=0.1))
-    multiplier.update(0.04)
+    multiplier.dual_step(0.04)
     assert multiplier.value == pytest.approx(math.exp(0.02))
-    multiplier.update(-3.0)
+    multiplier.dual_step(-3.0)
     assert multiplier.value == pytest.approx(math.exp(0.02 - 0.05))
 
 
 def test_the_proportional_part_answers_at_once_and_leaves_nothing_behind() -> None:
     multiplier = Multiplier(MultiplierConfig(initial=1.0, rate=0.5, proportional=10.0, decay=0.0))
-    multiplier.update(0.04)
+    multiplier.dual_step(0.04)
     assert multiplier.value == pytest.approx(math.exp(0.02 + 0.4))
-    multiplier.update(3.0)  # clipped to 0.1
+    multiplier.dual_step(3.0)  # clipped to 0.1
     assert multiplier.value == pytest.approx(math.exp(0.07 + 1.0))
-    multiplier.update(0.0)
+    multiplier.dual_step(0.0)
     assert multiplier.value == pytest.approx(math.exp(0.07))
 
 
@@ -37,7 +37,7 @@ def time_outside(proportional: float) -> int:
         optimizer.zero_grad()
         lagrangian(x, violation, multiplier.value).backward()
         optimizer.step()
-        multiplier.update(violation.item())
+        multiplier.dual_step(violation.item())
         outside += abs(violation.item()) > 0.05
     return outside
 
@@ -49,21 +49,21 @@ def test_the_proportional_part_damps_the_swing_about_the_bound() -> None:
 def test_multiplier_stays_within_its_limits() -> None:
     multiplier = Multiplier(MultiplierConfig(rate=100.0, decay=0.0))
     for _ in range(10):
-        multiplier.update(1.0)
+        multiplier.dual_step(1.0)
     assert multiplier.value == pytest.approx(1e4)
     for _ in range(10):
-        multiplier.update(-1.0)
+        multiplier.dual_step(-1.0)
     assert multiplier.value == pytest.approx(1e-4)
 
 
 def test_multiplier_goes_on_exactly_from_its_state() -> None:
     first = Multiplier(MultiplierConfig())
     for violation in (0.3, -0.123456789, 0.01):
-        first.update(violation)
+        first.dual_step(violation)
     second = Multiplier(MultiplierConfig())
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    first.update(0.1)
-    second.update(0.1)
+    first.dual_step(0.1)
+    second.dual_step(0.1)
     assert first.log_value == second.log_value
     assert first.mean_violation == second.mean_violation
 
@@ -79,7 +79,7 @@ def test_constrained_descent_finds_the_known_optimum(objective: ObjectiveKind, m
         optimizer.zero_grad()
         lagrangian(x, violation, multiplier.value, objective).backward()
         optimizer.step()
-        multiplier.update(violation.item())
+        multiplier.dual_step(violation.item())
     assert x.item() == pytest.approx(1.5, abs=0.02)
     assert multiplier.value == pytest.approx(multiplier_there, rel=0.1)
 

@@ -1,0 +1,45 @@
+"""Records of earlier versions, read as if this one had written them.
+
+Up to 0.1.0, ``config.json`` nested the settings as their classes are nested, ``training`` and in it ``multiplier``, and
+had those of both constraints, tau, slack and epsilon, whichever was chosen. No record said in words what was bounded.
+"""
+
+from typing import Any
+
+_WORDS = {
+    "ce": {"name": "ce", "symbol": "τ", "label": "loss"},
+    "kl": {"name": "kl", "symbol": "ε", "label": "KL"},
+}
+
+
+def upgraded_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a ``config.json`` of any version as those of this one."""
+    old = record.get("config", {})
+    if not isinstance(old.get("training"), dict):
+        return record
+    training = dict(old["training"])
+    multiplier = {f"multiplier_{name}": value for name, value in training.pop("multiplier", {}).items()}
+    config = {**{name: value for name, value in old.items() if name != "training"}, **training, **multiplier}
+    if config["constraint"] == "kl":
+        bound, others = config["epsilon"], ["tau", "slack"]
+    else:
+        bound, others = record["measured"]["tau"], ["epsilon"]
+    for name in others:
+        del config[name]
+    return {**record, "config": config, "constraint": {**_WORDS[config["constraint"]], "bound": bound}}
+
+
+def upgraded_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a ``metrics.json`` of any version, with what this one says of the constraint."""
+    if "constraint" not in metrics or "constraint_label" in metrics:
+        return metrics
+    name = metrics["constraint"]
+    keys = ("kl", "epsilon") if name == "kl" else ("loss_sparse", "tau")
+    words = _WORDS[name]
+    return {
+        **metrics,
+        "constraint_symbol": words["symbol"],
+        "constraint_label": words["label"],
+        "constraint_value": metrics[keys[0]],
+        "constraint_bound": metrics[keys[1]],
+    }

@@ -1,0 +1,53 @@
+"""The cross-entropy of the sparse model, bounded by tau."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gossamer.fields import documented, setting
+from gossamer.measures.language import LanguageFigures, standard_error
+from gossamer.measures.losses import cross_entropy
+from gossamer.training.constraints.base import Constraint, Outcome
+
+
+@documented
+@dataclass(frozen=True)
+class CrossEntropy(Constraint):
+    """Next-token cross-entropy at most tau: the dense model's plus a little, unless it is given."""
+
+    name: ClassVar[str] = "ce"
+    symbol: ClassVar[str] = "τ"
+    label: ClassVar[str] = "loss"
+    bound_name: ClassVar[str] = "tau"
+    summary: ClassVar[str] = "cross-entropy at most tau, by default the dense model's plus slack"
+
+    slack: float = setting("Nats that the loss may be above the dense model's.", 0.01, least=0.0)
+    tau: float | None = setting("Bound on the cross-entropy, nats; null: the dense model's plus slack.", None)
+
+    def bound(self, dense_loss: float) -> float:
+        return self.tau if self.tau is not None else dense_loss + self.slack
+
+    def measure(
+        self,
+        logits: Float[Tensor, "batch tokens vocab"],
+        dense_logits: Float[Tensor, "batch tokens vocab"] | None,
+        input_ids: Int[Tensor, "batch tokens"],
+        prompt_tokens: int = 0,
+    ) -> Float[Tensor, ""]:
+        return cross_entropy(logits, input_ids, prompt_tokens)
+
+    def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
+        # A bound that the dense model's loss sets shares most of its spread, that of the text, with the sparse loss.
+        spread = sparse.losses - dense.losses if self.tau is None else sparse.losses
+        return Outcome(sparse.loss, self.bound(dense.loss), standard_error(spread))
+
+    def warnings(self, dense_loss: float) -> list[str]:
+        bound = self.bound(dense_loss)
+        if bound >= dense_loss:
+            return []
+        return [
+            f"tau {bound:.3f} is below the dense model's held-out loss {dense_loss:.3f}: "
+            "the constraint may be out of reach"
+        ]

@@ -1,0 +1,53 @@
+"""The divergence of the sparse model's predictions from the dense model's, bounded by epsilon."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gossamer.errors import GossamerError
+from gossamer.fields import documented, setting
+from gossamer.measures.language import LanguageFigures, standard_error
+from gossamer.measures.losses import kl_divergence
+from gossamer.training.constraints.base import Constraint, Outcome
+
+
+@documented
+@dataclass(frozen=True)
+class KLDivergence(Constraint):
+    """KL(dense || sparse) of the next-token distributions at most epsilon."""
+
+    name: ClassVar[str] = "kl"
+    symbol: ClassVar[str] = "ε"
+    label: ClassVar[str] = "KL"
+    bound_name: ClassVar[str] = "epsilon"
+    summary: ClassVar[str] = "KL(dense || sparse) at most epsilon; the dense model runs as well"
+    needs_dense: ClassVar[bool] = True
+
+    epsilon: float = setting("Bound on KL(dense || sparse), nats.", 0.05, least=0.0)
+
+    def check(self) -> None:
+        if self.epsilon <= 0:
+            raise GossamerError(f"--epsilon {self.epsilon:g} cannot be held: no KL is below 0; give for example 0.05")
+
+    def bound(self, dense_loss: float) -> float:
+        return self.epsilon
+
+    def measure(
+        self,
+        logits: Float[Tensor, "batch tokens vocab"],
+        dense_logits: Float[Tensor, "batch tokens vocab"] | None,
+        input_ids: Int[Tensor, "batch tokens"],
+        prompt_tokens: int = 0,
+    ) -> Float[Tensor, ""]:
+        assert dense_logits is not None
+        return kl_divergence(dense_logits, logits, prompt_tokens)
+
+    def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
+        assert sparse.kl is not None
+        assert sparse.kls is not None
+        return Outcome(sparse.kl, self.epsilon, standard_error(sparse.kls))
+
+    def margin(self, asked: float) -> float:
+        return min(asked, self.epsilon / 10)

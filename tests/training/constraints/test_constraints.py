@@ -1,0 +1,81 @@
+"""What each kind of constraint measures, bounds and says, against PyTorch and arithmetic by hand."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.nn import functional
+
+from gossamer import GossamerError
+from gossamer.measures.language import LanguageFigures
+from gossamer.measures.links import LinkTally
+from gossamer.training.constraints import CONSTRAINTS, Constraint, CrossEntropy, KLDivergence
+
+
+def figures(losses: list[float], kls: list[float] | None = None) -> LanguageFigures:
+    both = [None if one is None else torch.tensor(one, dtype=torch.double) for one in (losses, kls)]
+    return LanguageFigures(both[0], both[1], 100, LinkTally.empty(1, 1))
+
+
+def test_the_cross_entropy_is_measured_and_carries_a_gradient() -> None:
+    logits, ids = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (2, 5))
+    found = CrossEntropy().measure(logits, None, ids)
+    wanted = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(one, logits)[0] for one in (found, wanted)))
+
+
+def test_the_divergence_is_from_the_dense_model() -> None:
+    logits, dense, ids = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    p, q = dense[:, :-1].log_softmax(-1), logits[:, :-1].log_softmax(-1)
+    wanted = (p.exp() * (p - q)).sum(-1).mean()
+    torch.testing.assert_close(KLDivergence().measure(logits, dense, ids), wanted)
+    assert KLDivergence.needs_dense
+    assert not CrossEntropy.needs_dense
+
+
+def test_bounds_are_what_was_given_or_follow_from_the_dense_model() -> None:
+    assert CrossEntropy(slack=0.02).bound(3.0) == 3.02
+    assert CrossEntropy(tau=2.5).bound(3.0) == 2.5
+    assert KLDivergence(epsilon=0.2).bound(3.0) == 0.2
+    assert CrossEntropy().violation(3.5, 3.25) == 0.25
+
+
+def test_the_margin_is_small_beside_a_bound_on_kl() -> None:
+    assert CrossEntropy().margin(0.03) == 0.03
+    assert KLDivergence(epsilon=0.05).margin(0.03) == pytest.approx(0.005)
+    assert KLDivergence(epsilon=0.5).margin(0.03) == 0.03
+
+
+def test_the_error_is_that_of_what_the_bound_leaves_open() -> None:
+    """The blocks of both models spread by the text: only their differences tell, unless the bound is a number."""
+    sparse, dense = figures([1.0, 3.0, 5.5], [0.1, 0.3, 0.2]), figures([1.0, 3.0, 5.0])
+    own, given = CrossEntropy(slack=0.0).outcome(sparse, dense), CrossEntropy(tau=4.0).outcome(sparse, dense)
+    assert (own.value, own.bound, own.met) == (pytest.approx(9.5 / 3), pytest.approx(3.0), False)
+    assert own.stderr == pytest.approx(torch.tensor([0.0, 0.0, 0.5]).std().item() / math.sqrt(3))
+    assert (given.met, given.stderr) == (True, pytest.approx(torch.tensor([1.0, 3.0, 5.5]).std().item() / math.sqrt(3)))
+    kl = KLDivergence(epsilon=0.2).outcome(sparse, dense)
+    assert (kl.value, kl.bound) == (pytest.approx(0.2), 0.2)
+    assert kl.stderr == pytest.approx(0.1 / math.sqrt(3))
+
+
+def test_what_the_user_should_know_is_said() -> None:
+    (line,) = CrossEntropy(tau=2.5).warnings(3.0)
+    assert line == "tau 2.500 is below the dense model's held-out loss 3.000: the constraint may be out of reach"
+    assert CrossEntropy().warnings(3.0) == KLDivergence().warnings(3.0) == []
+    assert KLDivergence(epsilon=0.2).words(3.0) == {"name": "kl", "symbol": "ε", "label": "KL", "bound": 0.2}
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1.0])
+def test_a_divergence_of_nothing_cannot_be_held(epsilon: float) -> None:
+    with pytest.raises(GossamerError, match=f"--epsilon {epsilon:g} cannot be held: no KL is below 0"):
+        KLDivergence(epsilon=epsilon).check()
+
+
+@pytest.mark.parametrize("kind", CONSTRAINTS.values())
+def test_every_kind_says_what_it_is(kind: type[Constraint]) -> None:
+    assert CONSTRAINTS[kind.name] is kind
+    assert all((kind.symbol, kind.label, kind.bound_name, kind.summary))
+    for field in fields(kind):
+        assert f"{field.name}: {field.metadata['help']}" in (kind.__doc__ or "")
