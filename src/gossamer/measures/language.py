@@ -55,6 +55,14 @@ def standard_error(values: Float[Tensor, " blocks"]) -> float | None:
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
 
+def standard_error_of_sums(total: float, squares: float, count: int) -> float | None:
+    """:func:`standard_error` of ``count`` values, from their sum and the sum of their squares."""
+    if count < 2:
+        return None
+    variance = max(0.0, squares - total**2 / count) / (count - 1)
+    return math.sqrt(variance / count)
+
+
 def plus_minus(error: float | None) -> str:
     """A standard error as it stands behind a figure; nothing where there is none."""
     return "" if error is None else f" ± {error:.4f}"

@@ -29,6 +29,7 @@ class LinkCounts:
     expected_open: Float[Tensor, "batch heads queries"]
     open_links: Int[Tensor, "batch heads queries"]
     allowed_links: Int[Tensor, "batch heads queries"]
+    log_sum_exp: Float[Tensor, "batch heads queries"]
 
 
 @dataclass
@@ -143,7 +144,9 @@ def gated_attention_forward(
     )
     if state.counts is not None:
         assert result.expected_open is not None
-        state.counts[layer] = LinkCounts(result.expected_open, result.open_links, result.allowed_links)
+        state.counts[layer] = LinkCounts(
+            result.expected_open, result.open_links, result.allowed_links, result.log_sum_exp
+        )
     return result.output.transpose(1, 2), None
 
 

@@ -44,8 +44,10 @@ def gated_attention(
 ) -> GatedAttention:
     """The same as :func:`gossamer.ops.naive.gated_attention`, in blocks."""
     with torch.autocast(q.device.type, enabled=False):
-        output, expected, opened = _Chunked.apply(q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect)
-    return GatedAttention(output, expected, opened, pairs.allowed_links(q.shape[1]))
+        output, expected, opened, log_sum_exp = _Chunked.apply(
+            q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect
+        )
+    return GatedAttention(output, expected, opened, pairs.allowed_links(q.shape[1]), log_sum_exp)
 
 
 def open_links(
@@ -192,7 +194,7 @@ class _Chunked(torch.autograd.Function):
         softcap: float | None,
         noise_keys: Tensor | None,
         expect: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)
         value = v.to(call.stored)
         # Laid out as the projections around attention have it.
@@ -213,12 +215,15 @@ class _Chunked(torch.autograd.Function):
                 expected[:, block.rows] = elements.expected
         ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
         ctx.settings = (pairs, scale, softcap, noise_keys)
-        opened, expected = (x.view(call.batch, call.heads, -1) for x in (opened, expected))
-        ctx.mark_non_differentiable(opened)
-        return output, expected if expect else None, opened
+        log_sum_exp = torch.where(normaliser.isinf(), -torch.inf, normaliser)
+        opened, expected, log_sum_exp = (
+            x.view(call.batch, call.heads, -1) for x in (opened, expected, log_sum_exp)
+        )
+        ctx.mark_non_differentiable(opened, log_sum_exp)
+        return output, expected if expect else None, opened, log_sum_exp
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
         pairs, scale, softcap, noise_keys = ctx.settings
         call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)

@@ -50,12 +50,15 @@ class GatedAttention:
         open_links: ``[batch, heads, queries]``, int64; allowed keys with G > 0, the gates of evaluation, even
             when the output was made with sampled ones.
         allowed_links: ``[batch, heads, queries]``, int64; keys that causality, padding and window allow.
+        log_sum_exp: ``[batch, heads, queries]``, float32 at least; log of the softmax's denominator, closed gates
+            included, so that P = exp(S - log_sum_exp). -inf for a query without allowed keys. Not differentiable.
     """
 
     output: Float[Tensor, "batch heads queries d_head"]
     expected_open: Float[Tensor, "batch heads queries"] | None
     open_links: Int[Tensor, "batch heads queries"]
     allowed_links: Int[Tensor, "batch heads queries"]
+    log_sum_exp: Float[Tensor, "batch heads queries"]
 
 
 @dataclass(frozen=True)

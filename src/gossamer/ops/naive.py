@@ -29,7 +29,7 @@ def gated_attention(
     """Gated attention of the given pairs; sampled where ``noise_keys`` are given. Computed in float32 at least."""
     exact = torch.promote_types(q.dtype, torch.float32)
     value = v.to(exact).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    gate_logits, pattern, allowed = _links(q, k, gate_bias, pairs, scale, softcap)
+    gate_logits, pattern, allowed, log_sum_exp = _links(q, k, gate_bias, pairs, scale, softcap)
     noisy = gate_logits
     if noise_keys is not None:
         uniforms = pairs.uniforms(noise_keys, slice(0, pairs.queries), slice(0, pairs.keys))
@@ -42,6 +42,7 @@ def gated_attention(
         expected_open=torch.where(allowed, torch.sigmoid(gate_logits), 0.0).sum(-1) if expect else None,
         open_links=((gate_logits > 0) & allowed).sum(-1),
         allowed_links=allowed.sum(-1),
+        log_sum_exp=log_sum_exp.detach(),
     )
 
 
@@ -55,7 +56,7 @@ def open_links(
     softcap: float | None,
 ) -> OpenLinks:
     """The open links and their attention weights."""
-    gate_logits, pattern, allowed = _links(q, k, gate_bias, pairs, scale, softcap)
+    gate_logits, pattern, allowed, _ = _links(q, k, gate_bias, pairs, scale, softcap)
     opened = (gate_logits > 0) & allowed
     _, _, query, key = opened.nonzero(as_tuple=True)
     return OpenLinks(opened.sum((-1, -2)), (query << 16 | key).to(torch.int32), pattern[opened].float())
@@ -63,8 +64,8 @@ def open_links(
 
 def _links(
     q: Tensor, k: Tensor, gate_bias: Tensor, pairs: Pairs, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """G, P and which pairs are allowed, each ``[batch, heads, queries, keys]``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """G, P and which pairs are allowed, each ``[batch, heads, queries, keys]``, and the log of P's denominator."""
     exact = torch.promote_types(q.dtype, torch.float32)
     key = k.to(exact).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     allowed = pairs.allowed(slice(0, pairs.queries), slice(0, pairs.keys))
@@ -72,5 +73,6 @@ def _links(
     logits = q.to(exact) @ key.transpose(-1, -2) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    pattern = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1)
-    return logits + gate_bias.to(exact)[:, None, None], torch.where(allowed, pattern, 0.0), allowed
+    masked = logits.masked_fill(~allowed, float("-inf"))
+    pattern = torch.where(allowed, torch.softmax(masked, dim=-1), 0.0)
+    return logits + gate_bias.to(exact)[:, None, None], pattern, allowed, masked.logsumexp(-1)

@@ -11,6 +11,7 @@ gradients are those of docs/derivations.md. Tiles whose pairs are all allowed ar
 are not visited. The kernels are in :mod:`gossamer.ops.triton_kernels`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -155,7 +156,7 @@ class _Triton(torch.autograd.Function):
         softcap: float | None,
         noise_keys: Tensor | None,
         expect: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         q, k, v = _dense_rows(q, k, v)
         call = _Call(q, k, gate_bias, pairs, scale, softcap)
         output, normaliser, expected, opened = _forward(call, v, noise_keys, expect)
@@ -163,11 +164,12 @@ class _Triton(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
         ctx.settings = (pairs, scale, softcap, noise_keys)
         opened = opened.long()
-        ctx.mark_non_differentiable(opened)
-        return output, expected, opened
+        log_sum_exp = torch.where(normaliser.isinf(), -torch.inf, normaliser * math.log(2))
+        ctx.mark_non_differentiable(opened, log_sum_exp)
+        return output, expected, opened, log_sum_exp
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
         pairs, scale, softcap, noise_keys = ctx.settings
         call = _Call(q, k, gate_bias, pairs, scale, softcap)
@@ -211,8 +213,10 @@ def gated_attention(
 ) -> GatedAttention:
     """The same as :func:`gossamer.ops.naive.gated_attention`, on the GPU; accumulates in float32."""
     with torch.autocast(q.device.type, enabled=False):
-        output, expected, opened = _Triton.apply(q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect)
-    return GatedAttention(output, expected, opened, pairs.allowed_links(q.shape[1]))
+        output, expected, opened, log_sum_exp = _Triton.apply(
+            q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect
+        )
+    return GatedAttention(output, expected, opened, pairs.allowed_links(q.shape[1]), log_sum_exp)
 
 
 @torch.no_grad()

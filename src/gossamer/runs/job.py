@@ -32,12 +32,9 @@ from gossamer.training.data import BlockDataset
 from gossamer.training.processes import by_first, check_processes, processes, together
 from gossamer.training.progress import StepLog, sampling_shown
 from gossamer.training.stream import BlockStream
-from gossamer.training.trainer import PostTrainer, SparsityTrainer, Validation, choose_trained, without_dropout
+from gossamer.training.sparsity import SparsityTrainer, Validation
+from gossamer.training.trainer import PostTrainer, choose_trained, without_dropout
 from gossamer.training.watching import check_watchers, watch
-
-WOUND_UP = 100
-"""So many times its first value lambda says that the gates no longer answer it (docs/LOG.md)."""
-
 
 def post_train(
     config: RunConfig,
@@ -123,44 +120,50 @@ class Job:
         for line in config.training.constraint.warnings(dense_loss):
             self.warn(line)
         if not run.model.exists():
-            self.train_sparse(dense, tokenizer, config.training.constraint.bound(dense_loss))
+            self.train_sparse(dense, tokenizer, dense_loss)
             if self.adapters and config.control:
                 dense = load_dense(run.dense)[0]
         if config.control and not run.control.exists():
             self.train_control(dense, tokenizer)
 
-    def train_sparse(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bound: float) -> None:
-        """Train the sparse model under the bound, nats, and save it."""
+    def train_sparse(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dense_loss: float) -> None:
+        """Train the sparse model and save it; ``dense_loss`` is the dense model's on the validation blocks, nats."""
         run, config, training = self.run, self.config, self.config.training
         trainer = SparsityTrainer(
             self._gated(dense),
             self._reference(dense),
-            bound - training.constraint.margin(config.margin),
+            dense_loss,
             training,
             self._blocks(tokenizer),
             run.blocks("validation"),
             run.checkpoints,
+            margin=config.margin,
+            steps=config.steps,
             tokenizer=tokenizer,
         )
         if processes().is_main_process:
             begun = last_sound(trainer.folder)[0]
             watch(trainer, self.report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1)
-        self.fit(trainer, "sparse", "training.jsonl", bound)
-        selected = trainer.select_weights()
+        self.fit(trainer, "sparse", "training.jsonl", trainer.bound)
+        final = trainer.calibrate()
         whole = trainer.whole_weights()
         with together():
             if processes().is_main_process:
-                self._tell(trainer, selected)
+                self._tell(trainer, final)
                 self._save_sparse(cast(PreTrainedModel, trainer.model), whole, tokenizer)
 
     def train_control(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Train the dense control, the dense model fine-tuned on the same text for the same steps, and save it."""
         run, config = self.run, self.config
-        control = (
-            copy.deepcopy(dense) if config.start_from is None else load_control(Run(Path(config.start_from)), "cpu")
-        )
+        control = copy.deepcopy(dense) if self.start is None else load_control(self.start, "cpu")
         self._prepare(control)
-        trainer = PostTrainer(control, config.training, self._blocks(tokenizer), run.control_checkpoints)
+        trainer = PostTrainer(
+            control,
+            config.training,
+            self._blocks(tokenizer),
+            run.control_checkpoints,
+            steps=config.steps,
+        )
         self.fit(trainer, "control", "control.jsonl")
         whole = trainer.whole_weights()
         with together():
@@ -197,6 +200,8 @@ class Job:
         if processes().is_main_process:
             trainer.add_callback(steps)
         with without_dropout(cast(PreTrainedModel, trainer.model)):
+            if checkpoint is None and isinstance(trainer, SparsityTrainer):
+                trainer.prepare(open_gates=config.gate_bias is None and config.start_from is None)
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
@@ -223,7 +228,7 @@ class Job:
         if self.start is not None:
             model = load(self.start.model)
         else:
-            model = sparsify(dense, gate_bias=self.config.gate_bias, inplace=self.adapters)
+            model = sparsify(dense, gate_bias=self.config.gate_bias or 0.0, inplace=self.adapters)
         self._prepare(model)
         return model
 
@@ -247,7 +252,7 @@ class Job:
             process=here.process_index,
             processes=here.num_processes,
             workers=config.stream_workers,
-            most=config.training.steps * config.training.gradient_accumulation,
+            most=config.steps * config.training.gradient_accumulation,
         )
 
     def _prepare(self, model: PreTrainedModel) -> None:
@@ -270,33 +275,25 @@ class Job:
         model.load_state_dict(weights)
         return model
 
-    def _tell(self, trainer: SparsityTrainer, selected: Validation | None) -> None:
-        """Record which step's weights were kept, and warn of what went wrong on the way there."""
-        training = self.config.training
-        first, last = training.multiplier.initial, trainer.multiplier.value
-        if last >= WOUND_UP * first and not trainer.holds_bound(selected):
+    def _tell(self, trainer: SparsityTrainer, final: Validation) -> None:
+        """Record what the weights that are kept measure, and warn where no shift of the gates holds the bound."""
+        if final.calibration is None:
+            over = trainer.violation(final) * trainer.constraint.unit
             self.warn(
-                f"lambda went from {first:g} to {last:.3g} and the bound less its margin is missed on the validation "
-                "text: gates that are shut hardly open again. Begin with more links open (--gate-bias) or a larger "
-                "--initial-multiplier, or shut them more slowly (--gate-learning-rate)"
+                f"on the validation text {trainer.label} {final.constrained:.4f} ± {final.stderr:.4f} is {over:.4f} nat over "
+                f"{trainer.constraint.symbol} {trainer.bound:.4f} less its margin, and no common shift of the gate biases "
+                "brings it inside; give the run more --tokens, or a looser bound"
             )
-        if selected is None:
-            return
         record = self.run.record()
-        record["measured"]["selected"] = asdict(selected)
+        record["measured"]["selected"] = asdict(final)
         write_text(self.run.folder / "config.json", json.dumps(record, indent=2) + "\n")
-        if selected.step != training.steps:
-            self.warn(
-                "the last step missed the bound less its margin, or was less sparse; the model kept is that of "
-                f"step {selected.step}"
-            )
 
     def _save_sparse(
         self, model: PreTrainedModel, whole: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         run = self.run
         if whole is not None:
-            fresh = sparsify(load_dense(run.dense)[0], gate_bias=self.config.gate_bias, inplace=True)
+            fresh = sparsify(load_dense(run.dense)[0], inplace=True)
             model = self._put_together(fresh, whole)
         if self.adapters:
             save_adapter(model, run.adapter)

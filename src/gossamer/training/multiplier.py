@@ -1,31 +1,31 @@
-"""The constrained objective: minimise the expected open links subject to a bound on the loss.
+"""The Lagrange multiplier of the constraint, and how it moves: a PI controller on the running violation.
 
-    minimise   E / allowed links   subject to   c <= bound
-    primal     (E / allowed + lambda * (c - bound)) / (1 + lambda)
-    dual       I += rate * v,  log lambda = I + proportional * v,  v = clip(running mean of (c - bound), -limit, limit)
+    minimise   log f   subject to   c <= bound
+    primal     (log f + lambda * c / unit) / (1 + lambda)
+    dual       log lambda = I + proportional * v,   I += integral * v where |v| < 1/2
 
-with c what the constraint measures (:mod:`gossamer.training.constraints`) and v the violation. The dual step is
-multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597); dividing by 1 + lambda keeps the size
-of the gradient steady while lambda moves over orders of magnitude.
+with f the open fraction (:mod:`gossamer.training.objective`), c what the constraint measures, ``unit`` the constraint's
+own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) / unit, clipped to
+[-1, 1]. lambda says how many per cent of the links one per cent of the unit is worth. Measured on trained models that is
+near 1, whatever the bound (docs/LOG.md), so lambda starts at 1 and is not a setting that a user has to find.
 
-The sum I alone lags behind: while the weights still recover from closed gates it keeps rising, and it comes down only
-after the bound has long been held. The proportional part answers at once (Sohrabi et al. 2024, arXiv 2406.04558).
-
-With the objective ``log``, log(E / allowed) stands for E / allowed. The optimum is the same, but lambda is another:
-the relative saving of links that a nat is worth, which need not fall as links get few.
+I integrates only near the bound. Far from it, inside at the start or outside after a shock, the gates already move as
+fast as they can and I would wind up: the proportional part answers at once and forgets at once. The dual step is
+multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the controller that of Sohrabi et al. 2024 (arXiv
+2406.04558), and dividing by 1 + lambda keeps the size of the gradient steady.
 """
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gossamer.fields import documented, setting
 
-ObjectiveKind = Literal["fraction", "log"]
+BAND = 0.5
+"""The integral part moves where the running violation is smaller than this, in units of the constraint."""
 
 
 @documented
@@ -33,73 +33,91 @@ ObjectiveKind = Literal["fraction", "log"]
 class MultiplierConfig:
     """How the multiplier moves."""
 
-    initial: float = setting(
-        "lambda before the first step; a low one closes the gates before the bound counts.", 0.02, least=1e-4, most=1e4
-    )
-    rate: float = setting("How fast lambda follows: change of log lambda per step and nat of violation.", 0.5)
-    proportional: float = setting(
-        "How much log lambda answers at once to each nat of violation; damps its swing.", 0.0, least=0.0
-    )
-    decay: float = setting("Of the running mean of the violation, per dual step.", 0.5, least=0.0, most=1.0)
-    largest_violation: float = setting(
-        "The running mean of the violation is clipped to it, nats, so that the first steps, far from the bound on "
-        "either side, do not carry lambda away.",
-        0.1,
-        least=0.0,
-    )
-    smallest: float = setting("lambda is at least this.", 1e-4, least=1e-30)
-    largest: float = setting("lambda is at most this.", 1e4, least=1e-30)
+    initial: float = setting("lambda before the first step.", 1.0, least=1e-4, most=1e4)
+    proportional: float = setting("How much log lambda answers at once to a violation of one unit.", 2.5, least=0.0)
+    integral: float = setting("Change of log lambda per step and unit of violation.", 0.02, least=0.0)
+    decay: float = setting("Of the running means of what the batches measure, per step.", 0.8, least=0.0, most=1.0)
 
 
 class Multiplier:
-    """The Lagrange multiplier lambda: the sum ``log_value`` (I) and the running mean of the violation that moves it."""
+    """lambda: ``log_value`` (I) and the violation that it answers, in units of the constraint."""
 
     def __init__(self, config: MultiplierConfig) -> None:
         self.config = config
         self.log_value = math.log(config.initial)
-        self.mean_violation: float | None = None
+        self.violation = 0.0
 
     @property
     def value(self) -> float:
         """lambda."""
-        return math.exp(self._within(self.log_value + self.config.proportional * self._clipped()))
-
-    def _clipped(self) -> float:
-        limit = self.config.largest_violation
-        return min(max(self.mean_violation or 0.0, -limit), limit)
-
-    def _within(self, log_value: float) -> float:
-        return min(max(log_value, math.log(self.config.smallest)), math.log(self.config.largest))
+        return math.exp(self.log_value + self.config.proportional * min(max(self.violation, -1.0), 1.0))
 
     def dual_step(self, violation: float) -> None:
-        """Move along the violation c - bound that was measured last."""
-        config = self.config
-        if self.mean_violation is None:
-            self.mean_violation = violation
-        self.mean_violation = config.decay * self.mean_violation + (1 - config.decay) * violation
-        self.log_value = self._within(self.log_value + config.rate * self._clipped())
+        """Answer the running violation (c - bound) / unit."""
+        self.violation = violation
+        if abs(violation) < BAND:
+            self.log_value += self.config.integral * violation
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, float]:
         """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
-        return {"log_value": self.log_value, "mean_violation": self.mean_violation}
+        return {"log_value": self.log_value, "violation": self.violation}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from :meth:`state_dict`."""
-        log_value = state["log_value"]
-        assert log_value is not None
-        self.log_value, self.mean_violation = log_value, state["mean_violation"]
+        self.log_value, self.violation = state["log_value"], state["violation"]
 
     def __repr__(self) -> str:
         return f"Multiplier({self.value:.4g}, {asdict(self.config)})"
 
 
+class RunningViolation:
+    """The violation on unseen text, step by step, in units of the constraint.
+
+    A training batch is unseen text until its update, and costs nothing to measure; but one batch is little text, and it
+    comes from the documents that the model trains on. So the running mean over batches says how the violation moves,
+    and each measurement on the validation blocks says how far that mean is off.
+
+    Args:
+        decay: of the running mean, per step.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.mean: float | None = None
+        self.slow_mean: float | None = None
+        self.offset: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The violation; None before anything was measured."""
+        return None if self.mean is None else self.mean + (self.offset or 0.0)
+
+    def add_batch(self, violation: float) -> None:
+        """Take in what a training step measured before its update."""
+        self.mean = self._averaged(self.mean, violation, self.decay)
+        self.slow_mean = self._averaged(self.slow_mean, violation, math.sqrt(self.decay))
+
+    def add_validation(self, violation: float) -> None:
+        """Take in a measurement on the validation blocks."""
+        if self.slow_mean is None:
+            self.mean = self.slow_mean = violation
+        self.offset = self._averaged(self.offset, violation - self.slow_mean, 0.5)
+
+    @staticmethod
+    def _averaged(before: float | None, now: float, decay: float) -> float:
+        return now if before is None else decay * before + (1 - decay) * now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
+        return {"mean": self.mean, "slow_mean": self.slow_mean, "offset": self.offset}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.mean, self.slow_mean, self.offset = state["mean"], state["slow_mean"], state["offset"]
+
+
 def lagrangian(
-    open_fraction: Float[Tensor, ""],
-    violation: Float[Tensor, ""],
-    multiplier: float,
-    objective: ObjectiveKind = "fraction",
+    objective: Float[Tensor, ""], constrained: Float[Tensor, ""], multiplier: float, unit: float
 ) -> Float[Tensor, ""]:
-    """(f + lambda * violation) / (1 + lambda), f the expected open fraction or its logarithm."""
-    if objective == "log":
-        open_fraction = open_fraction.clamp(min=torch.finfo(open_fraction.dtype).tiny).log()
-    return (open_fraction + multiplier * violation) / (1 + multiplier)
+    """(objective + lambda * constrained / unit) / (1 + lambda)."""
+    return (objective + multiplier / unit * constrained) / (1 + multiplier)

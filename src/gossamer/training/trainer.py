@@ -1,15 +1,6 @@
-"""Post-training under the constraint, on transformers' Trainer.
+"""Fine-tuning on transformers' Trainer: the settings, checkpoints that appear whole, and the dense control.
 
-Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch, with sampled gates at first
-and, in the last part of a run (``hard_fraction``), with the hard gates of evaluation.
-
-The multiplier does not follow the training batches: what it has to hold is the loss on unseen text with hard gates,
-and a batch's loss says more about the batch than about the model. So every ``validate_every`` steps the constrained
-quantity is measured with hard gates on a fixed set of validation blocks, the same on which the dense model was; the
-violation found there moves lambda until the next measurement. Figures are reported on yet other blocks.
-
-The last step need not hold the bound. A run therefore ends with the sparsest of its last weights and its checkpoints
-that held the bound on the validation blocks; such a checkpoint is kept until there is a sparser one.
+The rates rise over ``warmup`` of the steps, stay, and fall to 0 over the last ``decay`` of them.
 """
 
 import json
@@ -42,22 +33,22 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from gossamer.errors import GossamerError
 from gossamer.fields import documented, setting
-from gossamer.measures.language import forward_passes
 from gossamer.measures.losses import cross_entropy
 from gossamer.models.architectures import attention_modules
-from gossamer.models.attention import counted_links, sampled_gates
 from gossamer.models.checkpoint import read_weights, write_model
 from gossamer.models.convert import is_gated
-from gossamer.models.lora import as_dense
-from gossamer.ops import fold_seed
-from gossamer.training.checkpoints import checkpoints, fault, seal
+from gossamer.training.checkpoints import checkpoints, seal
 from gossamer.training.constraints import Constraint, CrossEntropy
-from gossamer.training.multiplier import Multiplier, MultiplierConfig, ObjectiveKind, lagrangian
-from gossamer.training.processes import by_first, check_processes, stopped_together, together
+from gossamer.training.multiplier import MultiplierConfig
+from gossamer.training.objective import Weighting
+from gossamer.training.processes import check_processes, stopped_together, together
 from gossamer.training.stream import BlockStream
 
 TrainedPart = Literal["all", "attention", "lora"]
 Precision = Literal["fp32", "bf16"]
+
+GATE_RATE, GATE_RATE_STEPS = 0.2, 60
+"""Learning rate of the gate biases in runs of so many steps and fewer."""
 
 
 @documented
@@ -68,38 +59,51 @@ class TrainingConfig:
     train: TrainedPart = setting(
         "Weights to train besides the gate biases: all, the attention's, or adapters (lora).", "all"
     )
-    steps: int = setting("Optimiser steps.", 1000, least=1)
     batch_size: int = setting("Blocks in one forward pass of one process.", 4, least=1)
     gradient_accumulation: int = setting("Forward passes of each process in one step.", 1, least=1)
-    processes: int = setting("How many train together, each on its own part of a step's batch.", 1, least=1)
+    processes: int = setting(
+        "How many train together, each on its own part of a step's batch; what started them says it.",
+        1,
+        least=1,
+        recorded=True,
+    )
     gradient_checkpointing: bool = setting(
         "Keep only what goes into each layer for the backward pass and compute the rest again: less memory for a "
         "quarter to a third more time.",
         False,
     )
-    learning_rate: float = setting("Of the weights, after warm-up; falls along a cosine.", 3e-4, least=0.0, most=1e30)
-    gate_learning_rate: float = setting("Of the gate biases, on the same schedule.", 0.2, least=0.0, most=1e30)
-    warmup: float = setting("Share of the steps over which the rates rise from 0.", 0.03, least=0.0, most=1.0)
-    final_rate: float = setting("Last learning rate as a share of the first.", 0.05, least=0.0, most=1.0)
+    learning_rate: float = setting("Of the weights, between warm-up and decay.", 1e-4, least=0.0, most=1e30)
+    gate_learning_rate: float | None = setting(
+        "Of the gate biases, on the same schedule; 0.2 for 60 steps and less for more, by the root of their number, if "
+        "it is not given.",
+        None,
+        least=0.0,
+        most=1e30,
+    )
+    warmup: float = setting("Share of the steps over which the rates rise from 0.", 0.05, least=0.0, most=1.0)
+    decay: float = setting("Share of the steps, at the end, over which the rates fall to 0.", 0.3, least=0.0, most=1.0)
     hard_fraction: float = setting(
-        "Share of the steps, at the end, trained with hard gates instead of sampled ones.", 0.8, least=0.0, most=1.0
+        "Share of the steps, at the end, trained with hard gates; before them gates are sampled.",
+        1.0,
+        least=0.0,
+        most=1.0,
     )
     max_grad_norm: float = setting("The gradient's norm is clipped to it.", 1.0, least=0.0)
     fused_optimizer: bool = setting(
         "AdamW in one pass over memory: a sixth of the time on a CPU. It rounds otherwise than in many.", True
     )
     constraint: Constraint = setting("What is bounded.", default_factory=CrossEntropy)
-    objective: ObjectiveKind = setting(
-        "What is minimised: the expected open fraction, or its log; then start lambda near 10.", "fraction"
+    weighting: Weighting = setting(
+        "What counts alike in the objective: every link (links), or every query (queries), which keeps short prompts "
+        "sparse too.",
+        "links",
     )
     multiplier: MultiplierConfig = setting("How lambda moves.", default_factory=MultiplierConfig, prefix="multiplier_")
-    validate_every: int = setting(
-        "Steps between measurements of the violation, which move lambda; fewer for tight bounds.", 20, least=1
-    )
+    validations: int = setting("Measurements on the validation blocks, spread evenly over a run.", 8, least=1)
     prompt_tokens: int = setting(
         "Tokens at the start of every block that are given: the loss does not ask for them.", 0, least=0
     )
-    precision: Precision = setting("Of the matrix products; weights and optimiser state stay float32.", "fp32")
+    precision: Precision = setting("Of the matrix products; weights and optimiser state stay float32.", "bf16")
     checkpoint_every: int = setting("Steps between checkpoints; 0: none.", 100, least=0)
     seed: int = setting("Of data order, noise and everything else random.", 0)
 
@@ -132,11 +136,48 @@ def choose_trained(model: PreTrainedModel, part: TrainedPart) -> None:
         module.requires_grad_(True)
 
 
+def _arguments(
+    config: TrainingConfig, steps: int, folder: Path, blocks: Dataset[dict[str, Tensor]]
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": max(1, round(config.decay * steps)), "decay_type": "linear"},
+        warmup_steps=max(1, round(config.warmup * steps)),
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="steps" if config.checkpoint_every else "no",
+        save_steps=config.checkpoint_every or 500,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        ddp_find_unused_parameters=False,
+        ignore_data_skip=isinstance(blocks, BlockStream),
+    )
+
+
 class PostTrainer(Trainer):
     """transformers' Trainer with checkpoints that appear whole or not at all, and separate rates for the gates.
 
-    As it stands it fine-tunes on the cross-entropy: the dense control. :class:`SparsityTrainer` adds gates
-    and constraint.
+    As it stands it fine-tunes on the cross-entropy: the dense control.
+    :class:`gossamer.training.sparsity.SparsityTrainer` adds gates and constraint.
+
+    Args:
+        model: what to train.
+        config: how.
+        blocks: what to train on.
+        folder: of the checkpoints.
+        steps: optimiser steps.
+        tokenizer: saved with each checkpoint.
+        callbacks: transformers' own.
     """
 
     def __init__(
@@ -146,38 +187,17 @@ class PostTrainer(Trainer):
         blocks: Dataset[dict[str, Tensor]],
         folder: Path,
         *,
+        steps: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_processes(config.processes)
-        self.config = config
+        self.config, self.steps = config, steps
         self.folder = folder
         self.tokenizer = tokenizer
         self.staging: Path | None = None
         self.stream = blocks if isinstance(blocks, BlockStream) else None
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=config.steps,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": config.final_rate},
-            warmup_steps=max(1, round(config.warmup * config.steps)),
-            max_grad_norm=config.max_grad_norm,
-            bf16=config.precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            save_strategy="steps" if config.checkpoint_every else "no",
-            save_steps=config.checkpoint_every or 500,
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            seed=config.seed,
-            data_seed=config.seed,
-            ddp_find_unused_parameters=False,
-            ignore_data_skip=isinstance(blocks, BlockStream),
-        )
+        arguments = _arguments(config, steps, folder, blocks)
         # Without a launcher Trainer would spread a batch over threads, one a GPU, which share the state of the gates.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         if config.gradient_checkpointing:
@@ -195,6 +215,12 @@ class PostTrainer(Trainer):
         # Ahead of the other callbacks, so that they see the measurements of the step.
         self.callback_handler.callbacks.insert(0, _StepEnd(self))
 
+    @property
+    def gate_learning_rate(self) -> float:
+        """Of the gate biases, between warm-up and decay."""
+        own = self.config.gate_learning_rate
+        return own if own is not None else GATE_RATE * math.sqrt(GATE_RATE_STEPS / max(self.steps, GATE_RATE_STEPS))
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW without weight decay; the gate biases in a group of their own."""
         if getattr(self, "optimizer", None) is None:
@@ -203,7 +229,7 @@ class PostTrainer(Trainer):
             weights = [p for n, p in named if not n.endswith("gate_bias")]
             groups = [{"params": weights, "lr": self.config.learning_rate}]
             if gates:
-                groups.append({"params": gates, "lr": self.config.gate_learning_rate})
+                groups.append({"params": gates, "lr": self.gate_learning_rate})
             fused = True if self.config.fused_optimizer else None
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         return cast(torch.optim.Optimizer, self.optimizer)
@@ -273,7 +299,7 @@ class PostTrainer(Trainer):
         good = checkpoints(self.folder)
         raise stopped_together(
             f"the loss became {loss} in step {self.state.global_step + 1} and the run stopped there; last good "
-            f"checkpoint: {good[-1] if good else 'none'}. Begin anew with a lower --learning-rate"
+            f"checkpoint: {good[-1] if good else 'none'}. Begin anew with a lower learning_rate"
         )
 
     def finish_step(self) -> None:
@@ -370,196 +396,7 @@ class _StepEnd(TrainerCallback):
         self.trainer.finish_step()
 
 
-@dataclass(frozen=True)
-class Validation:
-    """What was measured on the validation blocks with hard gates.
-
-    Attributes:
-        step: after which step.
-        constrained: what the constraint measures, nats.
-        open_fraction: open links / allowed links.
-    """
-
-    step: int
-    constrained: float
-    open_fraction: float
-
-
-class SparsityTrainer(PostTrainer):
-    """Minimises the expected open links of a gated model under the constraint.
-
-    Args:
-        model: the gated model.
-        reference: the dense model it was made from, frozen, for a constraint that needs it; None where only gates and
-            adapters are trained: the model holds the dense one itself.
-        bound: what the constrained quantity may be at most, nats.
-        validation: blocks on which it is measured.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        reference: PreTrainedModel | None,
-        bound: float,
-        config: TrainingConfig,
-        blocks: Dataset[dict[str, Tensor]],
-        validation: Int[Tensor, "blocks tokens"],
-        folder: Path,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(model, config, blocks, folder, **kwargs)
-        self.reference = None if reference is None else reference.eval().requires_grad_(False)
-        self.bound = bound
-        self.validation = validation
-        self.multiplier = Multiplier(config.multiplier)
-        self.validation_result: Validation | None = None
-        self.open_by_layer: Float[Tensor, " layers"] | None = None
-
-    @property
-    def label(self) -> str:
-        """What the constraint measures, in a word or two."""
-        return self.config.constraint.label
-
-    @property
-    def hard(self) -> bool:
-        """Whether the step at hand trains with hard gates."""
-        return self.state.global_step >= round((1 - self.config.hard_fraction) * self.config.steps)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward under the gates of the step: activations that are recomputed meet the same gates."""
-        # The 0 has no meaning; without it, the runs of docs/runs.md could not be repeated.
-        seed = fold_seed(self.config.seed, self.state.global_step, 0)
-        parts_before = len(self.measured) * self.config.processes + self.args.process_index
-        first_row = parts_before * self.config.batch_size
-        with nullcontext() if self.hard else sampled_gates(self.model, seed, first_row):
-            return cast(Tensor, super().training_step(*args, **kwargs))
-
-    def batch_objective(
-        self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The Lagrangian on a batch."""
-        with counted_links(self.model) as counts:
-            logits = model(input_ids=input_ids, use_cache=False).logits
-        allowed = torch.stack([count.allowed_links.sum() for count in counts.values()]).sum()
-        expected = torch.stack([count.expected_open.sum() for count in counts.values()]).sum() / allowed
-        opened_by_layer = torch.stack([count.open_links.sum() for count in counts.values()])
-        self.open_by_layer = opened_by_layer / torch.stack([count.allowed_links.sum() for count in counts.values()])
-        opened = opened_by_layer.sum() / allowed
-        constrained = self.constrained_quantity(logits, input_ids)
-        measured = {
-            "constrained": constrained.item(),
-            "expected_open_fraction": expected.item(),
-            "open_fraction": opened.item(),
-            "sampled": float(not self.hard),
-        }
-        violation = self.config.constraint.violation(constrained, self.bound)
-        return lagrangian(expected, violation, self.multiplier.value, self.config.objective), measured
-
-    def constrained_quantity(
-        self, logits: Float[Tensor, "batch tokens vocab"], input_ids: Int[Tensor, "batch tokens"]
-    ) -> Float[Tensor, ""]:
-        """What the constraint measures on a batch: what may not exceed the bound."""
-        constraint = self.config.constraint
-        dense_logits = self._dense_logits(input_ids) if constraint.needs_dense else None
-        return constraint.measure(logits, dense_logits, input_ids, self.config.prompt_tokens)
-
-    @torch.no_grad()
-    def _dense_logits(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocab"]:
-        with as_dense(self.model) if self.reference is None else nullcontext(self.reference) as dense:
-            return cast(Tensor, dense(input_ids=input_ids, use_cache=False).logits)
-
-    def validate(self) -> Validation:
-        """Measure the constrained quantity and the open fraction on the validation blocks, with hard gates."""
-        batches = self.validation.split(2 * self.config.batch_size)
-        # Each process takes as many turns: where weights are sharded, all take part in each other's forward passes.
-        turns = range(self.args.process_index, self.config.processes * -(-len(batches) // self.config.processes),
-                      self.config.processes)  # fmt: skip
-
-        def measure(logits: Tensor, ids: Tensor) -> float:
-            return self.constrained_quantity(logits, ids).item() * len(ids)
-
-        with self.compute_loss_context_manager():
-            found = forward_passes(self.model, [batches[turn % len(batches)] for turn in turns], measure)
-        sums = torch.zeros(3, dtype=torch.float64)
-        for turn, (constrained, links) in zip(turns, found, strict=True):
-            if turn < len(batches):
-                counted = constrained, int(links.open_links.sum()), int(links.allowed_links.sum())
-                sums += torch.tensor(counted, dtype=torch.float64)
-        constrained, opened, allowed = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
-        return Validation(self.state.global_step, constrained / len(self.validation), opened / allowed)
-
-    def finish_step(self) -> None:
-        """Take the dual step, with a new measurement of the violation if it is time for one."""
-        super().finish_step()
-        if self.open_by_layer is not None:
-            self.open_by_layer = self.accelerator.reduce(self.open_by_layer, "mean")
-        self.last["multiplier"] = self.multiplier.value
-        step = self.state.global_step
-        if step % self.config.validate_every == 0 or step == self.config.steps:
-            self.validation_result = self.validate()
-        if self.validation_result is not None:
-            self.last["constrained_held_out"] = self.validation_result.constrained
-            self.multiplier.dual_step(self.violation(self.validation_result))
-
-    def violation(self, result: Validation) -> float:
-        """How far weights that were measured so are over the bound, nats."""
-        return self.config.constraint.violation(result.constrained, self.bound)
-
-    def holds_bound(self, result: Validation | None) -> bool:
-        """Whether weights that were measured so hold the bound."""
-        return result is not None and self.violation(result) <= 0
-
-    def best_checkpoint(self) -> tuple[Path, Validation] | None:
-        """The sparsest whole checkpoint that was measured at its own step and held the bound."""
-        held = []
-        for path in checkpoints(self.folder):
-            result = None if fault(path) else _read_state(path)[1]
-            if result is not None and self.holds_bound(result) and path.name == f"checkpoint-{result.step}":
-                held.append((path, result))
-        return min(held, key=lambda pair: pair[1].open_fraction, default=None)
-
-    def superfluous_checkpoints(self) -> list[Path]:
-        """Checkpoints that are neither among the last two nor the best."""
-        best = self.best_checkpoint()
-        return [path for path in super().superfluous_checkpoints() if best is None or path != best[0]]
-
-    def select_weights(self) -> Validation | None:
-        """After training: put the best checkpoint's weights into the model if the last ones are not better.
-
-        Returns:
-            What was measured of the weights the model now has.
-        """
-        last, best = self.validation_result, by_first(self.best_checkpoint)
-        if best is None:
-            return last
-        if last is not None and self.holds_bound(last) and last.open_fraction <= best[1].open_fraction:
-            return last
-        self._load_from_checkpoint(str(best[0]))
-        return best[1]
-
-    def write_extra_state(self, folder: Path) -> None:
-        """Write the multiplier and the last measurement."""
-        result = self.validation_result
-        state = {
-            "multiplier": self.multiplier.state_dict(),
-            "validation": None if result is None else asdict(result),
-        }
-        (folder / _STATE).write_text(json.dumps(state))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            multiplier, self.validation_result = _read_state(Path(checkpoint))
-            self.multiplier.load_state_dict(multiplier)
-
-
-_STATE = "multiplier.json"
 _STREAM = "stream.json"
-
-
-def _read_state(checkpoint: Path) -> tuple[dict[str, float | None], Validation | None]:
-    state = json.loads((checkpoint / _STATE).read_text())
-    return state["multiplier"], Validation(**state["validation"]) if state["validation"] else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -51,6 +51,8 @@ class Constraint(ABC):
         bound_name: what its bound is called in words, and in ``metrics.json``.
         summary: one sentence for help.
         needs_dense: whether the dense model runs beside the sparse one in training.
+        relative_to_dense: whether the bound comes from the dense model's own loss, so that a batch is held against the
+            dense model's loss on the same tokens.
     """
 
     name: ClassVar[str]
@@ -59,6 +61,7 @@ class Constraint(ABC):
     bound_name: ClassVar[str]
     summary: ClassVar[str]
     needs_dense: ClassVar[bool] = False
+    relative_to_dense: ClassVar[bool] = False
 
     def check(self) -> None:  # noqa: B027
         """Stop at settings that cannot be held, beyond the ranges of the fields.
@@ -92,6 +95,22 @@ class Constraint(ABC):
             prompt_tokens: tokens at the start of each row that are given, not predicted.
         """
 
+    @property
+    @abstractmethod
+    def unit(self) -> float:
+        """A violation that counts as 1, nats: the multiplier and its steps are measured in it."""
+
+    def training_loss(
+        self,
+        measured: Float[Tensor, ""],
+        logits: Float[Tensor, "batch tokens vocab"],
+        dense_logits: Float[Tensor, "batch tokens vocab"] | None,
+        input_ids: Int[Tensor, "batch tokens"],
+        prompt_tokens: int = 0,
+    ) -> Float[Tensor, ""]:
+        """What pulls the weights towards the bound, nats; ``measured`` itself unless a kind says otherwise."""
+        return measured
+
     @abstractmethod
     def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
         """Value, bound and standard error from what was measured of both models on the same blocks, with hard gates."""
@@ -99,10 +118,6 @@ class Constraint(ABC):
     def violation(self, measured: Number, bound: float) -> Number:
         """How far a measurement is over the bound, nats; below 0 inside it."""
         return measured - bound
-
-    def margin(self, asked: float) -> float:
-        """How far inside the bound training aims, nats, where ``asked`` is the setting."""
-        return asked
 
     def warnings(self, dense_loss: float) -> list[str]:
         """What the user should know before training, a line each."""

@@ -3,13 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gossamer.fields import documented, setting
 from gossamer.measures.language import LanguageFigures, standard_error
-from gossamer.measures.losses import cross_entropy
+from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.training.constraints.base import Constraint, Outcome
+
+
+UNIT = 0.1
+"""A violation that counts as 1, nats."""
 
 
 @documented
@@ -21,13 +26,28 @@ class CrossEntropy(Constraint):
     symbol: ClassVar[str] = "τ"
     label: ClassVar[str] = "loss"
     bound_name: ClassVar[str] = "tau"
-    summary: ClassVar[str] = "cross-entropy at most tau, by default the dense model's plus slack"
+    needs_dense: ClassVar[bool] = True
+    relative_to_dense: ClassVar[bool] = True
+    summary: ClassVar[str] = "cross-entropy at most tau"
 
     slack: float = setting("Nats that the loss may be above the dense model's.", 0.01, least=0.0)
-    tau: float | None = setting("Bound on the cross-entropy, nats; null: the dense model's plus slack.", None)
+    tau: float | None = setting(
+        "Bound on the cross-entropy, nats; the dense model's plus slack if it is not given.", None
+    )
+
+    distillation: float = setting(
+        "Share of the pull on the weights that is KL(dense || sparse); the rest is the cross-entropy.",
+        0.0,
+        least=0.0,
+        most=1.0,
+    )
 
     def bound(self, dense_loss: float) -> float:
         return self.tau if self.tau is not None else dense_loss + self.slack
+
+    @property
+    def unit(self) -> float:
+        return UNIT
 
     def measure(
         self,
@@ -37,6 +57,20 @@ class CrossEntropy(Constraint):
         prompt_tokens: int = 0,
     ) -> Float[Tensor, ""]:
         return cross_entropy(logits, input_ids, prompt_tokens)
+
+    def training_loss(
+        self,
+        measured: Float[Tensor, ""],
+        logits: Float[Tensor, "batch tokens vocab"],
+        dense_logits: Float[Tensor, "batch tokens vocab"] | None,
+        input_ids: Int[Tensor, "batch tokens"],
+        prompt_tokens: int = 0,
+    ) -> Float[Tensor, ""]:
+        if self.distillation == 0:
+            return measured
+        assert dense_logits is not None
+        taught = kl_divergence(dense_logits, logits, prompt_tokens)
+        return torch.lerp(measured, taught, self.distillation)
 
     def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
         # A bound that the dense model's loss sets shares most of its spread, that of the text, with the sparse loss.

@@ -22,7 +22,7 @@ class KLDivergence(Constraint):
     symbol: ClassVar[str] = "ε"
     label: ClassVar[str] = "KL"
     bound_name: ClassVar[str] = "epsilon"
-    summary: ClassVar[str] = "KL(dense || sparse) at most epsilon; the dense model runs as well"
+    summary: ClassVar[str] = "KL(dense || sparse) at most epsilon"
     needs_dense: ClassVar[bool] = True
 
     epsilon: float = setting("Bound on KL(dense || sparse), nats.", 0.05, least=0.0)
@@ -32,6 +32,10 @@ class KLDivergence(Constraint):
             raise GossamerError(f"--epsilon {self.epsilon:g} cannot be held: no KL is below 0; give for example 0.05")
 
     def bound(self, dense_loss: float) -> float:
+        return self.epsilon
+
+    @property
+    def unit(self) -> float:
         return self.epsilon
 
     def measure(
@@ -49,5 +53,3 @@ class KLDivergence(Constraint):
         assert sparse.kls is not None
         return Outcome(sparse.kl, self.epsilon, standard_error(sparse.kls))
 
-    def margin(self, asked: float) -> float:
-        return min(asked, self.epsilon / 10)

@@ -1,0 +1,283 @@
+"""Post-training under the constraint: few open links, what is bounded inside its bound.
+
+1. Start: gates open where attention weights exceed a threshold, the largest that is at most one unit outside the bound.
+2. Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch. Before the weights move, the
+   batch is unseen text, so what it measures is one step's violation; a few measurements on validation blocks say how far
+   batches are off. The dual step answers both.
+3. End: rates have fallen to 0. If the bound is missed on the validation blocks, the gate biases are shifted by the
+   smallest common amount that brings it back.
+
+Results are reported on yet other blocks.
+"""
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from gossamer.measures.language import forward_passes, standard_error_of_sums
+from gossamer.measures.losses import cross_entropy
+from gossamer.models.attention import counted_links, sampled_gates
+from gossamer.models.lora import as_dense
+from gossamer.ops import fold_seed
+from gossamer.training.gates import Calibration, calibrate, open_to
+from gossamer.training.multiplier import Multiplier, RunningViolation, lagrangian
+from gossamer.training.objective import expected_open_fraction
+from gossamer.training.trainer import PostTrainer, TrainingConfig
+
+START_TOKENS = 2_048
+"""Of the validation text, on which the gates' start is found."""
+
+START_UNITS = 1.0
+"""How far outside the bound the start may be, in units of the constraint: training wins that back."""
+
+LARGEST_MARGIN = 0.25
+"""Of the margin that a measurement's standard error asks for, in units of the constraint."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was measured on the validation blocks with hard gates.
+
+    Attributes:
+        step: after which step.
+        constrained: what the constraint measures, nats.
+        stderr: standard error of its distance from the bound, nats; 0 where there is one block.
+        open_fraction: open links / allowed links.
+        calibration: the common shift of the gate biases after training; None where there was none.
+    """
+
+    step: int
+    constrained: float
+    stderr: float
+    open_fraction: float
+    calibration: float | None = None
+
+
+class SparsityTrainer(PostTrainer):
+    """Minimises the expected open links of a gated model under the constraint.
+
+    Args:
+        model: the gated model.
+        reference: the dense model it was made from, frozen, for a constraint that needs it; None where only gates and
+            adapters are trained: the model holds the dense one itself.
+        dense_loss: cross-entropy of the dense model on the validation blocks, nats.
+        config: how to train.
+        blocks: what to train on, each once.
+        validation: blocks that neither the weights nor the reported metrics see.
+        folder: of the checkpoints.
+        margin: how far inside the bound to aim, nats; None for one standard error of each measurement.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        dense_loss: float,
+        config: TrainingConfig,
+        blocks: Dataset[dict[str, Tensor]],
+        validation: Int[Tensor, "blocks tokens"],
+        folder: Path,
+        *,
+        margin: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, config, blocks, folder, **kwargs)
+        self.reference = None if reference is None else reference.eval().requires_grad_(False)
+        self.constraint = config.constraint
+        self.bound = self.constraint.bound(dense_loss)
+        self.dense_loss = dense_loss
+        self.margin = margin
+        self.validation = validation
+        self.multiplier = Multiplier(config.multiplier)
+        self.running = RunningViolation(config.multiplier.decay)
+        self.reference_fraction: float | None = None
+        self.validation_result: Validation | None = None
+        self.open_by_layer: Float[Tensor, " layers"] | None = None
+
+    @property
+    def label(self) -> str:
+        """What the constraint measures, in a word or two."""
+        return self.constraint.label
+
+    @property
+    def hard(self) -> bool:
+        """Whether the step at hand trains with hard gates."""
+        return self.state.global_step >= round((1 - self.config.hard_fraction) * self.steps)
+
+    @torch.no_grad()
+    def prepare(self, *, open_gates: bool) -> None:
+        """Before the first step of a new run: set the gates' start, if asked to, and measure what is open there.
+
+        All processes do the same.
+        """
+        model = cast(PreTrainedModel, self.model).eval()
+        device = next(model.parameters()).device
+        some = self.validation[: max(1, START_TOKENS // self.validation.shape[1])].to(device)
+        with self.compute_loss_context_manager():
+            if open_gates:
+                dense_logits = self._dense_logits(some) if self.constraint.needs_dense else None
+
+                def violation() -> float:
+                    logits = model(input_ids=some, use_cache=False).logits
+                    return self._excess(logits, dense_logits, some) - START_UNITS
+
+                open_to(model, some, violation)
+            with counted_links(model) as counts:
+                model(input_ids=some, use_cache=False)
+        self.reference_fraction = expected_open_fraction(counts, self.config.weighting).item()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward under the gates of the step: activations that are recomputed meet the same gates."""
+        # The 0 has no meaning; without it, the runs of docs/runs.md could not be repeated.
+        seed = fold_seed(self.config.seed, self.state.global_step, 0)
+        parts_before = len(self.measured) * self.config.processes + self.args.process_index
+        first_row = parts_before * self.config.batch_size
+        with nullcontext() if self.hard else sampled_gates(self.model, seed, first_row):
+            return cast(Tensor, super().training_step(*args, **kwargs))
+
+    def batch_objective(
+        self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The Lagrangian on a batch."""
+        with counted_links(self.model) as counts:
+            logits = model(input_ids=input_ids, use_cache=False).logits
+        expected = expected_open_fraction(counts, self.config.weighting)
+        opened = torch.stack([count.open_links.sum() for count in counts.values()])
+        allowed = torch.stack([count.allowed_links.sum() for count in counts.values()])
+        self.open_by_layer = opened / allowed
+        dense_logits = self._dense_logits(input_ids) if self.constraint.needs_dense else None
+        constrained = self.constraint.measure(logits, dense_logits, input_ids, self.config.prompt_tokens)
+        pull = self.constraint.training_loss(
+            constrained, logits, dense_logits, input_ids, self.config.prompt_tokens
+        )
+        measured = {
+            "constrained": constrained.item(),
+            "batch_violation": self._excess(logits.detach(), dense_logits, input_ids, constrained.item()),
+            "expected_open_fraction": expected.item(),
+            "open_fraction": (opened.sum() / allowed.sum()).item(),
+            "sampled": float(not self.hard),
+        }
+        assert self.reference_fraction is not None
+        objective = expected / self.reference_fraction
+        return lagrangian(objective, pull, self.multiplier.value, self.constraint.unit), measured
+
+    def _excess(
+        self, logits: Tensor, dense_logits: Tensor | None, input_ids: Tensor, constrained: float | None = None
+    ) -> float:
+        """The violation on some text, in units of the constraint, beside the dense model on the same text."""
+        prompt_tokens = self.config.prompt_tokens
+        if constrained is None:
+            constrained = self.constraint.measure(logits, dense_logits, input_ids, prompt_tokens).item()
+        easier = 0.0
+        if self.constraint.relative_to_dense and dense_logits is not None:
+            easier = self.dense_loss - cross_entropy(dense_logits, input_ids, prompt_tokens).item()
+        return (constrained + easier - self.bound) / self.constraint.unit
+
+    @torch.no_grad()
+    def _dense_logits(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocab"]:
+        if self.reference is None:
+            with as_dense(self.model) as dense:
+                return cast(Tensor, dense(input_ids=input_ids, use_cache=False).logits)
+        device = next(self.reference.parameters()).device
+        logits = self.reference(input_ids=input_ids.to(device), use_cache=False).logits
+        return cast(Tensor, logits.to(input_ids.device))
+
+    def validate(self) -> Validation:
+        """Measure the constrained quantity and the open fraction on the validation blocks, with hard gates."""
+        constraint, prompt_tokens = self.constraint, self.config.prompt_tokens
+        batches = self.validation.split(2 * self.config.batch_size)
+        # Each process takes as many turns: where weights are sharded, all take part in each other's forward passes.
+        turns = range(self.args.process_index, self.config.processes * -(-len(batches) // self.config.processes),
+                      self.config.processes)  # fmt: skip
+
+        def measure(logits: Tensor, ids: Tensor) -> list[tuple[float, float]]:
+            dense_logits = self._dense_logits(ids) if constraint.needs_dense else None
+            found = []
+            for row in range(len(ids)):
+                one = slice(row, row + 1)
+                dense = None if dense_logits is None else dense_logits[one]
+                value = constraint.measure(logits[one], dense, ids[one], prompt_tokens).item()
+                found.append((value, self._excess(logits[one], dense, ids[one], value) * constraint.unit))
+            return found
+
+        with self.compute_loss_context_manager():
+            passes = forward_passes(self.model, [batches[turn % len(batches)] for turn in turns], measure)
+        sums = torch.zeros(5, dtype=torch.float64)
+        for turn, (blocks, links) in zip(turns, passes, strict=True):
+            if turn < len(batches):
+                values, excesses = (torch.tensor(column, dtype=torch.float64) for column in zip(*blocks, strict=True))
+                counted = int(links.open_links.sum()), int(links.allowed_links.sum())
+                sums += torch.tensor([values.sum(), excesses.sum(), excesses.square().sum(), *counted]).double()
+        value, excess, squares, opened, allowed = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        blocks = len(self.validation)
+        stderr = standard_error_of_sums(excess, squares, blocks) or 0.0
+        return Validation(self.state.global_step, value / blocks, stderr, opened / allowed)
+
+    def finish_step(self) -> None:
+        """Take the dual step, with a new measurement on the validation blocks if it is time for one."""
+        super().finish_step()
+        if self.open_by_layer is not None:
+            self.open_by_layer = self.accelerator.reduce(self.open_by_layer, "mean")
+        self.last["multiplier"] = self.multiplier.value
+        self.reference_fraction = self.last["expected_open_fraction"]
+        if not self.last["sampled"]:
+            self.running.add_batch(self.last["batch_violation"])
+        step = self.state.global_step
+        if step % max(1, self.steps // self.config.validations) == 0 or step == self.steps:
+            self.validation_result = self.validate()
+            if not self.last["sampled"]:
+                self.running.add_validation(self.violation(self.validation_result))
+        if self.validation_result is not None:
+            self.last["constrained_held_out"] = self.validation_result.constrained
+        if (violation := self.running.value) is not None:
+            self.multiplier.dual_step(violation)
+
+    def violation(self, result: Validation) -> float:
+        """How far weights that were measured so are over the bound less its margin, in units of the constraint."""
+        unit = self.constraint.unit
+        margin = min(result.stderr / unit, LARGEST_MARGIN) if self.margin is None else self.margin / unit
+        return (result.constrained - self.bound) / unit + margin
+
+    def calibrate(self) -> Validation:
+        """After training: shift the gate biases if that is what the bound needs, and measure what the model is now."""
+        results: list[Validation] = []
+
+        def violation() -> float:
+            results.append(self.validation_result if not results and self.validation_result else self.validate())
+            return self.violation(results[-1])
+
+        found: Calibration = calibrate(cast(PreTrainedModel, self.model), violation)
+        result = results[0] if not found.shift else self.validate()
+        self.validation_result = replace(result, calibration=found.shift)
+        return self.validation_result
+
+    def write_extra_state(self, folder: Path) -> None:
+        """Write what the dual steps go on from."""
+        result = self.validation_result
+        state = {
+            "multiplier": self.multiplier.state_dict(),
+            "running": self.running.state_dict(),
+            "reference_fraction": self.reference_fraction,
+            "validation": None if result is None else asdict(result),
+        }
+        (folder / _STATE).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = json.loads((Path(checkpoint) / _STATE).read_text())
+            self.multiplier.load_state_dict(state["multiplier"])
+            self.running.load_state_dict(state["running"])
+            self.reference_fraction = state["reference_fraction"]
+            self.validation_result = Validation(**state["validation"]) if state["validation"] else None
+
+
+_STATE = "multiplier.json"
