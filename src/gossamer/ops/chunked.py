@@ -216,9 +216,7 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
         ctx.settings = (pairs, scale, softcap, noise_keys)
         log_sum_exp = torch.where(normaliser.isinf(), -torch.inf, normaliser)
-        opened, expected, log_sum_exp = (
-            x.view(call.batch, call.heads, -1) for x in (opened, expected, log_sum_exp)
-        )
+        opened, expected, log_sum_exp = (x.view(call.batch, call.heads, -1) for x in (opened, expected, log_sum_exp))
         ctx.mark_non_differentiable(opened, log_sum_exp)
         return output, expected if expect else None, opened, log_sum_exp
 

@@ -31,10 +31,11 @@ from gossamer.training.checkpoints import checkpoints, last_sound
 from gossamer.training.data import BlockDataset
 from gossamer.training.processes import by_first, check_processes, processes, together
 from gossamer.training.progress import StepLog, sampling_shown
-from gossamer.training.stream import BlockStream
 from gossamer.training.sparsity import SparsityTrainer, Validation
+from gossamer.training.stream import BlockStream
 from gossamer.training.trainer import PostTrainer, choose_trained, without_dropout
 from gossamer.training.watching import check_watchers, watch
+
 
 def post_train(
     config: RunConfig,
@@ -278,11 +279,12 @@ class Job:
     def _tell(self, trainer: SparsityTrainer, final: Validation) -> None:
         """Record what the weights that are kept measure, and warn where no shift of the gates holds the bound."""
         if final.calibration is None:
-            over = trainer.violation(final) * trainer.constraint.unit
+            measured = f"{trainer.label} {final.constrained:.4f} ± {final.stderr:.4f}"
+            over = trainer.violation(final) * trainer.unit
             self.warn(
-                f"on the validation text {trainer.label} {final.constrained:.4f} ± {final.stderr:.4f} is {over:.4f} nat over "
-                f"{trainer.constraint.symbol} {trainer.bound:.4f} less its margin, and no common shift of the gate biases "
-                "brings it inside; give the run more --tokens, or a looser bound"
+                f"{measured} on the validation text is {over:.4f} nat over {trainer.constraint.symbol} "
+                f"{trainer.bound:.4f} less its margin, and no common shift of the gate biases brings it inside; give "
+                "the run more --tokens, or a looser bound"
             )
         record = self.run.record()
         record["measured"]["selected"] = asdict(final)

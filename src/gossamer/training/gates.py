@@ -1,4 +1,4 @@
-"""The gates' biases before training and after it: where they start, and the shift that brings a run inside its bound."""
+"""The gate biases before training and after it: where they start, and the shift that brings a run inside its bound."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ CALIBRATION_STEPS = 4
 
 def gate_biases(model: nn.Module) -> list[nn.Parameter]:
     """The gate biases of a gated model, ``[heads]`` each, by layer."""
-    return [module.gate_bias for module in attention_modules(model)]  # type: ignore[misc, arg-type]
+    return [module.gate_bias for module in attention_modules(model)]  # type: ignore[misc]
 
 
 @torch.no_grad()

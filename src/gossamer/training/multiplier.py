@@ -2,15 +2,15 @@
 
     minimise   log f   subject to   c <= bound
     primal     (log f + lambda * c / unit) / (1 + lambda)
-    dual       log lambda = I + proportional * v,   I += integral * v where |v| < 1/2
+    dual       log lambda = I + proportional * v,   I += integral * v, except where v < -1/2
 
 with f the open fraction (:mod:`gossamer.training.objective`), c what the constraint measures, ``unit`` the constraint's
-own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) / unit, clipped to
-[-1, 1]. lambda says how many per cent of the links one per cent of the unit is worth. Measured on trained models that is
-near 1, whatever the bound (docs/LOG.md), so lambda starts at 1 and is not a setting that a user has to find.
+own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) / unit, clipped.
+lambda says how many per cent of the links one per cent of the unit is worth. On trained models that is near 1, whatever
+the bound (docs/LOG.md), so lambda starts at 1 and is not a setting that a user has to find.
 
-I integrates only near the bound. Far from it, inside at the start or outside after a shock, the gates already move as
-fast as they can and I would wind up: the proportional part answers at once and forgets at once. The dual step is
+The proportional part does most of the work: it answers at once and forgets at once. I would wind up while the gates are
+far inside the bound and close as fast as they can, so there it rests; and it is slow everywhere. The dual step is
 multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the controller that of Sohrabi et al. 2024 (arXiv
 2406.04558), and dividing by 1 + lambda keeps the size of the gradient steady.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from gossamer.fields import documented, setting
 
 BAND = 0.5
-"""The integral part moves where the running violation is smaller than this, in units of the constraint."""
+"""The integral part rests further inside the bound than this, in units of the constraint, and sees no more outside."""
 
 
 @documented
@@ -55,8 +55,8 @@ class Multiplier:
     def dual_step(self, violation: float) -> None:
         """Answer the running violation (c - bound) / unit."""
         self.violation = violation
-        if abs(violation) < BAND:
-            self.log_value += self.config.integral * violation
+        if violation > -BAND:
+            self.log_value += self.config.integral * min(violation, BAND)
 
     def state_dict(self) -> dict[str, float]:
         """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""

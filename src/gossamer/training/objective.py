@@ -7,8 +7,8 @@ The gradient of log f is that of f / f0 with f0 the value of f. A step's batch m
 processes, and the mean of logarithms is not the logarithm of the mean: so f0 is the whole step's f, that of the step
 before, and f / f0 is linear in what each pass counts. However a step is divided, it is the same step.
 
-Early queries of a block have few allowed links. "links" hardly counts them; "queries" counts each query alike, and with it
-what is open on prompts much shorter than a block.
+Early queries of a block have few allowed links. "links" hardly counts them; "queries" counts each query alike, and
+with it what is open on prompts much shorter than a block.
 """
 
 from typing import Literal

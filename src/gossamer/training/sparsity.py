@@ -1,9 +1,9 @@
 """Post-training under the constraint: few open links, what is bounded inside its bound.
 
-1. Start: gates open where attention weights exceed a threshold, the largest that is at most one unit outside the bound.
+1. Start: gates open where attention weights exceed a threshold, the largest that is at most a unit outside the bound.
 2. Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch. Before the weights move, the
-   batch is unseen text, so what it measures is one step's violation; a few measurements on validation blocks say how far
-   batches are off. The dual step answers both.
+   batch is unseen text, so what it measures is the step's violation; a few measurements on validation blocks say how
+   far batches are off. The dual step answers both.
 3. End: rates have fallen to 0. If the bound is missed on the validation blocks, the gate biases are shifted by the
    smallest common amount that brings it back.
 
@@ -93,6 +93,7 @@ class SparsityTrainer(PostTrainer):
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
         self.constraint = config.constraint
         self.bound = self.constraint.bound(dense_loss)
+        self.unit = self.constraint.unit(dense_loss)
         self.dense_loss = dense_loss
         self.margin = margin
         self.validation = validation
@@ -155,9 +156,7 @@ class SparsityTrainer(PostTrainer):
         self.open_by_layer = opened / allowed
         dense_logits = self._dense_logits(input_ids) if self.constraint.needs_dense else None
         constrained = self.constraint.measure(logits, dense_logits, input_ids, self.config.prompt_tokens)
-        pull = self.constraint.training_loss(
-            constrained, logits, dense_logits, input_ids, self.config.prompt_tokens
-        )
+        pull = self.constraint.training_loss(constrained, logits, dense_logits, input_ids, self.config.prompt_tokens)
         measured = {
             "constrained": constrained.item(),
             "batch_violation": self._excess(logits.detach(), dense_logits, input_ids, constrained.item()),
@@ -167,7 +166,7 @@ class SparsityTrainer(PostTrainer):
         }
         assert self.reference_fraction is not None
         objective = expected / self.reference_fraction
-        return lagrangian(objective, pull, self.multiplier.value, self.constraint.unit), measured
+        return lagrangian(objective, pull, self.multiplier.value, self.unit), measured
 
     def _excess(
         self, logits: Tensor, dense_logits: Tensor | None, input_ids: Tensor, constrained: float | None = None
@@ -179,7 +178,7 @@ class SparsityTrainer(PostTrainer):
         easier = 0.0
         if self.constraint.relative_to_dense and dense_logits is not None:
             easier = self.dense_loss - cross_entropy(dense_logits, input_ids, prompt_tokens).item()
-        return (constrained + easier - self.bound) / self.constraint.unit
+        return (constrained + easier - self.bound) / self.unit
 
     @torch.no_grad()
     def _dense_logits(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocab"]:
@@ -205,15 +204,15 @@ class SparsityTrainer(PostTrainer):
                 one = slice(row, row + 1)
                 dense = None if dense_logits is None else dense_logits[one]
                 value = constraint.measure(logits[one], dense, ids[one], prompt_tokens).item()
-                found.append((value, self._excess(logits[one], dense, ids[one], value) * constraint.unit))
+                found.append((value, self._excess(logits[one], dense, ids[one], value) * self.unit))
             return found
 
         with self.compute_loss_context_manager():
             passes = forward_passes(self.model, [batches[turn % len(batches)] for turn in turns], measure)
         sums = torch.zeros(5, dtype=torch.float64)
-        for turn, (blocks, links) in zip(turns, passes, strict=True):
+        for turn, (measured, links) in zip(turns, passes, strict=True):
             if turn < len(batches):
-                values, excesses = (torch.tensor(column, dtype=torch.float64) for column in zip(*blocks, strict=True))
+                values, excesses = torch.tensor(measured, dtype=torch.float64).unbind(-1)
                 counted = int(links.open_links.sum()), int(links.allowed_links.sum())
                 sums += torch.tensor([values.sum(), excesses.sum(), excesses.square().sum(), *counted]).double()
         value, excess, squares, opened, allowed = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
@@ -242,9 +241,8 @@ class SparsityTrainer(PostTrainer):
 
     def violation(self, result: Validation) -> float:
         """How far weights that were measured so are over the bound less its margin, in units of the constraint."""
-        unit = self.constraint.unit
-        margin = min(result.stderr / unit, LARGEST_MARGIN) if self.margin is None else self.margin / unit
-        return (result.constrained - self.bound) / unit + margin
+        margin = min(result.stderr, LARGEST_MARGIN * self.unit) if self.margin is None else self.margin
+        return (result.constrained - self.bound + margin) / self.unit
 
     def calibrate(self) -> Validation:
         """After training: shift the gate biases if that is what the bound needs, and measure what the model is now."""

@@ -8,14 +8,14 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 import torch
 from accelerate.utils import AutocastKwargs, gather_object
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -47,7 +47,7 @@ from gossamer.training.stream import BlockStream
 TrainedPart = Literal["all", "attention", "lora"]
 Precision = Literal["fp32", "bf16"]
 
-GATE_RATE, GATE_RATE_STEPS = 0.2, 60
+GATE_RATE, GATE_RATE_STEPS = 0.1, 60
 """Learning rate of the gate biases in runs of so many steps and fewer."""
 
 
@@ -74,7 +74,7 @@ class TrainingConfig:
     )
     learning_rate: float = setting("Of the weights, between warm-up and decay.", 1e-4, least=0.0, most=1e30)
     gate_learning_rate: float | None = setting(
-        "Of the gate biases, on the same schedule; 0.2 for 60 steps and less for more, by the root of their number, if "
+        "Of the gate biases, on the same schedule; 0.1 for 60 steps and less for more, by the root of their number, if "
         "it is not given.",
         None,
         least=0.0,

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from gossamer.errors import GossamerError
-from gossamer.training.trainer import SparsityTrainer
+from gossamer.training.sparsity import SparsityTrainer
 
 WATCHERS = ("tensorboard", "wandb", "trackio")
 

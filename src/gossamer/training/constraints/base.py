@@ -95,10 +95,13 @@ class Constraint(ABC):
             prompt_tokens: tokens at the start of each row that are given, not predicted.
         """
 
-    @property
     @abstractmethod
-    def unit(self) -> float:
-        """A violation that counts as 1, nats: the multiplier and its steps are measured in it."""
+    def unit(self, dense_loss: float) -> float:
+        """A violation that counts as 1, nats: the multiplier and its steps are measured in it.
+
+        Args:
+            dense_loss: as that of :meth:`bound`.
+        """
 
     def training_loss(
         self,

@@ -34,8 +34,7 @@ class KLDivergence(Constraint):
     def bound(self, dense_loss: float) -> float:
         return self.epsilon
 
-    @property
-    def unit(self) -> float:
+    def unit(self, dense_loss: float) -> float:
         return self.epsilon
 
     def measure(
@@ -52,4 +51,3 @@ class KLDivergence(Constraint):
         assert sparse.kl is not None
         assert sparse.kls is not None
         return Outcome(sparse.kl, self.epsilon, standard_error(sparse.kls))
-
