@@ -6,87 +6,112 @@ import math
 import pytest
 import torch
 
-from gossamer.training.multiplier import Multiplier, MultiplierConfig, ObjectiveKind, lagrangian
-
-
-def test_multiplier_rises_above_the_bound_and_falls_below() -> None:
-    multiplier = Multiplier(MultiplierConfig(initial=1.0, rate=0.5, decay=0.0, largest_violation=0.1))
-    multiplier.dual_step(0.04)
-    assert multiplier.value == pytest.approx(math.exp(0.02))
-    multiplier.dual_step(-3.0)
-    assert multiplier.value == pytest.approx(math.exp(0.02 - 0.05))
+from gossamer.training.multiplier import Multiplier, MultiplierConfig, RunningViolation, lagrangian
 
 
 def test_the_proportional_part_answers_at_once_and_leaves_nothing_behind() -> None:
-    multiplier = Multiplier(MultiplierConfig(initial=1.0, rate=0.5, proportional=10.0, decay=0.0))
-    multiplier.dual_step(0.04)
-    assert multiplier.value == pytest.approx(math.exp(0.02 + 0.4))
-    multiplier.dual_step(3.0)  # clipped to 0.1
-    assert multiplier.value == pytest.approx(math.exp(0.07 + 1.0))
+    multiplier = Multiplier(MultiplierConfig(initial=2.0, proportional=3.0, integral=0.0))
+    multiplier.dual_step(0.25)
+    assert multiplier.value == pytest.approx(2 * math.exp(0.75))
+    multiplier.dual_step(40.0)  # clipped to 1
+    assert multiplier.value == pytest.approx(2 * math.exp(3.0))
     multiplier.dual_step(0.0)
-    assert multiplier.value == pytest.approx(math.exp(0.07))
+    assert multiplier.value == pytest.approx(2.0)
 
 
-def time_outside(proportional: float) -> int:
-    """Steps of the problem below that end more than 0.05 outside the bound."""
+def test_the_integral_part_adds_up_slowly_far_from_the_bound() -> None:
+    multiplier = Multiplier(MultiplierConfig(proportional=0.0, integral=0.1))
+    multiplier.dual_step(0.2)
+    multiplier.dual_step(-0.1)
+    assert multiplier.value == pytest.approx(math.exp(0.01))
+    multiplier.dual_step(7.0)  # counts as 1/2
+    assert multiplier.value == pytest.approx(math.exp(0.06))
+    multiplier.dual_step(-7.0)
+    assert multiplier.value == pytest.approx(math.exp(0.01))
+
+
+def steps_outside(proportional: float) -> int:
+    """Steps of the problem below that end more than 0.05 away from the bound."""
     x, outside = torch.tensor(4.0, requires_grad=True), 0
-    multiplier = Multiplier(MultiplierConfig(initial=0.01, rate=0.5, proportional=proportional))
+    multiplier = Multiplier(MultiplierConfig(initial=0.1, proportional=proportional, integral=0.2))
     optimizer = torch.optim.SGD([x], lr=0.05)
     for _ in range(2000):
-        violation = (x - 2) ** 2 - 0.25
+        constrained = (x - 2) ** 2
         optimizer.zero_grad()
-        lagrangian(x, violation, multiplier.value).backward()
+        lagrangian(x.log(), constrained, multiplier.value, unit=0.25).backward()
         optimizer.step()
-        multiplier.dual_step(violation.item())
-        outside += abs(violation.item()) > 0.05
+        multiplier.dual_step((constrained.item() - 0.25) / 0.25)
+        outside += abs(constrained.item() - 0.25) > 0.05
     return outside
 
 
 def test_the_proportional_part_damps_the_swing_about_the_bound() -> None:
-    assert time_outside(5.0) < 0.7 * time_outside(0.0)
+    assert steps_outside(2.5) < 0.7 * steps_outside(0.0)
 
 
-def test_multiplier_stays_within_its_limits() -> None:
-    multiplier = Multiplier(MultiplierConfig(rate=100.0, decay=0.0))
-    for _ in range(10):
-        multiplier.dual_step(1.0)
-    assert multiplier.value == pytest.approx(1e4)
-    for _ in range(10):
-        multiplier.dual_step(-1.0)
-    assert multiplier.value == pytest.approx(1e-4)
-
-
-def test_multiplier_goes_on_exactly_from_its_state() -> None:
-    first = Multiplier(MultiplierConfig())
-    for violation in (0.3, -0.123456789, 0.01):
-        first.dual_step(violation)
-    second = Multiplier(MultiplierConfig())
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    first.dual_step(0.1)
-    second.dual_step(0.1)
-    assert first.log_value == second.log_value
-    assert first.mean_violation == second.mean_violation
-
-
-@pytest.mark.parametrize(("objective", "multiplier_there"), [("fraction", 1.0), ("log", 2 / 3)])
-def test_constrained_descent_finds_the_known_optimum(objective: ObjectiveKind, multiplier_there: float) -> None:
-    """minimise x, or log x, subject to (x - 2)^2 <= 1/4: x = 3/2, and there lambda = 1 / (2 * 1/2) = 1, or 2/3."""
+def test_constrained_descent_finds_the_known_optimum() -> None:
+    """minimise log x subject to (x - 2)^2 <= 1/4: x = 3/2, and there lambda / unit = 1 / (x * 2 * (2 - x)) = 2/3."""
     x = torch.tensor(4.0, requires_grad=True)
-    multiplier = Multiplier(MultiplierConfig(initial=0.01, rate=0.05, decay=0.5))
+    multiplier = Multiplier(MultiplierConfig(integral=0.05))
     optimizer = torch.optim.SGD([x], lr=0.05)
-    for _ in range(8000):
-        violation = (x - 2) ** 2 - 0.25
+    for _ in range(4000):
+        constrained = (x - 2) ** 2
         optimizer.zero_grad()
-        lagrangian(x, violation, multiplier.value, objective).backward()
+        lagrangian(x.log(), constrained, multiplier.value, unit=0.25).backward()
         optimizer.step()
-        multiplier.dual_step(violation.item())
-    assert x.item() == pytest.approx(1.5, abs=0.02)
-    assert multiplier.value == pytest.approx(multiplier_there, rel=0.1)
+        multiplier.dual_step((constrained.item() - 0.25) / 0.25)
+    assert x.item() == pytest.approx(1.5, abs=0.01)
+    assert multiplier.value / 0.25 == pytest.approx(2 / 3, rel=0.05)
 
 
-def test_the_log_of_nothing_open_is_finite() -> None:
-    nothing = torch.tensor(0.0, requires_grad=True)
-    value = lagrangian(nothing, torch.tensor(1.0), 7.0, "log")
-    value.backward()
-    assert math.isfinite(value.item())
-    assert nothing.grad == 0
+def test_the_scale_of_the_bound_changes_nothing() -> None:
+    """Constrained quantity, bound and unit ten times as large: the same path."""
+    paths = []
+    for scale in (1.0, 10.0):
+        x, path = torch.tensor(4.0, dtype=torch.float64, requires_grad=True), []
+        multiplier = Multiplier(MultiplierConfig())
+        for _ in range(50):
+            constrained = scale * (x - 2) ** 2
+            (gradient,) = torch.autograd.grad(lagrangian(x.log(), constrained, multiplier.value, scale * 0.25), x)
+            with torch.no_grad():
+                x -= 0.05 * gradient
+            multiplier.dual_step((constrained.item() - scale * 0.25) / (scale * 0.25))
+            path.append(x.item())
+        paths.append(path)
+    assert paths[0] == pytest.approx(paths[1], rel=1e-12)
+
+
+def test_validation_says_how_far_the_batches_are_off() -> None:
+    running = RunningViolation(decay=0.0)
+    assert running.value is None
+    running.add_batch(0.1)
+    assert running.value == pytest.approx(0.1)
+    running.add_validation(0.4)
+    assert running.value == pytest.approx(0.4)
+    running.add_batch(-0.2)  # the batches fell by 0.3, and validation with them
+    assert running.value == pytest.approx(0.1)
+    running.add_validation(0.2)  # an offset of 0.4 now, 0.3 before: the mean of both
+    assert running.value == pytest.approx(0.15)
+
+
+def test_the_running_violation_is_a_running_mean() -> None:
+    running = RunningViolation(decay=0.75)
+    for violation in (1.0, 0.0, 0.0):
+        running.add_batch(violation)
+    assert running.value == pytest.approx(0.75**2)
+
+
+def test_both_go_on_exactly_from_their_state() -> None:
+    first = Multiplier(MultiplierConfig()), RunningViolation(0.8)
+    for violation in (0.3, -0.123456789, 0.01):
+        first[0].dual_step(violation)
+        first[1].add_batch(violation)
+        first[1].add_validation(2 * violation)
+    second = Multiplier(MultiplierConfig()), RunningViolation(0.8)
+    for old, new in zip(first, second, strict=True):
+        new.load_state_dict(json.loads(json.dumps(old.state_dict())))
+    for multiplier, running in (first, second):
+        running.add_batch(0.1)
+        multiplier.dual_step(running.value)
+    assert first[0].state_dict() == second[0].state_dict()
+    assert first[1].state_dict() == second[1].state_dict()

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from gossamer.models.architectures import attention_modules
 from gossamer.models.attention import counted_links, forced_open
 
-SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e-2
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1.0
 """Between these attention weights lies the one above which gates are open at the start."""
 
-START_STEPS = 6
+START_STEPS = 7
 """Halvings of that range, on a logarithmic scale."""
 
 LARGEST_SHIFT = 8.0

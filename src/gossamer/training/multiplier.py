@@ -2,15 +2,16 @@
 
     minimise   log f   subject to   c <= bound
     primal     (log f + lambda * c / unit) / (1 + lambda)
-    dual       log lambda = I + proportional * v,   I += integral * v, except where v < -1/2
+    dual       log lambda = I + proportional * v,   I += integral * v
 
-with f the open fraction (:mod:`gossamer.training.objective`), c what the constraint measures, ``unit`` the constraint's
-own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) / unit, clipped.
-lambda says how many per cent of the links one per cent of the unit is worth. On trained models that is near 1, whatever
-the bound (docs/LOG.md), so lambda starts at 1 and is not a setting that a user has to find.
+with f the open fraction (:mod:`gossamer.training.objective`), c what the constraint measures, ``unit`` the
+constraint's own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) / unit,
+clipped to 1 on either side, for I to 1/2. lambda says how many per cent of the links one per cent of the unit is worth.
+On trained models that is near 1, whatever the bound (docs/LOG.md), so lambda starts at 1 and is not a setting that a
+user has to find.
 
-The proportional part does most of the work: it answers at once and forgets at once. I would wind up while the gates are
-far inside the bound and close as fast as they can, so there it rests; and it is slow everywhere. The dual step is
+The proportional part does most of the work: it answers at once and forgets at once. I would wind up while the gates
+are far inside the bound and close as fast as they can, so it is slow. The dual step is
 multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the controller that of Sohrabi et al. 2024 (arXiv
 2406.04558), and dividing by 1 + lambda keeps the size of the gradient steady.
 """
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from gossamer.fields import documented, setting
 
-BAND = 0.5
-"""The integral part rests further inside the bound than this, in units of the constraint, and sees no more outside."""
+LARGEST_VIOLATION, LARGEST_INTEGRATED = 1.0, 0.5
+"""The proportional and the integral part see no more than this on either side of the bound, in its units."""
 
 
 @documented
@@ -50,13 +51,12 @@ class Multiplier:
     @property
     def value(self) -> float:
         """lambda."""
-        return math.exp(self.log_value + self.config.proportional * min(max(self.violation, -1.0), 1.0))
+        return math.exp(self.log_value + self.config.proportional * _clipped(self.violation, LARGEST_VIOLATION))
 
     def dual_step(self, violation: float) -> None:
         """Answer the running violation (c - bound) / unit."""
         self.violation = violation
-        if violation > -BAND:
-            self.log_value += self.config.integral * min(violation, BAND)
+        self.log_value += self.config.integral * _clipped(violation, LARGEST_INTEGRATED)
 
     def state_dict(self) -> dict[str, float]:
         """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
@@ -68,6 +68,10 @@ class Multiplier:
 
     def __repr__(self) -> str:
         return f"Multiplier({self.value:.4g}, {asdict(self.config)})"
+
+
+def _clipped(value: float, most: float) -> float:
+    return min(max(value, -most), most)
 
 
 class RunningViolation:

@@ -16,6 +16,11 @@ from gossamer.measures.language import LanguageFigures
 Number = TypeVar("Number", float, Tensor)
 
 
+LARGEST_UNIT, SMALLEST_UNIT = 0.1, 1e-5
+"""Nats. A tenth of a nat is a lot of a language model's loss; where the dense model is almost always right, the bound
+itself is less."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A constraint held against a finished model.
@@ -95,13 +100,13 @@ class Constraint(ABC):
             prompt_tokens: tokens at the start of each row that are given, not predicted.
         """
 
-    @abstractmethod
     def unit(self, dense_loss: float) -> float:
         """A violation that counts as 1, nats: the multiplier and its steps are measured in it.
 
         Args:
             dense_loss: as that of :meth:`bound`.
         """
+        return min(LARGEST_UNIT, max(self.bound(dense_loss), SMALLEST_UNIT))
 
     def training_loss(
         self,

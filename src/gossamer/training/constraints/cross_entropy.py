@@ -12,9 +12,6 @@ from gossamer.measures.language import LanguageFigures, standard_error
 from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.training.constraints.base import Constraint, Outcome
 
-LARGEST_UNIT = 0.1
-"""Nats; where the dense model is almost always right, the bound itself is less."""
-
 
 @documented
 @dataclass(frozen=True)
@@ -43,9 +40,6 @@ class CrossEntropy(Constraint):
 
     def bound(self, dense_loss: float) -> float:
         return self.tau if self.tau is not None else dense_loss + self.slack
-
-    def unit(self, dense_loss: float) -> float:
-        return min(LARGEST_UNIT, self.bound(dense_loss))
 
     def measure(
         self,
