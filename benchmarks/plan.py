@@ -29,7 +29,8 @@ from gossamer.models.lora import add_adapters
 from gossamer.runs.plan import plan_run
 from gossamer.runs.presets import presets
 from gossamer.runs.settings import RunConfig
-from gossamer.training.trainer import SparsityTrainer, choose_trained, without_dropout
+from gossamer.training.sparsity import SparsityTrainer
+from gossamer.training.trainer import choose_trained, without_dropout
 from training import Blocks
 
 SMOL = presets()["smollm2"].config
@@ -69,7 +70,7 @@ def train(config: dict[str, Any], settings: RunConfig, *, copy: bool = False) ->
     with torch.random.fork_rng():
         model = sparsify(AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)),
                          inplace=True)  # fmt: skip
-    training = replace(settings.training, checkpoint_every=0, validate_every=10**6)
+    training = replace(settings.training, checkpoint_every=0, validations=1)
     reference = None
     if training.constraint.needs_dense and (copy or training.train != "lora"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
@@ -82,6 +83,7 @@ def train(config: dict[str, Any], settings: RunConfig, *, copy: bool = False) ->
     with tempfile.TemporaryDirectory() as folder:
         trainer = SparsityTrainer(model, reference, 3.0, training, blocks, blocks.rows[:1, :16], Path(folder), steps=3)
         with without_dropout(model):
+            trainer.prepare(open_gates=False)
             trainer.train()
 
 

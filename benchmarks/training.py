@@ -23,7 +23,8 @@ from transformers import TrainerCallback
 from gossamer import sparsify
 from gossamer.models.pretrained import load_dense
 from gossamer.training.memory import keep_freed_memory
-from gossamer.training.trainer import PostTrainer, SparsityTrainer, TrainingConfig, choose_trained, without_dropout
+from gossamer.training.sparsity import SparsityTrainer
+from gossamer.training.trainer import PostTrainer, TrainingConfig, choose_trained, without_dropout
 
 KINDS = ("dense", "sampled", "hard")
 
@@ -64,7 +65,7 @@ def train(arguments: argparse.Namespace) -> None:
     model, _ = load_dense(arguments.model)
     config = TrainingConfig(
         train=arguments.train, batch_size=batch, precision=arguments.precision,
-        checkpoint_every=0, validate_every=10**6, hard_fraction=1.0 if arguments.kind == "hard" else 0.0,
+        checkpoint_every=0, validations=1, hard_fraction=1.0 if arguments.kind == "hard" else 0.0,
     )  # fmt: skip
     blocks = Blocks(arguments.steps * batch, tokens, model.config.vocab_size)
     clock = Clock()
@@ -74,11 +75,10 @@ def train(arguments: argparse.Namespace) -> None:
             trainer = PostTrainer(model, config, blocks, Path(folder), steps=arguments.steps, callbacks=[clock])
         else:
             gated = sparsify(model)
-            del model
             choose_trained(gated, arguments.train)
             trainer = SparsityTrainer(
                 gated,
-                None,
+                model.to(torch.bfloat16) if arguments.precision == "bf16" else model,
                 3.0,
                 config,
                 blocks,
@@ -87,6 +87,7 @@ def train(arguments: argparse.Namespace) -> None:
                 steps=arguments.steps,
                 callbacks=[clock],
             )
+            trainer.prepare(open_gates=True)
         with without_dropout(trainer.model):
             trainer.train()
     # The last step of sparse training ends with a validation.

@@ -52,7 +52,7 @@ def quick_config(seed: int = 0) -> DemoConfig:
         dense=replace(config.dense, batch_size=32),
         dense_steps=4,
         sparse_steps=4,
-        sparse=replace(config.sparse, batch_size=32, checkpoint_every=2, validate_every=2),
+        sparse=replace(config.sparse, batch_size=32, checkpoint_every=2, validations=2),
         validation=50,
         held_out=300,
         gate_bias=1.0,

@@ -14,7 +14,8 @@ from gossamer.runs.plan import MARGIN, alternatives, plan_run
 from gossamer.runs.presets import find_preset, presets
 from gossamer.runs.settings import Given, RunConfig
 from gossamer.training.data import BlockDataset
-from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained
+from gossamer.training.sparsity import SparsityTrainer
+from gossamer.training.trainer import TrainingConfig, choose_trained
 
 PARAMETERS = {"gpt2": 124_439_808, "smollm2": 134_515_008, "llama-3.2-1b": 1_235_814_400, "olmo-2-7b": 7_298_617_344}
 
@@ -66,7 +67,7 @@ def test_terms_are_what_can_be_counted_by_hand() -> None:
     assert plan.parameters == plan.trained == count
     assert loss["weights (float32)"] == 4 * count
     assert loss["AdamW states"] == 8 * count
-    assert loss["logits and their gradient"] == 2 * 4 * 2 * 16 * 97
+    assert loss["logits and their gradient"] == 3 * 4 * 2 * 16 * 97  # the dense model's too
     assert loss["gradients"] == 0
     assert update["gradients"] == 4 * count
     twice = plan_run(tiny("llama"), run(gradient_accumulation=2, processes=2, constraint="kl"), "cpu")
@@ -90,10 +91,12 @@ def test_operations_are_two_a_weight_and_product() -> None:
     plan = plan_run(tiny("gpt2"), run(), "cpu")
     layer = 32 * 96 + 32 * 32 + 2 * 32 * 128
     pairs = 16 * 17 / 2
-    by_hand = 16 * 6 * (3 * layer + 32 * 97) + 2 * 7 * 3 * 4 * 8 * pairs
-    assert 16 * plan.flops_per_token == pytest.approx(by_hand)
+    control = 16 * 6 * (3 * layer + 32 * 97) + 2 * 7 * 3 * 4 * 8 * pairs
+    dense_pass = 16 * 2 * (3 * layer + 32 * 97) + 2 * 2 * 3 * 4 * 8 * pairs
+    assert 16 * plan.flops_per_token == pytest.approx(control + dense_pass)
     assert plan.tokens_per_second(2, 100, 0.5) == pytest.approx(1e14 / plan.flops_per_token)
-    assert plan_run(tiny("gpt2"), run(constraint="kl"), "cpu").control_flops_per_token == plan.flops_per_token
+    assert 16 * plan.control_flops_per_token == pytest.approx(control)
+    assert plan_run(tiny("gpt2"), run(constraint="kl"), "cpu").flops_per_token == plan.flops_per_token
 
 
 def test_alternatives_end_where_a_step_fits() -> None:

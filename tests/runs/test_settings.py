@@ -25,11 +25,11 @@ def test_a_configuration_is_the_one_that_its_mapping_makes() -> None:
         tokens=4096,
         lora_targets=("q_proj",),
         training=TrainingConfig(
-            constraint=KLDivergence(epsilon=0.3), multiplier=MultiplierConfig(rate=2.0), processes=2, batch_size=3
+            constraint=KLDivergence(epsilon=0.3), multiplier=MultiplierConfig(integral=2.0), processes=2, batch_size=3
         ),
     )
     flat = config.to_dict()
-    assert (flat["constraint"], flat["epsilon"], flat["multiplier_rate"], flat["processes"]) == ("kl", 0.3, 2.0, 2)
+    assert (flat["constraint"], flat["epsilon"], flat["multiplier_integral"], flat["processes"]) == ("kl", 0.3, 2.0, 2)
     assert "slack" not in flat
     assert RunConfig.from_dict(yaml.safe_load(yaml.safe_dump(flat))) == config
     assert RunConfig.from_dict(ASKED) == RunConfig("smollm2", "self")
@@ -51,7 +51,7 @@ def test_every_setting_is_explained_and_in_the_printed_file(tmp_path: Path) -> N
     file = tmp_path / "all.yaml"
     file.write_text(written)
     assert RunConfig.gathered([Given(ASKED), read_settings(file)]) == RunConfig("smollm2", "self")
-    file.write_text(written.replace("learning_rate: 0.0003", "learning_rate: 1e-5"))
+    file.write_text(written.replace("\nlearning_rate: 0.0001", "\nlearning_rate: 1e-5"))
     assert RunConfig.gathered([Given(ASKED), read_settings(file)]).training.learning_rate == 1e-5
 
 
@@ -101,8 +101,8 @@ def test_another_constraint_replaces_the_settings_of_the_one_before() -> None:
         ("tokens: true", "bad.yaml: tokens True cannot be used; give a whole number"),
         ("seq_len: long", "bad.yaml: seq_len 'long' cannot be used; give a whole number of at least 2"),
         ("hard_fraction: 1.5", "bad.yaml: hard_fraction 1.5 cannot be used; give a finite number from 0 to 1"),
-        ("multiplier_rate: .inf", "bad.yaml: multiplier_rate inf cannot be used; give a finite number"),
-        ("gate_bias: null", "bad.yaml: gate_bias None cannot be used; give a finite number"),
+        ("multiplier_integral: .inf", "bad.yaml: multiplier_integral inf cannot be used; give a finite number"),
+        ("seed: null", "bad.yaml: seed None cannot be used; give a whole number"),
         ("control: 1", "bad.yaml: control 1 cannot be used; give true or false"),
         ("train: some", "bad.yaml: train 'some' cannot be used; give one of all, attention, lora"),
         ("constraint: [ce]", "bad.yaml: constraint ['ce'] cannot be used; give one of ce, kl"),

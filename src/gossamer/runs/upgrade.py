@@ -2,10 +2,12 @@
 
 Up to 0.1.0, ``config.json`` nested the settings as their classes are nested, ``training`` and in it ``multiplier``, and
 counted steps instead of tokens, and had those of both constraints, tau, slack and epsilon, whichever was chosen. No
-record said in words what was bounded.
+record said in words what was bounded. The trainer of then was another: what only it had is left out.
 """
 
 from typing import Any
+
+_ONLY_THEN = ("multiplier", "objective", "validate_every", "final_rate")
 
 _WORDS = {
     "ce": {"name": "ce", "symbol": "τ", "label": "loss"},
@@ -19,8 +21,9 @@ def upgraded_record(record: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(old.get("training"), dict):
         return record
     training = dict(old["training"])
-    multiplier = {f"multiplier_{name}": value for name, value in training.pop("multiplier", {}).items()}
-    config = {**{name: value for name, value in old.items() if name != "training"}, **training, **multiplier}
+    config = {**{name: value for name, value in old.items() if name != "training"}, **training}
+    for name in _ONLY_THEN:
+        config.pop(name, None)
     blocks_per_step = config["batch_size"] * config["gradient_accumulation"] * config["processes"]
     config["tokens"] = config.pop("steps") * blocks_per_step * config["seq_len"]
     if config["constraint"] == "kl":

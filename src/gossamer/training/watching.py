@@ -68,7 +68,7 @@ class _Send(TrainerCallback):
         if trainer.lr_scheduler is not None:
             figures["learning_rate"] = float(trainer.lr_scheduler.get_last_lr()[0])
         if trainer.validation_result is not None:
-            figures["violation"] = trainer.violation(trainer.validation_result)
+            figures["violation"] = trainer.validation_result.constrained - trainer.bound
         if trainer.open_by_layer is not None:
             for layer, fraction in enumerate(trainer.open_by_layer.tolist()):
                 figures[f"open_fraction/layer_{layer:02d}"] = fraction

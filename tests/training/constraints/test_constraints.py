@@ -32,20 +32,29 @@ def test_the_divergence_is_from_the_dense_model() -> None:
     wanted = (p.exp() * (p - q)).sum(-1).mean()
     torch.testing.assert_close(KLDivergence().measure(logits, dense, ids), wanted)
     assert KLDivergence.needs_dense
-    assert not CrossEntropy.needs_dense
+    assert (CrossEntropy.relative_to_dense, KLDivergence.relative_to_dense) == (True, False)
 
 
 def test_bounds_are_what_was_given_or_follow_from_the_dense_model() -> None:
     assert CrossEntropy(slack=0.02).bound(3.0) == 3.02
     assert CrossEntropy(tau=2.5).bound(3.0) == 2.5
     assert KLDivergence(epsilon=0.2).bound(3.0) == 0.2
-    assert CrossEntropy().violation(3.5, 3.25) == 0.25
 
 
-def test_the_margin_is_small_beside_a_bound_on_kl() -> None:
-    assert CrossEntropy().margin(0.03) == 0.03
-    assert KLDivergence(epsilon=0.05).margin(0.03) == pytest.approx(0.005)
-    assert KLDivergence(epsilon=0.5).margin(0.03) == 0.03
+def test_violations_are_measured_in_the_bound_or_a_tenth_of_a_nat() -> None:
+    assert CrossEntropy(slack=0.01).unit(3.0) == 0.1
+    assert CrossEntropy(slack=0.0).unit(2e-4) == 2e-4
+    assert CrossEntropy(tau=-1.0).unit(3.0) > 0
+    assert KLDivergence(epsilon=0.3).unit(3.0) == 0.3
+
+
+def test_what_pulls_is_a_mixture_of_the_text_and_the_teacher() -> None:
+    logits, dense, ids = torch.randn(2, 5, 7), torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    loss, kl = CrossEntropy().measure(logits, dense, ids), KLDivergence().measure(logits, dense, ids)
+    pull = CrossEntropy(distillation=0.25).training_loss(loss, logits, dense, ids)
+    torch.testing.assert_close(pull, 0.75 * loss + 0.25 * kl)
+    assert CrossEntropy(distillation=0.0).training_loss(loss, logits, dense, ids) is loss
+    assert KLDivergence().training_loss(kl, logits, dense, ids) is kl
 
 
 def test_the_error_is_that_of_what_the_bound_leaves_open() -> None:

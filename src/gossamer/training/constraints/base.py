@@ -6,15 +6,12 @@ primal step moves the weights to lower the Lagrangian, the dual step moves the m
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gossamer.measures.language import LanguageFigures
-
-Number = TypeVar("Number", float, Tensor)
-
 
 LARGEST_UNIT, SMALLEST_UNIT = 0.1, 1e-5
 """Nats. A tenth of a nat is a lot of a language model's loss; where the dense model is almost always right, the bound
@@ -122,10 +119,6 @@ class Constraint(ABC):
     @abstractmethod
     def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
         """Value, bound and standard error from what was measured of both models on the same blocks, with hard gates."""
-
-    def violation(self, measured: Number, bound: float) -> Number:
-        """How far a measurement is over the bound, nats; below 0 inside it."""
-        return measured - bound
 
     def warnings(self, dense_loss: float) -> list[str]:
         """What the user should know before training, a line each."""
