@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gossamer import sparsify
 from gossamer.models.lora import add_adapters
-from gossamer.runs.plan import StepShape, plan_run
+from gossamer.runs.plan import plan_run
 from gossamer.runs.presets import presets
-from gossamer.training.constraints import KLDivergence
-from gossamer.training.trainer import SparsityTrainer, TrainingConfig, choose_trained, without_dropout
+from gossamer.runs.settings import RunConfig
+from gossamer.training.trainer import SparsityTrainer, choose_trained, without_dropout
 from training import Blocks
 
 SMOL = presets()["smollm2"].config
@@ -39,47 +39,48 @@ SMALL = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 512, "interm
          "max_position_embeddings": 4096}  # fmt: skip
 TINY = {**SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 
-BASE = StepShape(device="cpu")
-CASES: dict[str, tuple[dict[str, Any], StepShape]] = {
-    "SmolLM2-135M, T=256, batch 1": (SMOL, replace(BASE, batch_size=1)),
-    "SmolLM2-135M, T=256, batch 4": (SMOL, BASE),
-    "SmolLM2-135M, T=1,024, batch 1": (SMOL, replace(BASE, seq_len=1024, batch_size=1)),
-    "SmolLM2-135M, T=1,024, batch 4": (SMOL, replace(BASE, seq_len=1024)),
-    "SmolLM2-135M, T=256, batch 4, float32": (SMOL, replace(BASE, precision="fp32")),
-    "SmolLM2-135M, T=256, batch 4, attention": (SMOL, replace(BASE, train="attention")),
-    "SmolLM2-135M, T=256, batch 4, LoRA": (SMOL, replace(BASE, train="lora")),
-    "SmolLM2-135M, T=1,024, batch 4, checkpointing": (SMOL, replace(BASE, seq_len=1024, gradient_checkpointing=True)),
-    "SmolLM2-135M, T=256, batch 4, KL": (SMOL, replace(BASE, constraint=KLDivergence())),
-    "SmolLM2-135M, T=256, batch 4, LoRA, KL": (SMOL, replace(BASE, train="lora", constraint=KLDivergence())),
-    "SmolLM2-135M, T=256, batch 2 × 2": (SMOL, replace(BASE, batch_size=2, gradient_accumulation=2)),
-    "GPT-2 124M, T=512, batch 2": (GPT2, replace(BASE, seq_len=512, batch_size=2)),
-    "LLaMA 8 × 512, T=512, batch 4": (SMALL, replace(BASE, seq_len=512)),
+
+def run(**settings: Any) -> RunConfig:
+    """A run with these settings."""
+    return RunConfig.from_dict({"model": "", "text": "", **settings})
+
+
+CASES: dict[str, tuple[dict[str, Any], RunConfig]] = {
+    "SmolLM2-135M, T=256, batch 1": (SMOL, run(batch_size=1)),
+    "SmolLM2-135M, T=256, batch 4": (SMOL, run()),
+    "SmolLM2-135M, T=1,024, batch 1": (SMOL, run(seq_len=1024, batch_size=1)),
+    "SmolLM2-135M, T=1,024, batch 4": (SMOL, run(seq_len=1024)),
+    "SmolLM2-135M, T=256, batch 4, float32": (SMOL, run(precision="fp32")),
+    "SmolLM2-135M, T=256, batch 4, attention": (SMOL, run(train="attention")),
+    "SmolLM2-135M, T=256, batch 4, LoRA": (SMOL, run(train="lora")),
+    "SmolLM2-135M, T=1,024, batch 4, checkpointing": (SMOL, run(seq_len=1024, gradient_checkpointing=True)),
+    "SmolLM2-135M, T=256, batch 4, KL": (SMOL, run(constraint="kl")),
+    "SmolLM2-135M, T=256, batch 4, LoRA, KL": (SMOL, run(train="lora", constraint="kl")),
+    "SmolLM2-135M, T=256, batch 2 × 2": (SMOL, run(batch_size=2, gradient_accumulation=2)),
+    "GPT-2 124M, T=512, batch 2": (GPT2, run(seq_len=512, batch_size=2)),
+    "LLaMA 8 × 512, T=512, batch 4": (SMALL, run(seq_len=512)),
 }
 LENGTHS = {f"LLaMA 8 × 512, length {tokens:,}": tokens for tokens in (256, 512, 1024, 2048, 4096)}
-CASES |= {name: (SMALL, replace(BASE, seq_len=tokens, batch_size=1)) for name, tokens in LENGTHS.items()}
+CASES |= {name: (SMALL, run(seq_len=tokens, batch_size=1)) for name, tokens in LENGTHS.items()}
 
 
-def train(config: dict[str, Any], shape: StepShape, *, copy: bool = False) -> None:
+def train(config: dict[str, Any], settings: RunConfig, *, copy: bool = False) -> None:
     fields = dict(config)
     with torch.random.fork_rng():
         model = sparsify(AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)),
                          inplace=True)  # fmt: skip
+    training = replace(settings.training, checkpoint_every=0, validate_every=10**6)
     reference = None
-    if shape.constraint.needs_dense and (copy or shape.train != "lora"):
+    if training.constraint.needs_dense and (copy or training.train != "lora"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
-        reference = reference.to(torch.bfloat16) if shape.precision == "bf16" else reference
-    if shape.train == "lora":
-        add_adapters(model, rank=shape.lora_rank, alpha=1.0)
+        reference = reference.to(torch.bfloat16) if training.precision == "bf16" else reference
+    if training.train == "lora":
+        add_adapters(model, rank=settings.lora_rank, alpha=1.0)
     else:
-        choose_trained(model, shape.train)
-    settings = TrainingConfig(
-        train=shape.train, steps=3, batch_size=shape.batch_size, gradient_accumulation=shape.gradient_accumulation,
-        gradient_checkpointing=shape.gradient_checkpointing, constraint=shape.constraint, precision=shape.precision,
-        checkpoint_every=0, validate_every=10**6,
-    )  # fmt: skip
-    blocks = Blocks(3 * shape.batch_size * shape.gradient_accumulation, shape.seq_len, config["vocab_size"])
+        choose_trained(model, training.train)
+    blocks = Blocks(3 * training.blocks_per_step, settings.seq_len, config["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
-        trainer = SparsityTrainer(model, reference, 3.0, settings, blocks, blocks.rows[:1, :16], Path(folder))
+        trainer = SparsityTrainer(model, reference, 3.0, training, blocks, blocks.rows[:1, :16], Path(folder), steps=3)
         with without_dropout(model):
             trainer.train()
 
@@ -91,12 +92,12 @@ def resident(key: str) -> float:
 
 def measure(name: str, *, copy: bool) -> None:
     """One case in this process."""
-    config, shape = CASES[name]
-    tiny = replace(shape, seq_len=min(shape.seq_len, 128), batch_size=1)
+    config, settings = CASES[name]
+    tiny = run(**{**settings.to_dict(), "seq_len": min(settings.seq_len, 128), "batch_size": 1})
     train(TINY, tiny)
     baseline = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    train(config, shape, copy=copy)
+    train(config, settings, copy=copy)
     print(json.dumps({"baseline": baseline, "measured": resident("VmHWM") - baseline}))
 
 
@@ -123,16 +124,16 @@ def main() -> None:
         return measure(arguments.case, copy=arguments.copy)
     result = record(arguments)
     result["rows"] = []
-    for name, (config, shape) in CASES.items():
+    for name, (config, settings) in CASES.items():
         if arguments.only not in name:
             continue
         command = [sys.executable, __file__, "--case", name, *(["--copy"] if arguments.copy else [])]
         found = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         )
-        plan = plan_run(config, shape)
+        plan = plan_run(config, settings, "cpu")
         moment = max(plan.moments, key=lambda m: sum(plan.moments[m].values()))
-        row = {"case": name, "shape": asdict(shape), "estimate_megabytes": plan.peak / 2**20, "moment": moment,
+        row = {"case": name, "settings": settings.to_dict(), "estimate_megabytes": plan.peak / 2**20, "moment": moment,
                "measured_megabytes": found["measured"], "baseline_megabytes": found["baseline"]}  # fmt: skip
         result["rows"].append(row)
         print(f"{name:48} {row['estimate_megabytes']:7.0f} : {found['measured']:7.0f} MB "

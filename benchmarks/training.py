@@ -63,7 +63,7 @@ def train(arguments: argparse.Namespace) -> None:
     tokens, batch = arguments.tokens[0], arguments.batch or max(1, 1024 // arguments.tokens[0])
     model, _ = load_dense(arguments.model)
     config = TrainingConfig(
-        train=arguments.train, steps=arguments.steps, batch_size=batch, precision=arguments.precision,
+        train=arguments.train, batch_size=batch, precision=arguments.precision,
         checkpoint_every=0, validate_every=10**6, hard_fraction=1.0 if arguments.kind == "hard" else 0.0,
     )  # fmt: skip
     blocks = Blocks(arguments.steps * batch, tokens, model.config.vocab_size)
@@ -71,13 +71,21 @@ def train(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.kind == "dense":
             choose_trained(model, arguments.train)
-            trainer = PostTrainer(model, config, blocks, Path(folder), callbacks=[clock])
+            trainer = PostTrainer(model, config, blocks, Path(folder), steps=arguments.steps, callbacks=[clock])
         else:
             gated = sparsify(model)
             del model
             choose_trained(gated, arguments.train)
             trainer = SparsityTrainer(
-                gated, None, 3.0, config, blocks, blocks.rows[:1], Path(folder), callbacks=[clock]
+                gated,
+                None,
+                3.0,
+                config,
+                blocks,
+                blocks.rows[:1],
+                Path(folder),
+                steps=arguments.steps,
+                callbacks=[clock],
             )
         with without_dropout(trainer.model):
             trainer.train()

@@ -27,12 +27,17 @@ from transformers import (
 
 import gossamer
 from families import tiny_model
-from gossamer.cli import app
+from gossamer.cli import app, main
 from gossamer.training.checkpoints import checkpoints, fault
+from settings_files import config
 
 COMMAND = [sys.executable, "-m", "gossamer.cli"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-QUICK = ["--seq-len", "16", "--held-out-tokens", "128", "--precision", "fp32"]
+
+
+def quick(**settings: object) -> list[str]:
+    """Options of a small run, with a file of these settings besides."""
+    return ["--seq-len", "16", *config(held_out_tokens=128, precision="fp32", **settings)]
 
 
 def gossamer_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
@@ -56,7 +61,7 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
 def finished(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory):
     """A run of 60 steps that nothing interrupted, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    arguments = [*QUICK, "--tokens", 60 * 64, "--checkpoint-every", 5]
+    arguments = [*quick(checkpoint_every=5), "--tokens", 60 * 64]
     result = gossamer_command("sparsify", saved_llama, "--text", text, "--out", out, *arguments)
     assert result.returncode == 0, result.stderr
     return out, result, arguments
@@ -117,7 +122,7 @@ def test_a_run_that_reads_its_text_while_training_goes_on_where_it_was_killed(
     saved_llama: Path, folder_of_text: Path, tmp_path: Path
 ) -> None:
     """Bit for bit, though two workers had read ahead; the text is short enough to begin again."""
-    settings = [*QUICK, "--stream", "--stream-workers", 2, "--tokens", 200 * 64, "--checkpoint-every", 5]
+    settings = [*quick(stream_workers=2, checkpoint_every=5), "--stream", "--tokens", 200 * 64]
     line = ["sparsify", saved_llama, "--text", folder_of_text, *settings, "--out"]
     result = gossamer_command(*line, tmp_path / "whole")
     assert result.returncode == 0, result.stderr
@@ -150,7 +155,7 @@ def test_faults_of_a_stream_are_one_line(saved_llama: Path, folder_of_text: Path
     short.write_text('{"text": "the model"}\n')
     for text, words in ((broken, ["line 135", "not valid JSON"]), (short, ["short.jsonl"]), ("self", ["--stream"])):
         out = tmp_path / "out"
-        line = ["sparsify", saved_llama, "--text", text, *QUICK, "--stream", "--tokens", 200 * 64, "--out", out]
+        line = ["sparsify", saved_llama, "--text", text, *quick(), "--stream", "--tokens", 200 * 64, "--out", out]
         assert_refused(gossamer_command(*line), *words)
 
 
@@ -191,8 +196,8 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(
 def begun(saved_llama: Path, text: Path, tmp_path: Path):
     """A run killed after its second checkpoint."""
     out = tmp_path / "begun"
-    line = ["sparsify", saved_llama, "--text", text, "--out", out, *QUICK, "--tokens", 4000 * 64,
-            "--checkpoint-every", 3]  # fmt: skip
+    line = ["sparsify", saved_llama, "--text", text, "--out", out, *quick(checkpoint_every=3),
+            "--tokens", 4000 * 64]  # fmt: skip
     process = subprocess.Popen(
         [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -241,8 +246,8 @@ def test_a_run_starts_from_another_ones_sparse_model_and_control(
 ):
     start, _, _ = finished
     out = tmp_path / "second"
-    still = ["--learning-rate", 1e-30, "--gate-learning-rate", 1e-30, "--seed", 1]
-    line = [*QUICK, "--tokens", 2 * 128, *still, "--start-from", start]
+    still = quick(learning_rate=1e-30, gate_learning_rate=1e-30)
+    line = [*still, "--tokens", 2 * 128, "--seed", 1, "--start-from", start]
     line[line.index("--seq-len") + 1] = 32
     result = gossamer_command("sparsify", saved_llama, "--text", text, "--out", out, *line)
     assert result.returncode == 0, result.stderr
@@ -272,7 +277,7 @@ def test_what_a_run_cannot_start_from_is_named(
     finished, saved_llama: Path, text: Path, bad_folder: Path, tmp_path: Path
 ) -> None:
     start, _, _ = finished
-    line = ["--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 128, "--start-from"]
+    line = ["--text", text, "--out", tmp_path / "run", *quick(), "--tokens", 128, "--start-from"]
     assert_refused(gossamer_command("sparsify", saved_llama, *line, bad_folder), str(bad_folder), "is not a run")
     assert_refused(gossamer_command("sparsify", "smollm2", *line, start), "a run of", str(saved_llama), "smollm2")
     assert_refused(
@@ -312,8 +317,12 @@ BAD_INPUT = {
     "unknown watcher": (["{model}", "--report-to", "tensorbord"], ["--report-to tensorbord", "tensorboard, wandb"]),
     "nothing to hold": (["{model}", "--constraint", "kl", "--epsilon", "0"], ["--epsilon 0", "no KL is below 0"]),
     "no number": (["{model}", "--tau", "nan"], ["--tau nan", "finite"]),
-    "no rate": (["{model}", "--multiplier-rate", "inf"], ["--multiplier-rate inf", "finite"]),
-    "no bias": (["{model}", "--gate-bias", "nan"], ["--gate-bias nan", "finite"]),
+    "no tokens": (["{model}", "--tokens", "0"], ["--tokens 0 cannot be used", "at least 1"]),
+    "no such constraint": (["{model}", "--constraint", "kll"], ["--constraint kll", "one of ce, kl"]),
+    "of another constraint": (
+        ["{model}", "--epsilon", "0.1"],
+        ["--epsilon is a setting of the constraint kl"],
+    ),
     "cut-off weights": (["{folder}/cut"], ["{folder}/cut", "no model"]),
     "lost weights": (["{folder}/lossy"], ["{folder}/lossy", "is not whole: it lacks model.layers.1"]),
     "gated already": (["{folder}/gated"], ["gated", "give the dense model"]),
@@ -359,13 +368,13 @@ def test_what_is_no_run_is_named(verb: str, tmp_path: Path) -> None:
 
 def test_a_bound_below_the_dense_loss_warns_at_once_and_says_so_after(saved_llama: Path, text: Path, tmp_path: Path):
     result = gossamer_command(
-        "sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 128, "--tau", 0.5,
-        "--no-control", "--validate-every", 1, "--multiplier-rate", 60,
+        "sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", "--tokens", 128, "--tau", 0.5,
+        "--no-control", *quick(validate_every=1, multiplier_rate=60),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "tau 0.500 is below the dense model's held-out loss" in result.stderr
     assert "lambda went from 0.02 to" in result.stderr
-    assert "--gate-bias" in result.stderr
+    assert "gate_bias" in result.stderr
     assert "Constraint NOT met" in result.stdout
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["constraint_met"] is False
@@ -374,11 +383,12 @@ def test_a_bound_below_the_dense_loss_warns_at_once_and_says_so_after(saved_llam
 
 
 @pytest.mark.parametrize("options", [["--constraint", "kl", "--epsilon", 0.3], ["--train", "lora"], ["--train", "all"],
-                                     ["--text", "self"], ["--gradient-accumulation", 2],
-                                     ["--validate-every", 1]])  # fmt: skip
-def test_other_ways_to_train(options: list, saved_llama: Path, text: Path, tmp_path: Path) -> None:
+                                     ["--text", "self"], {"gradient_accumulation": 2},
+                                     {"validate_every": 1}])  # fmt: skip
+def test_other_ways_to_train(options: list | dict, saved_llama: Path, text: Path, tmp_path: Path) -> None:
+    settings, options = (options, []) if isinstance(options, dict) else ({}, options)
     chosen = options if "--text" in options else [*options, "--text", text]
-    arguments = [*QUICK, "--tokens", 256, "--checkpoint-every", 1, *chosen]
+    arguments = [*quick(checkpoint_every=1, **settings), "--tokens", 256, *chosen]
     result = gossamer_command("sparsify", saved_llama, "--out", tmp_path / "run", *arguments)
     assert result.returncode == 0, result.stderr
     assert "lambda went" not in result.stderr
@@ -389,12 +399,12 @@ def test_other_ways_to_train(options: list, saved_llama: Path, text: Path, tmp_p
         assert metrics["constraint_met"] == (metrics["kl"] <= 0.3)
     measured = ["constrained_held_out" in json.loads(line) for line in
                 (tmp_path / "run" / "training.jsonl").read_text().splitlines()]  # fmt: skip
-    assert measured == ([True] * 4 if "--validate-every" in options else [False] * (len(measured) - 1) + [True])
+    assert measured == ([True] * 4 if "validate_every" in settings else [False] * (len(measured) - 1) + [True])
 
 
 def test_adapters_of_a_run_merge_into_its_model(saved_llama: Path, text: Path, tmp_path: Path) -> None:
-    run, line = tmp_path / "run", ["sparsify", saved_llama, "--text", text, "--train", "lora", *QUICK, "--tokens", 256]
-    refused = gossamer_command(*line, "--out", run, "--lora-targets", "q_proj,w_proj")
+    run, line = tmp_path / "run", ["sparsify", saved_llama, "--text", text, "--train", "lora", "--tokens", 256]
+    refused = gossamer_command(*line, "--out", run, *quick(lora_targets=["q_proj", "w_proj"]))
     assert_refused(refused, "linear map 'w_proj'", "self_attn.q_proj")
     assert not run.exists()
     result = gossamer_command(
@@ -403,12 +413,7 @@ def test_adapters_of_a_run_merge_into_its_model(saved_llama: Path, text: Path, t
         run,
         "--constraint",
         "kl",
-        "--lora-rank",
-        2,
-        "--lora-alpha",
-        6,
-        "--lora-targets",
-        "q_proj, v_proj",
+        *quick(lora_rank=2, lora_alpha=6, lora_targets="q_proj, v_proj"),
     )
     assert result.returncode == 0, result.stderr
     adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
@@ -434,9 +439,9 @@ def test_adapters_of_a_run_merge_into_its_model(saved_llama: Path, text: Path, t
 
 
 def test_a_loss_that_explodes_stops_the_run_at_its_step(saved_llama: Path, text: Path, tmp_path: Path) -> None:
-    arguments = [*QUICK, "--tokens", 20 * 64, "--checkpoint-every", 1, "--learning-rate", "1e30"]
+    arguments = [*quick(checkpoint_every=1, learning_rate=1e30), "--tokens", 20 * 64]
     result = gossamer_command("sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *arguments)
-    assert_refused(result, "the loss became nan in step", "last good checkpoint", "lower --learning-rate")
+    assert_refused(result, "the loss became nan in step", "last good checkpoint", "lower learning_rate")
     failed = int(re.search(r"in step (\d+)", result.stderr)[1])
     steps = [int(path.name.split("-")[1]) for path in checkpoints(tmp_path / "run" / "checkpoints")]
     assert steps
@@ -595,7 +600,7 @@ def test_a_model_without_a_tokenizer_is_named(saved_llama: Path, own_task: Path,
 
 
 def test_an_interrupted_run_says_how_to_go_on(saved_llama: Path, text: Path, tmp_path: Path) -> None:
-    line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *QUICK, "--tokens", 10**7]
+    line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *quick(), "--tokens", 10**7]
     process = subprocess.Popen(
         [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if run in the background
@@ -688,7 +693,7 @@ def test_a_preset_gives_what_the_command_line_does_not_say(saved_llama: Path, te
         text,
         "--out",
         out,
-        *QUICK,
+        *quick(),
         "--tokens",
         128,
         "--batch-size",
@@ -697,13 +702,13 @@ def test_a_preset_gives_what_the_command_line_does_not_say(saved_llama: Path, te
     ]
     result = gossamer_command("sparsify", saved_llama, *given)
     assert result.returncode == 0, result.stderr
-    config = json.loads((out / "config.json").read_text())["config"]
-    assert config["model"] == str(saved_llama)
-    assert config["seq_len"] == 16
-    assert config["precision"] == "fp32"
-    assert config["batch_size"] == 2
-    assert config["gradient_accumulation"] == 2  # the preset's; 1 without it
-    assert config["steps"] == 2
+    used = json.loads((out / "config.json").read_text())["config"]
+    assert used["model"] == str(saved_llama)
+    assert used["seq_len"] == 16
+    assert used["precision"] == "fp32"
+    assert used["batch_size"] == 2
+    assert used["gradient_accumulation"] == 2  # the preset's; 1 without it
+    assert used["tokens"] == 128
     result = gossamer_command("sparsify", "--preset", "gpt2", "--out", tmp_path / "other")
     assert_refused(result, "no model 'openai-community/gpt2'")
     assert not (tmp_path / "other").exists()
@@ -720,6 +725,67 @@ def test_plan_says_whether_it_fits_and_what_would() -> None:
     assert narrow.returncode == 0, narrow.stderr
     assert "It does not fit" in narrow.stdout
     assert "blocks of 2048 tokens; train attention" in narrow.stdout
-    assert re.search(r"--batch-size 1 --gradient-accumulation 16.*: .* GiB, fits", narrow.stdout)
+    assert re.search(r"batch_size: 1, gradient_accumulation: 16.*: .* GiB, fits", narrow.stdout)
     assert "tokens/s" in narrow.stdout
     assert_refused(gossamer_command("plan", "gpt2", "--seq-len", 4096), "--seq-len 4096", "context of 1024")
+
+
+@pytest.fixture
+def command_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The command line in this process, where everything is imported already: exit code, stdout, stderr."""
+
+    def run(*arguments: object, columns: int = 400) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_shows_what_a_user_decides_on_two_screens(command_here) -> None:
+    lines = command_here("sparsify", "--help", columns=80)[1].splitlines()
+    assert len(lines) <= 2 * 40
+    assert max(map(len, lines)) <= 80
+    options = {word for line in lines for word in re.findall(r"^│ [ *]+(--[a-z-]+)", line)}
+    assert options == {
+        "--text", "--out", "--preset", "--config", "--tokens", "--seq-len", "--constraint", "--slack", "--tau",
+        "--epsilon", "--train", "--seed", "--resume", "--control", "--batch-size", "--report-to", "--stream",
+        "--start-from", "--help",
+    }  # fmt: skip
+
+
+def test_printed_settings_are_a_file_that_sparsify_takes(
+    saved_llama: Path, text: Path, tmp_path: Path, command_here
+) -> None:
+    code, printed, errors = command_here("settings")
+    assert code == 0, errors
+    changed = {"learning_rate: 0.0003": "learning_rate: 5e-4", "tokens: 1000000": "tokens: 64",
+               "validation_tokens: 8192": "validation_tokens: 64", "held_out_tokens: 32768": "held_out_tokens: 64"}  # fmt: skip
+    for before, after in changed.items():
+        assert before in printed
+        printed = printed.replace(before, after)
+    file = tmp_path / "settings.yaml"
+    file.write_text(printed)
+    line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", "--seq-len", 16, "--config", file]
+    code, _, errors = command_here(*line, "--no-control", "--preset", "gpt2")
+    assert code == 0, errors
+    used = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (used["model"], used["tokens"], used["learning_rate"], used["seq_len"]) == (str(saved_llama), 64, 5e-4, 16)
+    assert (used["batch_size"], used["control"], used["stream"]) == (4, False, False)  # the file's, not the preset's
+
+
+def test_what_is_not_given_or_cannot_be_read_is_named_in_one_line(tmp_path: Path, command_here) -> None:
+    out = ("--out", tmp_path / "none")
+    for arguments, words in (
+        (("sparsify", "smollm2"), "--text is not given"),
+        (("sparsify", "--text", "self"), "MODEL is not given"),
+        (("sparsify", "--config", tmp_path / "no.yaml"), "no.yaml cannot be read"),
+        (("sparsify", "smollm2", "--text", "self", "--tokens", "many"), "--tokens many cannot be used; give a whole"),
+    ):
+        code, _, errors = command_here(*arguments, *out)
+        assert code == 2
+        assert len(errors.splitlines()) == 1
+        assert words in errors
+    assert not (tmp_path / "none").exists()

@@ -16,10 +16,17 @@ from safetensors.torch import load_file
 
 from families import tiny_model
 from gossamer.training.launch import launch_file
+from settings_files import config
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-SETTINGS = ["--seq-len", "16", "--held-out-tokens", "128", "--validation-tokens", "208", "--tokens", str(40 * 128),
-            "--checkpoint-every", "10"]  # fmt: skip
+
+
+def small(**settings: object) -> list[str]:
+    """Options of a small run in float32, with a file of these settings besides."""
+    known = {"held_out_tokens": 128, "validation_tokens": 208, "checkpoint_every": 10, "precision": "fp32"}
+    return ["--seq-len", "16", "--tokens", str(40 * 128), *config(**{**known, **settings})]
+
+
 ONE = [sys.executable, "-m", "gossamer"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gossamer"]
 
@@ -54,7 +61,7 @@ def difference(a: Path, b: Path, part: str = "model/gossamer.safetensors") -> fl
 def pair(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
     """A run of two processes that nothing interrupted, and its arguments but --out."""
     out = tmp_path_factory.mktemp("pair") / "run"
-    arguments = [saved_llama, "--text", text, *SETTINGS, "--precision", "fp32", "--batch-size", 4]
+    arguments = [saved_llama, "--text", text, *small(), "--batch-size", 4]
     result = train(TWO, *arguments, "--out", out)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Constraint met") == 1
@@ -85,21 +92,22 @@ def test_two_processes_are_one_with_twice_the_batch(pair, saved_llama: Path, tex
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "rate"),
     [
-        pytest.param(["--constraint", "kl", "--epsilon", 0.3], marks=pytest.mark.slow),
-        ["--constraint", "kl", "--epsilon", 0.3, "--train", "lora", "--learning-rate", 3e-3],
+        pytest.param([], 3e-4, marks=pytest.mark.slow),
+        (["--train", "lora"], 3e-3),
     ],
     ids=["kl", "lora"],
 )
 def test_accumulation_over_processes_is_one_large_batch(
-    options: list[object], saved_llama: Path, text: Path, tmp_path: Path
+    options: list[object], rate: float, saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
     runs = []
-    for launcher, sizes in ((TWO, [2, "--gradient-accumulation", 2]), (ONE, [8])):
+    for launcher, size, accumulation in ((TWO, 2, 2), (ONE, 8, 1)):
         runs.append(tmp_path / str(len(runs)))
-        result = train(launcher, saved_llama, "--text", text, *SETTINGS, *options, "--precision", "fp32",
-                       "--no-control", "--out", runs[-1], "--batch-size", *sizes)  # fmt: skip
+        line = [saved_llama, "--text", text, "--constraint", "kl", "--epsilon", 0.3, "--no-control", *options]
+        line += ["--batch-size", size, *small(gradient_accumulation=accumulation, learning_rate=rate)]
+        result = train(launcher, *line, "--out", runs[-1])
         assert result.returncode == 0, result.stderr
     assert_same_trajectory(*runs)
 
@@ -125,7 +133,7 @@ def kill(launcher: list[str], arguments: list[object], out: Path, victim: int) -
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
 def test_a_stream_goes_on_in_all_processes_after_a_kill(saved_llama: Path, text: Path, tmp_path: Path) -> None:
-    arguments = [saved_llama, "--text", text, *SETTINGS, "--stream", "--precision", "fp32", "--batch-size", 4,
+    arguments = [saved_llama, "--text", text, *small(), "--stream", "--batch-size", 4,
                  "--no-control"]  # fmt: skip
     result = train(TWO, *arguments, "--out", tmp_path / "whole")
     assert result.returncode == 0, result.stderr
@@ -170,12 +178,12 @@ def test_what_ends_one_process_is_said_once(pair, saved_llama: Path, text: Path,
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(["--precision", "bf16"], marks=pytest.mark.slow), ["--precision", "bf16", "--train", "lora"]],
+    [pytest.param([], marks=pytest.mark.slow), ["--train", "lora"]],
 )
 def test_shards_train_what_whole_models_train(
     options: list[object], saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    arguments = [saved_llama, "--text", text, *SETTINGS, *options, "--batch-size", 4]
+    arguments = [saved_llama, "--text", text, *small(precision="bf16"), *options, "--batch-size", 4]
     result = train(TWO, *arguments, "--out", tmp_path / "whole")
     assert result.returncode == 0, result.stderr
     result = train(sharded(tmp_path), *arguments, "--out", tmp_path / "parts")
@@ -189,7 +197,7 @@ def test_a_sharded_run_of_tied_weights_goes_on_after_a_kill(tokenizer, text: Pat
     model = tmp_path / "gpt2"
     tiny_model("gpt2").save_pretrained(model)
     tokenizer.save_pretrained(model)
-    arguments = [model, "--text", text, *SETTINGS, "--precision", "fp32", "--batch-size", 4, "--no-control"]
+    arguments = [model, "--text", text, *small(), "--batch-size", 4, "--no-control"]
     assert train(TWO, *arguments, "--out", tmp_path / "whole").returncode == 0
     kill(sharded(tmp_path), arguments, tmp_path / "parts", 1)
     result = train(sharded(tmp_path), *arguments, "--out", tmp_path / "parts", "--resume")

@@ -22,11 +22,11 @@ from gossamer.training.trainer import TrainingConfig
 
 @pytest.fixture(scope="module")
 def run(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    training = TrainingConfig(steps=12, batch_size=4, checkpoint_every=0, gate_learning_rate=0.1)
+    training = TrainingConfig(precision="fp32", batch_size=4, checkpoint_every=0, gate_learning_rate=0.1)
     # So much held-out text is asked for that all there is gets measured.
     config = RunConfig(
-        str(saved_llama), str(text), seq_len=16, validation_tokens=16, held_out_tokens=10**6, control=False,
-        training=training,
+        str(saved_llama), str(text), tokens=12 * 64, seq_len=16, validation_tokens=16, held_out_tokens=10**6,
+        control=False, training=training,
     )  # fmt: skip
     finished = post_train(config, tmp_path_factory.mktemp("runs") / "run")
     evaluate_run(finished)
@@ -47,8 +47,10 @@ def test_the_length_of_training_gives_the_figures_of_the_run(run: Run) -> None:
 
 
 def test_a_stream_is_measured_on_its_held_out_documents(saved_llama: Path, text: Path, tmp_path: Path) -> None:
-    training = TrainingConfig(steps=2, checkpoint_every=0)
-    config = RunConfig(str(saved_llama), str(text), seq_len=16, control=False, stream=True, training=training)
+    training = TrainingConfig(precision="fp32", checkpoint_every=0)
+    config = RunConfig(
+        str(saved_llama), str(text), tokens=128, seq_len=16, control=False, stream=True, training=training
+    )
     run = post_train(config, tmp_path / "run")
     evaluate_run(run)
     (row,) = add_lengths(run, [16])["lengths"]

@@ -20,8 +20,8 @@ from gossamer.training.trainer import TrainingConfig
 
 @pytest.fixture(scope="module")
 def run(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    training = TrainingConfig(steps=12, batch_size=4, checkpoint_every=0, gate_learning_rate=0.3)
-    config = RunConfig(str(saved_llama), str(text), seq_len=16, held_out_tokens=256, training=training)
+    training = TrainingConfig(precision="fp32", batch_size=4, checkpoint_every=0, gate_learning_rate=0.3)
+    config = RunConfig(str(saved_llama), str(text), tokens=12 * 64, seq_len=16, held_out_tokens=256, training=training)
     return post_train(config, tmp_path_factory.mktemp("runs") / "run")
 
 
@@ -127,6 +127,6 @@ def test_the_control_can_be_sparsified_in_turn(run: Run, metrics: dict, tmp_path
     adapted, tokenizer = load_dense(str(run.control))
     assert measure_language(adapted, run.blocks("held_out")).loss == pytest.approx(metrics["loss_dense_control"])
     assert tokenizer.get_vocab() == load_dense(run.dense)[1].get_vocab()
-    config = RunConfig(str(run.control), run.config().text, seq_len=16, control=False,
-                       training=TrainingConfig(steps=1, checkpoint_every=0))  # fmt: skip
+    config = RunConfig(str(run.control), run.config().text, tokens=64, seq_len=16, control=False,
+                       training=TrainingConfig(precision="fp32", checkpoint_every=0))  # fmt: skip
     assert post_train(config, tmp_path / "run").record()["measured"]["loss_dense"] > 0

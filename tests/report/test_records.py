@@ -32,10 +32,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo cut short, with circuits."""
     folder = tmp_path_factory.mktemp("runs") / "short"
     training = TrainingConfig(
-        steps=6, batch_size=16, prompt_tokens=6, checkpoint_every=0, learning_rate=1e-3, gate_learning_rate=1e-3
+        batch_size=16,
+        prompt_tokens=6,
+        precision="fp32",
+        checkpoint_every=0,
+        learning_rate=1e-3,
+        gate_learning_rate=1e-3,
     )
     config = DemoConfig(
-        width=16, layers=2, heads=2, dense=training, sparse=training, validation=20, held_out=40, circuit_prompts=0
+        width=16,
+        layers=2,
+        heads=2,
+        dense=training,
+        dense_steps=6,
+        sparse=training,
+        sparse_steps=6,
+        validation=20,
+        held_out=40,
+        circuit_prompts=0,
     )
     demonstrate(folder, config)
     compare_circuits(Run(folder), TASKS["addition"], SearchConfig(examples=6, steps=1, forced=True))

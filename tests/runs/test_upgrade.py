@@ -20,7 +20,7 @@ def test_the_settings_of_an_earlier_run_are_found() -> None:
     assert config.training.constraint == KLDivergence(epsilon=0.05)
     assert (config.model, config.seq_len, config.training.learning_rate) == ("smollm2", 256, 1e-4)
     assert (config.training.multiplier.initial, config.training.multiplier.proportional) == (30.0, 30.0)
-    assert config.training.steps * config.tokens_per_step == 153_600
+    assert config.tokens == config.tokens_trained == 153_600
     assert Run(RECORDS / "adapted-further").config().training.constraint == CrossEntropy(slack=0.05)
     for file in RECORDS.glob("*/config.json"):
         Run(file.parent).config()

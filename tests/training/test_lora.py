@@ -22,12 +22,12 @@ BLOCKS = tokens(32, 16)
 VALIDATION = tokens(5, 16, seed=1)
 
 
-def trained(folder: Path, *, part: str = "lora", copied: bool = False, **settings) -> SparsityTrainer:
+def trained(folder: Path, *, part: str = "lora", copied: bool = False, steps: int = 6, **settings) -> SparsityTrainer:
     """A trainer after its training, with the constraint on KL; ``copied``: the reference is a model of its own."""
     config = TrainingConfig(
         **{
             "train": part,
-            "steps": 6,
+            "precision": "fp32",
             "constraint": KLDivergence(),
             "checkpoint_every": 0,
             "validate_every": 3,
@@ -40,7 +40,7 @@ def trained(folder: Path, *, part: str = "lora", copied: bool = False, **setting
     else:
         choose_trained(model, part)
     reference = tiny_model("llama") if copied or part != "lora" else None
-    trainer = SparsityTrainer(model, reference, 0.05, config, BlockDataset(BLOCKS), VALIDATION, folder)
+    trainer = SparsityTrainer(model, reference, 0.05, config, BlockDataset(BLOCKS), VALIDATION, folder, steps=steps)
     with without_dropout(model):
         trainer.train()
     return trainer
@@ -114,11 +114,11 @@ def test_a_run_in_bf16_follows_that_in_fp32(part: str, hard_fraction: float, tmp
 
 @pytest.fixture
 def config(saved_llama: Path, text: Path) -> RunConfig:
-    training = TrainingConfig(train="lora", steps=8, constraint=KLDivergence(epsilon=5.0), checkpoint_every=2,
+    training = TrainingConfig(train="lora", precision="fp32", constraint=KLDivergence(epsilon=5.0), checkpoint_every=2,
                               validate_every=2)  # fmt: skip
     return RunConfig(
-        model=str(saved_llama), text=str(text), seq_len=16, validation_tokens=64, held_out_tokens=64, lora_rank=2,
-        lora_alpha=8.0, lora_targets=("q_proj", "mlp.up_proj"), training=training,
+        model=str(saved_llama), text=str(text), tokens=8 * 64, seq_len=16, validation_tokens=64, held_out_tokens=64,
+        lora_rank=2, lora_alpha=8.0, lora_targets=("q_proj", "mlp.up_proj"), training=training,
     )  # fmt: skip
 
 

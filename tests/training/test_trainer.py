@@ -24,11 +24,14 @@ VALIDATION = tokens(5, 16, seed=1)
 
 
 def make_trainer(folder: Path, bound: float = 0.05, family: str = "llama", **settings) -> SparsityTrainer:
-    config = TrainingConfig(**{"steps": 6, "batch_size": 4, "checkpoint_every": 2, "validate_every": 3, **settings})
+    steps = settings.pop("steps", 6)
+    config = TrainingConfig(
+        **{"batch_size": 4, "checkpoint_every": 2, "validate_every": 3, "precision": "fp32", **settings}
+    )
     dense = tiny_model(family)
     model = gossamer.sparsify(dense)
     choose_trained(model, config.train)
-    return SparsityTrainer(model, dense, bound, config, BlockDataset(BLOCKS), VALIDATION, folder)
+    return SparsityTrainer(model, dense, bound, config, BlockDataset(BLOCKS), VALIDATION, folder, steps=steps)
 
 
 def weights(trainer: PostTrainer) -> dict[str, torch.Tensor]:
@@ -103,9 +106,9 @@ def test_lora_moves_adapters_only_and_merges_to_the_same_function(tmp_path: Path
     add_adapters(model, rank=2, alpha=4.0)
     for module in attention_modules(model):
         module.gate_bias.requires_grad_(True)
-    config = TrainingConfig(train="lora", steps=3, batch_size=4, checkpoint_every=0)
+    config = TrainingConfig(train="lora", batch_size=4, checkpoint_every=0, precision="fp32")
     before = {n: p.clone() for n, p in model.named_parameters()}
-    SparsityTrainer(model, None, 0.05, config, BlockDataset(BLOCKS), VALIDATION, tmp_path).train()
+    SparsityTrainer(model, None, 0.05, config, BlockDataset(BLOCKS), VALIDATION, tmp_path, steps=3).train()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved
     assert all("lora_" in name or "gate_bias" in name for name in moved)

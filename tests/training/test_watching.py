@@ -16,9 +16,9 @@ STEPS = 6
 
 
 def short_run(model: Path, text: Path) -> RunConfig:
-    training = TrainingConfig(steps=STEPS, batch_size=2, validate_every=2, checkpoint_every=0)
-    return RunConfig(str(model), str(text), seq_len=16, validation_tokens=32, held_out_tokens=32, control=False,
-                     training=training)  # fmt: skip
+    training = TrainingConfig(precision="fp32", batch_size=2, validate_every=2, checkpoint_every=0)
+    return RunConfig(str(model), str(text), tokens=STEPS * 32, seq_len=16, validation_tokens=32, held_out_tokens=32,
+                     control=False, training=training)  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")

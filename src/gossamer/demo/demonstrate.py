@@ -60,7 +60,9 @@ class DemoConfig:
     Attributes:
         width, layers, heads: of the decoder.
         dense: how it is trained.
+        dense_steps: of its training.
         sparse: how it is made sparse.
+        sparse_steps: of that.
         gate_bias: initial bias of every gate.
         validation, held_out: how many of the 10,000 pairs steer the multiplier, and how many the figures stand on.
         circuit_prompts: how many prompts the circuits are compared on; 0: they are not.
@@ -72,28 +74,30 @@ class DemoConfig:
     heads: int = 4
     dense: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=800,
             batch_size=_BATCH,
             learning_rate=3e-3,
             fused_optimizer=False,  # as in the runs of docs/addition.md
             prompt_tokens=PROMPT_TOKENS,
+            precision="fp32",
             checkpoint_every=0,
         )
     )
+    dense_steps: int = 800
     sparse: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=1500,
             batch_size=_BATCH,
             learning_rate=1e-3,
             gate_learning_rate=0.05,
             hard_fraction=0.4,
             fused_optimizer=False,
             prompt_tokens=PROMPT_TOKENS,
+            precision="fp32",
             constraint=CrossEntropy(slack=0.0),
             multiplier=MultiplierConfig(initial=0.05, rate=0.2, largest_violation=0.02, largest=10.0),
             checkpoint_every=20,
         )
     )
+    sparse_steps: int = 1_500
     gate_bias: float = 0.0
     validation: int = 1_000
     held_out: int = 2_000
@@ -204,6 +208,7 @@ def run_config(config: DemoConfig) -> RunConfig:
     return RunConfig(
         model="a decoder trained from scratch on two-digit sums",
         text="two-digit sums, every pair of operands once",
+        tokens=config.sparse_steps * config.sparse.blocks_per_step * TOKENS,
         seq_len=TOKENS,
         validation_tokens=config.validation * TOKENS,
         held_out_tokens=config.held_out * TOKENS,
@@ -237,7 +242,13 @@ def train_dense(
                 eos_token_id=None,
             )
         )
-    trainer = PostTrainer(model, config.dense, BlockDataset(split.train.blocks()), run.folder / "dense-checkpoints")
+    trainer = PostTrainer(
+        model,
+        config.dense,
+        BlockDataset(split.train.blocks()),
+        run.folder / "dense-checkpoints",
+        steps=config.dense_steps,
+    )
     Job(run, settings, console, warn).fit(trainer, "dense", "dense.jsonl")
     shutil.rmtree(run.folder / "dense-checkpoints", ignore_errors=True)
     return model.eval()
@@ -262,8 +273,8 @@ def _add_figures(
         "open_links_most": findings["open_links_most"],
         "open_links_union": findings["open_links_union"],
         "links_allowed": config.layers * config.heads * TOKENS * (TOKENS + 1) // 2,
-        "steps_dense": config.dense.steps,
-        "steps_sparse": config.sparse.steps,
+        "steps_dense": config.dense_steps,
+        "steps_sparse": config.sparse_steps,
         "seconds": seconds,
     }
     write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")

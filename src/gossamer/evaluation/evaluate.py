@@ -78,7 +78,7 @@ def evaluate_run(
         "text": config.text,
         "seq_len": config.seq_len,
         "seed": config.training.seed,
-        "tokens_trained": config.training.steps * config.tokens_per_step,
+        "tokens_trained": config.tokens_trained,
         "tokens_trained_before": record["measured"].get("tokens_before") or None,
         "selected_step": record["measured"].get("selected", {}).get("step"),
         "blocks_evaluated": len(blocks),

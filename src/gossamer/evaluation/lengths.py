@@ -62,13 +62,15 @@ def add_lengths(
     rows = []
     wanted = config.held_out_tokens if held_out_tokens is None else held_out_tokens
     # Another seed, so that text from the model itself is not the text that it was trained on.
-    one_block = TrainingConfig(steps=1, batch_size=1, seed=config.training.seed + 1)
+    one_block = TrainingConfig(batch_size=1, seed=config.training.seed + 1)
 
     def held_out(length: int) -> Int[Tensor, "blocks tokens"]:
         def sampled(done: int, total: int) -> None:
             progress(f"length {length:,}: {done} of {total} blocks sampled")
 
-        asked = replace(config, seq_len=length, validation_tokens=length, held_out_tokens=wanted, training=one_block)
+        asked = replace(
+            config, tokens=length, seq_len=length, validation_tokens=length, held_out_tokens=wanted, training=one_block
+        )
         return blocks_of(asked, dense, tokenizer, sampled).held_out
 
     for length in lengths:

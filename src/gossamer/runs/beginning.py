@@ -116,7 +116,7 @@ def _starts(config: RunConfig) -> Iterator[Run]:
 
 def _tokens_before(config: RunConfig) -> int:
     """Training tokens of the runs that this one starts from."""
-    return sum(before.training.steps * before.tokens_per_step for before in (run.config() for run in _starts(config)))
+    return sum(run.config().tokens_trained for run in _starts(config))
 
 
 def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
@@ -125,8 +125,6 @@ def _check_length(dense: PreTrainedModel, config: RunConfig) -> None:
         raise GossamerError(
             f"--seq-len {config.seq_len} is over the model's context of {context} tokens; give at most {context}"
         )
-    if config.seq_len < 2:
-        raise GossamerError(f"--seq-len {config.seq_len} leaves nothing to predict; give at least 2")
 
 
 def blocks_of(
@@ -150,7 +148,7 @@ def blocks_of(
     }
     if config.stream:
         return unseen_blocks(config.text, tokenizer, **sizes)
-    count = training.steps * training.blocks_per_step
+    count = config.steps * training.blocks_per_step
     return load_blocks(
         config.text, tokenizer, **sizes, train_blocks=count, seed=training.seed, model=dense, progress=progress
     )

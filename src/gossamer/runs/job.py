@@ -140,6 +140,7 @@ class Job:
             self._blocks(tokenizer),
             run.blocks("validation"),
             run.checkpoints,
+            steps=config.steps,
             tokenizer=tokenizer,
         )
         if processes().is_main_process:
@@ -156,11 +157,15 @@ class Job:
     def train_control(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Train the dense control, the dense model fine-tuned on the same text for the same steps, and save it."""
         run, config = self.run, self.config
-        control = (
-            copy.deepcopy(dense) if config.start_from is None else load_control(Run(Path(config.start_from)), "cpu")
-        )
+        control = copy.deepcopy(dense) if self.start is None else load_control(self.start, "cpu")
         self._prepare(control)
-        trainer = PostTrainer(control, config.training, self._blocks(tokenizer), run.control_checkpoints)
+        trainer = PostTrainer(
+            control,
+            config.training,
+            self._blocks(tokenizer),
+            run.control_checkpoints,
+            steps=config.steps,
+        )
         self.fit(trainer, "control", "control.jsonl")
         whole = trainer.whole_weights()
         with together():
@@ -247,7 +252,7 @@ class Job:
             process=here.process_index,
             processes=here.num_processes,
             workers=config.stream_workers,
-            most=config.training.steps * config.training.gradient_accumulation,
+            most=config.steps * config.training.gradient_accumulation,
         )
 
     def _prepare(self, model: PreTrainedModel) -> None:
@@ -277,15 +282,15 @@ class Job:
         if last >= WOUND_UP * first and not trainer.holds_bound(selected):
             self.warn(
                 f"lambda went from {first:g} to {last:.3g} and the bound less its margin is missed on the validation "
-                "text: gates that are shut hardly open again. Begin with more links open (--gate-bias) or a larger "
-                "--initial-multiplier, or shut them more slowly (--gate-learning-rate)"
+                "text: gates that are shut hardly open again. Begin with more links open (gate_bias) or a larger "
+                "multiplier_initial, or shut them more slowly (gate_learning_rate)"
             )
         if selected is None:
             return
         record = self.run.record()
         record["measured"]["selected"] = asdict(selected)
         write_text(self.run.folder / "config.json", json.dumps(record, indent=2) + "\n")
-        if selected.step != training.steps:
+        if selected.step != self.config.steps:
             self.warn(
                 "the last step missed the bound less its margin, or was less sparse; the model kept is that of "
                 f"step {selected.step}"

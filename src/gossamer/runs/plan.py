@@ -14,7 +14,7 @@ parameter counts. Memory is summed at the four moments of a step that can be its
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,8 +28,8 @@ from gossamer.measures.losses import POSITIONS
 from gossamer.models.architectures import ARCHITECTURES
 from gossamer.models.lora import add_adapters
 from gossamer.ops.chunked import BLOCK
-from gossamer.training.constraints import Constraint, CrossEntropy
-from gossamer.training.trainer import TrainedPart, choose_trained
+from gossamer.runs.settings import RunConfig
+from gossamer.training.trainer import choose_trained
 
 _FAKE_ATTENTION = "gossamer-plan"
 
@@ -43,40 +43,7 @@ UTILISATION = 0.3
 """Share of a device's peak arithmetic that a step is assumed to use."""
 
 
-@dataclass(frozen=True)
-class StepShape:
-    """What decides the cost of a training step.
-
-    Attributes:
-        seq_len: tokens in a block.
-        batch_size: blocks in one forward pass of one device.
-        gradient_accumulation: forward passes in one step.
-        train: which weights move.
-        lora_rank: of the adapters, when those are trained.
-        lora_targets: the linear maps that they go on; all of the attention if there are none.
-        constraint: some run the dense model too: a copy, but where adapters are trained.
-        precision: of the matrix products.
-        gradient_checkpointing: keep only what goes into each layer, and compute the rest a second time.
-        gpus: processes with a copy of the model each; their batches add up.
-        device: ``cpu`` or ``cuda``: they differ in the op and in AdamW.
-    """
-
-    seq_len: int = 256
-    batch_size: int = 4
-    gradient_accumulation: int = 1
-    train: TrainedPart = "all"
-    lora_rank: int = 16
-    lora_targets: tuple[str, ...] = ()
-    constraint: Constraint = field(default_factory=CrossEntropy)
-    precision: Literal["fp32", "bf16"] = "bf16"
-    gradient_checkpointing: bool = False
-    gpus: int = 1
-    device: Literal["cpu", "cuda"] = "cuda"
-
-    @property
-    def tokens(self) -> int:
-        """Of one forward pass on one device."""
-        return self.batch_size * self.seq_len
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -117,80 +84,80 @@ class _Kept:
     logits_itemsize: int
 
 
-def plan_run(config: dict[str, Any], shape: StepShape) -> Plan:
+def plan_run(model: dict[str, Any], run: RunConfig, device: Device = "cuda") -> Plan:
     """Estimate a run on a model of that configuration.
 
     Args:
-        config: ``model_type`` and the fields of transformers' configuration class.
-        shape: of a step.
+        model: ``model_type`` and the fields of transformers' configuration class.
+        run: the settings; ``processes`` have a copy of the model each, and their batches add up.
+        device: they differ in the op and in AdamW.
 
     Raises:
         GossamerError: if the family is not supported, or the context is shorter than ``seq_len``.
     """
-    fields = dict(config)
-    family = fields.pop("model_type", "unknown")
+    given = dict(model)
+    family = given.pop("model_type", "unknown")
     if family not in ARCHITECTURES:
         raise GossamerError(f"{family} is not a supported family; supported families: {', '.join(ARCHITECTURES)}")
-    settings = AutoConfig.for_model(family, **fields)
-    context = settings.max_position_embeddings
-    if shape.seq_len > context:
-        raise GossamerError(f"--seq-len {shape.seq_len} is over the model's context of {context} tokens")
-    model, parameters = _fake_model(settings, shape)
+    config = AutoConfig.for_model(family, **given)
+    context = config.max_position_embeddings
+    if run.seq_len > context:
+        raise GossamerError(f"--seq-len {run.seq_len} is over the model's context of {context} tokens")
+    fake, parameters = _fake_model(config, run)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _make_fake(model)
-        kept = _kept(model, shape)
+        _make_fake(fake)
+        kept = _kept(fake, run)
     return Plan(
         parameters=parameters,
-        trained=_count(model, trained=True),
-        moments=_moments(model, kept, shape, parameters),
-        flops_per_token=_flops(model, shape),
-        control_flops_per_token=_flops(model, replace(shape, constraint=CrossEntropy())),
+        trained=_count(fake, trained=True),
+        moments=_moments(fake, kept, run, parameters, device),
+        flops_per_token=_flops(fake, run, dense=run.training.constraint.needs_dense),
+        control_flops_per_token=_flops(fake, run, dense=False),
     )
 
 
-def alternatives(config: dict[str, Any], shape: StepShape, room: float) -> list[tuple[str, StepShape, int]]:
-    """Changes, one more each time, until a step fits into ``room`` bytes with its margin: flags, shape, peak.
+def alternatives(model: dict[str, Any], run: RunConfig, room: float) -> list[tuple[dict[str, Any], RunConfig, int]]:
+    """Changes, one more each time, until a step fits into ``room`` bytes with its margin.
 
     The batch of a step stays the same; the last one fits, unless nothing does.
+
+    Returns:
+        The settings that change, the whole of them, and the peak, for each number of changes.
     """
-    found: list[tuple[str, StepShape, int]] = []
-    step = shape.batch_size * shape.gradient_accumulation
-    half = max(2, shape.seq_len // 2)
-    changes: list[tuple[dict[str, str], dict[str, Any]]] = [
-        (
-            {"--batch-size": "1", "--gradient-accumulation": str(step)},
-            {"batch_size": 1, "gradient_accumulation": step},
-        ),
-        ({"--gradient-checkpointing": ""}, {"gradient_checkpointing": True}),
-        ({"--train": "attention"}, {"train": "attention"}),
-        ({"--train": "lora"}, {"train": "lora"}),
-        ({"--seq-len": str(half)}, {"seq_len": half}),
-    ]
+    found: list[tuple[dict[str, Any], RunConfig, int]] = []
+    blocks = run.training.batch_size * run.training.gradient_accumulation
+    changes: tuple[dict[str, Any], ...] = (
+        {"batch_size": 1, "gradient_accumulation": blocks},
+        {"gradient_checkpointing": True},
+        {"train": "attention"},
+        {"train": "lora"},
+        {"seq_len": max(2, run.seq_len // 2)},
+    )
     order = {"all": 0, "attention": 1, "lora": 2}
-    flags: dict[str, str] = {}
-    for words, values in changes:
-        changed = replace(shape, **values)
-        if changed == shape or order[changed.train] < order[shape.train]:
+    together: dict[str, Any] = {}
+    for values in changes:
+        changed = RunConfig.from_dict({**run.to_dict(), **values})
+        if changed == run or order[changed.training.train] < order[run.training.train]:
             continue
-        shape = changed
-        flags |= words
-        peak = plan_run(config, shape).peak
-        found.append((" ".join(f"{flag} {value}".strip() for flag, value in flags.items()), shape, peak))
+        run = changed
+        together |= values
+        peak = plan_run(model, run).peak
+        found.append((dict(together), run, peak))
         if MARGIN * peak <= room:
             break
     return found
 
 
-def _fake_model(settings: Any, shape: StepShape) -> tuple[PreTrainedModel, int]:
+def _fake_model(config: Any, run: RunConfig) -> tuple[PreTrainedModel, int]:
     AttentionInterface.register(_FAKE_ATTENTION, _fake_attention)
     AttentionMaskInterface.register(_FAKE_ATTENTION, _no_mask)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation=_FAKE_ATTENTION)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=_FAKE_ATTENTION)
         parameters = _count(model, trained=False)
-        if shape.train == "lora":
-            add_adapters(model, rank=shape.lora_rank, alpha=1.0, targets=shape.lora_targets)
+        if run.training.train == "lora":
+            add_adapters(model, rank=run.lora_rank, alpha=1.0, targets=run.lora_targets)
         else:
-            choose_trained(model, shape.train)
+            choose_trained(model, run.training.train)
     return model.eval(), parameters
 
 
@@ -248,7 +215,7 @@ def _counted(storages: dict[int, Tensor], own: set[int]) -> Iterator[None]:
         yield
 
 
-def _kept(model: PreTrainedModel, shape: StepShape) -> _Kept:
+def _kept(model: PreTrainedModel, run: RunConfig) -> _Kept:
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, Tensor] = {}
     marks: list[int] = []
@@ -264,8 +231,8 @@ def _kept(model: PreTrainedModel, shape: StepShape) -> _Kept:
     layers = model.get_submodule(ARCHITECTURES[model.config.model_type].layers)
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
     handles.append(layers[-1].register_forward_hook(lambda *_: marks.append(total())))
-    ids = torch.zeros(shape.batch_size, shape.seq_len, dtype=torch.long)
-    with torch.autocast("cpu", torch.bfloat16, enabled=shape.precision == "bf16"), _counted(storages, own):
+    ids = torch.zeros(run.training.batch_size, run.seq_len, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.training.precision == "bf16"), _counted(storages, own):
         logits = model(input_ids=ids, use_cache=False).logits
     for handle in handles:
         handle.remove()
@@ -273,38 +240,41 @@ def _kept(model: PreTrainedModel, shape: StepShape) -> _Kept:
     return _Kept(total(), layer, inputs[0], logits.element_size())
 
 
-def _moments(model: PreTrainedModel, kept: _Kept, shape: StepShape, parameters: int) -> dict[str, dict[str, int]]:
+def _moments(
+    model: PreTrainedModel, kept: _Kept, run: RunConfig, parameters: int, device: Device
+) -> dict[str, dict[str, int]]:
     config = model.config
     layers, vocabulary = config.num_hidden_layers, config.vocab_size
     everything, trained = _count(model, trained=False), _count(model, trained=True)
     unembedding = model.get_output_embeddings().weight
     embedding = 4 * unembedding.numel() if unembedding.requires_grad else 0
     largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
-    logits = shape.tokens * vocabulary
-    rows = min(POSITIONS, shape.tokens)
-    dense = shape.constraint.needs_dense
-    half = 2 if shape.precision == "bf16" else 4
+    training, tokens = run.training, run.training.batch_size * run.seq_len
+    logits = tokens * vocabulary
+    rows = min(POSITIONS, tokens)
+    dense = training.constraint.needs_dense
+    half = 2 if training.precision == "bf16" else 4
     # Trainer makes float32 of the logits of its own model, which with adapters is the dense one as well.
-    dense_logits = 4 if shape.train == "lora" else half
+    dense_logits = 4 if training.train == "lora" else half
 
     gradients = 4 * trained
     always = {
         "weights (float32)": 4 * everything,
         "AdamW states": 8 * trained,
-        "gradient buckets of several GPUs": gradients if shape.gpus > 1 else 0,
-        "dense reference": half * parameters if dense and shape.train != "lora" else 0,
+        "gradient buckets of several GPUs": gradients if training.processes > 1 else 0,
+        "dense reference": half * parameters if dense and training.train != "lora" else 0,
     }
     activations = kept.total
     working = kept.layer
-    if shape.gradient_checkpointing:
+    if training.gradient_checkpointing:
         activations = kept.total - layers * kept.layer + layers * kept.layer_input
         working = 2 * kept.layer
     # Of one layer's attention in backward: some four buffers of queries x keys; the Triton kernels have none.
     blocks = 0
-    if shape.device == "cpu":
+    if device == "cpu":
         heads = config.num_attention_heads
-        blocks = 4 * 4 * shape.batch_size * heads * min(BLOCK, shape.seq_len) * shape.seq_len
-    accumulated = gradients if shape.gradient_accumulation > 1 else 0
+        blocks = 4 * 4 * training.batch_size * heads * min(BLOCK, run.seq_len) * run.seq_len
+    accumulated = gradients if training.gradient_accumulation > 1 else 0
     # Trainer makes float32 of the logits; the loss keeps them and makes a gradient of their size.
     loss = {
         "activations": activations,
@@ -321,7 +291,7 @@ def _moments(model: PreTrainedModel, kept: _Kept, shape: StepShape, parameters: 
     backward["one layer's backward"] = working + blocks
     update = {
         "gradients": gradients,
-        "temporaries of AdamW": 4 * trained if shape.device == "cuda" else 8 * largest,
+        "temporaries of AdamW": 4 * trained if device == "cuda" else 8 * largest,
     }
     return {
         name: {**always, **terms}
@@ -329,7 +299,7 @@ def _moments(model: PreTrainedModel, kept: _Kept, shape: StepShape, parameters: 
     }
 
 
-def _flops(model: PreTrainedModel, shape: StepShape) -> float:
+def _flops(model: PreTrainedModel, run: RunConfig, *, dense: bool) -> float:
     """Of one token: two a weight and product, and the products of attention over the causal pairs."""
     weights = trained = 0
     for module in model.modules():
@@ -338,9 +308,9 @@ def _flops(model: PreTrainedModel, shape: StepShape) -> float:
             trained += module.weight.numel() if module.weight.requires_grad else 0
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    product = config.num_hidden_layers * config.num_attention_heads * size * (shape.seq_len + 1)
+    product = config.num_hidden_layers * config.num_attention_heads * size * (run.seq_len + 1)
     forward = 2 * weights + 2 * product
     backward = 2 * weights + 2 * trained + 5 * product
-    again = forward if shape.gradient_checkpointing else 0
-    reference = 2 * weights + 2 * product if shape.constraint.needs_dense else 0
+    again = forward if run.training.gradient_checkpointing else 0
+    reference = 2 * weights + 2 * product if dense else 0
     return float(forward + backward + again + reference)

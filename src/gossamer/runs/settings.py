@@ -5,14 +5,13 @@ beside the others: those of the multiplier begin with ``multiplier_``, and the c
 settings of that kind beside it.
 """
 
-import math
-import types
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal, get_type_hints
 
 from gossamer.errors import GossamerError
-from gossamer.fields import documented, setting
+from gossamer.fields import Setting, documented, setting
 from gossamer.training.constraints import CONSTRAINTS, Constraint
 from gossamer.training.trainer import TrainingConfig
 
@@ -23,8 +22,12 @@ class RunConfig:
     """What to sparsify, on which text, under which bound."""
 
     model: str = setting("What to sparsify: smollm2, a directory with a saved model, or a Hub id.")
-    text: str = setting("Training text: a local file or directory, a Hub data set, or self.")
-    seq_len: int = setting("Tokens in a training block. Train at the length you need.", 256)
+    text: str = setting(
+        "Training text: a .txt, .jsonl, .txt.gz or .jsonl.gz file (documents under 'text'), a directory of such files, "
+        "a Hub data set (org/name or hub:NAME:CONFIG:SPLIT), or 'self': sampled from the model."
+    )
+    tokens: int = setting("Training tokens.", 1_000_000, least=1)
+    seq_len: int = setting("Tokens in a training block. Train at the length you need.", 256, least=2)
     validation_tokens: int = setting("Unseen text that the bound is held on during training.", 8_192, least=1)
     held_out_tokens: int = setting("Other unseen text, to measure the figures on.", 32_768, least=1)
     margin: float = setting(
@@ -35,8 +38,8 @@ class RunConfig:
     )
     gate_bias: float = setting("Initial bias of every gate; higher starts with more links open.", -2.0)
     start_from: str | None = setting(
-        "Directory of a finished run of MODEL: start from its sparse model and gates, the control from its control. "
-        "The bound stays the dense model's.",
+        "Directory of a finished run of the same model: start from its sparse model and control. The bound stays the "
+        "dense model's.",
         None,
     )
     lora_rank: int = setting("Rank of the adapters.", 16, least=1)
@@ -54,19 +57,54 @@ class RunConfig:
         """Training tokens in one optimiser step."""
         return self.training.blocks_per_step * self.seq_len
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: as many as ``tokens`` fills, at least one."""
+        return max(1, self.tokens // self.tokens_per_step)
+
+    @property
+    def tokens_trained(self) -> int:
+        """Training tokens in all steps."""
+        return self.steps * self.tokens_per_step
+
+    def in_processes(self, count: int) -> "RunConfig":
+        """The same for so many processes that train together."""
+        return replace(self, training=replace(self.training, processes=count))
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "") -> "RunConfig":
-        """The configuration that a flat mapping describes; what it leaves out has its default.
+        """The configuration that a flat mapping describes, one that was written down; see :meth:`gathered`."""
+        return cls.gathered([Given(values, source, recorded=True)])
 
-        Args:
-            values: by name of the setting.
-            source: the file that they come from, for what is said of them.
+    @classmethod
+    def gathered(cls, places: Sequence["Given"]) -> "RunConfig":
+        """The configuration that several places describe: a later one goes before those before it.
+
+        What none of them says has its default. A place that names another constraint takes the place of the settings
+        of the constraint before it.
 
         Raises:
-            GossamerError: naming the source, the setting and what it takes.
+            GossamerError: naming the place, the setting and what it takes.
         """
-        checked = checked_values(values, source)
-        config: RunConfig = _built(cls, checked)
+        known = settings()
+        read = [place.read(known) for place in places]
+        chosen = max((at for at, values in enumerate(read) if "constraint" in values), default=-1)
+        kind = read[chosen]["constraint"] if chosen >= 0 else known["constraint"].default
+        found: dict[str, Any] = {}
+        for at, (place, values) in enumerate(zip(places, read, strict=True)):
+            for name, value in values.items():
+                kinds = known[name].kinds
+                if not kinds or kind in kinds:
+                    found[name] = value
+                elif at >= chosen:
+                    raise GossamerError(
+                        f"{place.called(name)} is a setting of the constraint {' and '.join(kinds)}, not of {kind}; "
+                        f"leave it out, or give {place.called('constraint')} {kinds[0]}"
+                    )
+        for name, one in known.items():
+            if one.default is MISSING and name not in found:
+                raise GossamerError(f"{places[-1].called(name)} is not given: {one.help}")
+        config: RunConfig = _built(cls, found)
         config.training.constraint.check()
         return config
 
@@ -84,95 +122,45 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One setting.
+class Given:
+    """Settings that were given in one place.
 
     Attributes:
-        name: in files; on the command line with dashes.
-        field: the dataclass field: default, help, range.
-        type: of its value.
-        kinds: names of the constraints that it is a setting of; none: it is one of every run.
+        values: by name.
+        source: the file that they stand in, or whatever else the user calls the place; empty for none.
+        options: whether they were given on the command line, where names are spelled with dashes.
+        recorded: whether they were written down by a run, with what is not set but found.
     """
 
-    name: str
-    field: Field[Any]
-    type: Any
-    kinds: tuple[str, ...] = ()
+    values: Mapping[str, Any]
+    source: str = ""
+    options: bool = False
+    recorded: bool = False
 
-    @property
-    def help(self) -> str:
-        """What it means."""
-        if self.name == "constraint":
-            return "What is bounded. " + " ".join(f"{name}: {kind.summary}." for name, kind in CONSTRAINTS.items())
-        return str(self.field.metadata["help"]) + (f" For {' and '.join(self.kinds)}." if self.kinds else "")
+    def called(self, name: str) -> str:
+        """A setting as the user knows it there."""
+        if self.options:
+            return name.upper() if name == "model" else "--" + name.replace("_", "-")
+        return f"{self.source}: {name}" if self.source else name
 
-    @property
-    def default(self) -> Any:
-        """Its value if nothing is said; ``MISSING`` if it has to be said."""
-        if self.field.default_factory is not MISSING:
-            return self.field.default_factory().name
-        return self.field.default
-
-    @property
-    def optional(self) -> bool:
-        """Whether it takes null."""
-        return type(None) in get_args(self.type)
-
-    @property
-    def plain_type(self) -> Any:
-        """Its type without null."""
-        if get_origin(self.type) in (Union, types.UnionType):
-            return next(one for one in get_args(self.type) if one is not type(None))
-        return self.type
-
-    @property
-    def wanted(self) -> str:
-        """What it takes, in words."""
-        kind, least, most = self.plain_type, self.field.metadata.get("least"), self.field.metadata.get("most")
-        if get_origin(kind) is Literal:
-            words = "one of " + ", ".join(get_args(kind))
-        elif get_origin(kind) is tuple:
-            words = "a list of names"
-        elif kind in (int, float):
-            words = "a whole number" if kind is int else "a finite number"
-            if least is not None:
-                words += f" of at least {least:,g}" if most is None else f" from {least:,g} to {most:,g}"
-        else:
-            words = {bool: "true or false", str: "a text"}[kind]
-        return words + (", or null" if self.optional else "")
-
-    def read(self, value: Any) -> Any:
-        """The value as the dataclass has it.
+    def read(self, known: Mapping[str, Setting]) -> dict[str, Any]:
+        """The values as the dataclasses have them.
 
         Raises:
-            ValueError: if the setting does not take it.
+            GossamerError: naming the place, the setting and what it takes.
         """
-        kind = self.plain_type
-        if value is None and self.optional:
-            return None
-        if get_origin(kind) is Literal:
-            right = value in get_args(kind)
-        elif get_origin(kind) is tuple:
-            value = tuple(value.replace(",", " ").split()) if isinstance(value, str) else tuple(value)
-            right = all(isinstance(name, str) for name in value)
-        elif kind in (int, float):
-            value = self._number(value)
-            least, most = self.field.metadata.get("least"), self.field.metadata.get("most")
-            right = (least is None or value >= least) and (most is None or value <= most)
-        else:
-            right = isinstance(value, kind)
-        if not right:
-            raise ValueError
-        return value
-
-    def _number(self, value: Any) -> int | float:
-        """A number; YAML has 1e-4, which lacks a dot, as a text."""
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if not math.isfinite(number) or (self.plain_type is int and not number.is_integer()):
-            raise ValueError
-        return int(value if isinstance(value, int) else number) if self.plain_type is int else number
+        found = {}
+        for name, value in self.values.items():
+            if name not in known or (known[name].recorded and not self.recorded):
+                near = get_close_matches(str(name), [one for one in known if not known[one].recorded], 1)
+                hint = f"did you mean {near[0]}?" if near else "gossamer settings prints all that there are"
+                raise GossamerError(f"{self.called(str(name))} is no setting; {hint}")
+            try:
+                found[name] = known[name].read(value)
+            except ValueError as error:
+                said = value if self.options else repr(value)
+                raise GossamerError(f"{self.called(name)} {said} cannot be used; give {known[name].wanted}") from error
+        return found
 
 
 def settings() -> dict[str, Setting]:
@@ -180,65 +168,46 @@ def settings() -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for one in _settings_of(RunConfig):
         if one.name in found:  # two kinds of constraint that call a setting the same
-            one = Setting(one.name, found[one.name].field, one.type, (*found[one.name].kinds, *one.kinds))
+            one = replace(found[one.name], kinds=(*found[one.name].kinds, *one.kinds))
         found[one.name] = one
     return found
 
 
-def checked_values(values: Mapping[str, Any], source: str = "") -> dict[str, Any]:
-    """The values of a flat mapping as the dataclasses have them.
-
-    Raises:
-        GossamerError: naming the source, the setting and what it takes.
-    """
-    known, begin = settings(), f"{source}: " if source else ""
-    found = {}
-    for name, value in values.items():
-        if name not in known:
-            raise GossamerError(f"{begin}there is no setting {name!r}; gossamer settings prints all that there are")
-        try:
-            found[name] = known[name].read(value)
-        except (TypeError, ValueError) as error:
-            raise GossamerError(f"{begin}{name} {value!r} cannot be used; give {known[name].wanted}") from error
-    kind = found.get("constraint", known["constraint"].default)
-    for name in found:
-        if known[name].kinds and kind not in known[name].kinds:
-            raise GossamerError(
-                f"{begin}{name} is a setting of the constraint {' and '.join(known[name].kinds)}, not of {kind}; "
-                f"leave it out, or give constraint: {known[name].kinds[0]}"
-            )
-    for name, one in known.items():
-        if one.default is MISSING and name not in found:
-            raise GossamerError(f"{begin}{name} is not given; give {one.wanted}: {one.help}")
-    return found
-
-
 def _settings_of(kind: type[Any], prefix: str = "") -> Iterator[Setting]:
-    hints = get_type_hints(kind)
+    hints: dict[str, Any] = get_type_hints(kind)
     for one in fields(kind):
         hint = hints[one.name]
         if hint is Constraint:
-            yield Setting(one.name, one, Literal[tuple(CONSTRAINTS)])  # type: ignore[valid-type]
-            for name, constraint in CONSTRAINTS.items():
-                types_of = get_type_hints(constraint)
-                for own in fields(constraint):
-                    yield Setting(own.name, own, types_of[own.name], (name,))
+            yield from _constraint_settings(one.name, _default_kind(one).name)
         elif is_dataclass(hint):
-            yield from _settings_of(hint, one.metadata.get("prefix", ""))
+            yield from _settings_of(hint, one.metadata.get("prefix", ""))  # type: ignore[arg-type]
         else:
-            yield Setting(prefix + one.name, one, hint)
+            yield Setting.of(one, hint, prefix=prefix)
+
+
+def _constraint_settings(name: str, default: str) -> Iterator[Setting]:
+    """The choice of the kind, then the settings of every kind."""
+    summary = ". ".join(f"{kind.name}: {kind.summary}" for kind in CONSTRAINTS.values())
+    yield Setting(name, Literal[tuple(CONSTRAINTS)], f"What is bounded. {summary}.", default)
+    for kind in CONSTRAINTS.values():
+        hints = get_type_hints(kind)
+        for own in fields(kind):
+            yield Setting.of(own, hints[own.name], kinds=(kind.name,))
+
+
+def _default_kind(one: Any) -> type[Constraint]:
+    return type(one.default_factory())
 
 
 def _built(kind: type[Any], values: Mapping[str, Any], prefix: str = "") -> Any:
-    hints = get_type_hints(kind)
+    hints: dict[str, Any] = get_type_hints(kind)
     given: dict[str, Any] = {}
     for one in fields(kind):
         hint = hints[one.name]
         if hint is Constraint:
-            default: Any = one.default_factory
-            given[one.name] = _built(CONSTRAINTS[values.get(one.name, default().name)], values)
+            given[one.name] = _built(CONSTRAINTS[values.get(one.name, _default_kind(one).name)], values)
         elif is_dataclass(hint):
-            given[one.name] = _built(hint, values, one.metadata.get("prefix", ""))
+            given[one.name] = _built(hint, values, one.metadata.get("prefix", ""))  # type: ignore[arg-type]
         elif prefix + one.name in values:
             given[one.name] = values[prefix + one.name]
     return kind(**given)

@@ -1,7 +1,8 @@
 """Records of earlier versions, read as if this one had written them.
 
 Up to 0.1.0, ``config.json`` nested the settings as their classes are nested, ``training`` and in it ``multiplier``, and
-had those of both constraints, tau, slack and epsilon, whichever was chosen. No record said in words what was bounded.
+counted steps instead of tokens, and had those of both constraints, tau, slack and epsilon, whichever was chosen. No
+record said in words what was bounded.
 """
 
 from typing import Any
@@ -20,6 +21,8 @@ def upgraded_record(record: dict[str, Any]) -> dict[str, Any]:
     training = dict(old["training"])
     multiplier = {f"multiplier_{name}": value for name, value in training.pop("multiplier", {}).items()}
     config = {**{name: value for name, value in old.items() if name != "training"}, **training, **multiplier}
+    blocks_per_step = config["batch_size"] * config["gradient_accumulation"] * config["processes"]
+    config["tokens"] = config.pop("steps") * blocks_per_step * config["seq_len"]
     if config["constraint"] == "kl":
         bound, others = config["epsilon"], ["tau", "slack"]
     else:

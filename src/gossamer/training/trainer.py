@@ -68,10 +68,14 @@ class TrainingConfig:
     train: TrainedPart = setting(
         "Weights to train besides the gate biases: all, the attention's, or adapters (lora).", "all"
     )
-    steps: int = setting("Optimiser steps.", 1000, least=1)
     batch_size: int = setting("Blocks in one forward pass of one process.", 4, least=1)
     gradient_accumulation: int = setting("Forward passes of each process in one step.", 1, least=1)
-    processes: int = setting("How many train together, each on its own part of a step's batch.", 1, least=1)
+    processes: int = setting(
+        "How many train together, each on its own part of a step's batch; what started them says it.",
+        1,
+        least=1,
+        recorded=True,
+    )
     gradient_checkpointing: bool = setting(
         "Keep only what goes into each layer for the backward pass and compute the rest again: less memory for a "
         "quarter to a third more time.",
@@ -99,7 +103,7 @@ class TrainingConfig:
     prompt_tokens: int = setting(
         "Tokens at the start of every block that are given: the loss does not ask for them.", 0, least=0
     )
-    precision: Precision = setting("Of the matrix products; weights and optimiser state stay float32.", "fp32")
+    precision: Precision = setting("Of the matrix products; weights and optimiser state stay float32.", "bf16")
     checkpoint_every: int = setting("Steps between checkpoints; 0: none.", 100, least=0)
     seed: int = setting("Of data order, noise and everything else random.", 0)
 
@@ -132,11 +136,48 @@ def choose_trained(model: PreTrainedModel, part: TrainedPart) -> None:
         module.requires_grad_(True)
 
 
+def _arguments(
+    config: TrainingConfig, steps: int, folder: Path, blocks: Dataset[dict[str, Tensor]]
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": config.final_rate},
+        warmup_steps=max(1, round(config.warmup * steps)),
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="steps" if config.checkpoint_every else "no",
+        save_steps=config.checkpoint_every or 500,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        seed=config.seed,
+        data_seed=config.seed,
+        ddp_find_unused_parameters=False,
+        ignore_data_skip=isinstance(blocks, BlockStream),
+    )
+
+
 class PostTrainer(Trainer):
     """transformers' Trainer with checkpoints that appear whole or not at all, and separate rates for the gates.
 
     As it stands it fine-tunes on the cross-entropy: the dense control. :class:`SparsityTrainer` adds gates
     and constraint.
+
+    Args:
+        model: what to train.
+        config: how.
+        blocks: what to train on.
+        folder: of the checkpoints.
+        steps: optimiser steps.
+        tokenizer: saved with each checkpoint.
+        callbacks: transformers' own.
     """
 
     def __init__(
@@ -146,38 +187,17 @@ class PostTrainer(Trainer):
         blocks: Dataset[dict[str, Tensor]],
         folder: Path,
         *,
+        steps: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_processes(config.processes)
-        self.config = config
+        self.config, self.steps = config, steps
         self.folder = folder
         self.tokenizer = tokenizer
         self.staging: Path | None = None
         self.stream = blocks if isinstance(blocks, BlockStream) else None
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=config.steps,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": config.final_rate},
-            warmup_steps=max(1, round(config.warmup * config.steps)),
-            max_grad_norm=config.max_grad_norm,
-            bf16=config.precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            save_strategy="steps" if config.checkpoint_every else "no",
-            save_steps=config.checkpoint_every or 500,
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            seed=config.seed,
-            data_seed=config.seed,
-            ddp_find_unused_parameters=False,
-            ignore_data_skip=isinstance(blocks, BlockStream),
-        )
+        arguments = _arguments(config, steps, folder, blocks)
         # Without a launcher Trainer would spread a batch over threads, one a GPU, which share the state of the gates.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         if config.gradient_checkpointing:
@@ -273,7 +293,7 @@ class PostTrainer(Trainer):
         good = checkpoints(self.folder)
         raise stopped_together(
             f"the loss became {loss} in step {self.state.global_step + 1} and the run stopped there; last good "
-            f"checkpoint: {good[-1] if good else 'none'}. Begin anew with a lower --learning-rate"
+            f"checkpoint: {good[-1] if good else 'none'}. Begin anew with a lower learning_rate"
         )
 
     def finish_step(self) -> None:
@@ -423,7 +443,7 @@ class SparsityTrainer(PostTrainer):
     @property
     def hard(self) -> bool:
         """Whether the step at hand trains with hard gates."""
-        return self.state.global_step >= round((1 - self.config.hard_fraction) * self.config.steps)
+        return self.state.global_step >= round((1 - self.config.hard_fraction) * self.steps)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward under the gates of the step: activations that are recomputed meet the same gates."""
@@ -495,7 +515,7 @@ class SparsityTrainer(PostTrainer):
             self.open_by_layer = self.accelerator.reduce(self.open_by_layer, "mean")
         self.last["multiplier"] = self.multiplier.value
         step = self.state.global_step
-        if step % self.config.validate_every == 0 or step == self.config.steps:
+        if step % self.config.validate_every == 0 or step == self.steps:
             self.validation_result = self.validate()
         if self.validation_result is not None:
             self.last["constrained_held_out"] = self.validation_result.constrained

@@ -2,7 +2,7 @@
 
 summary    in a few words
 tried      whether a run with these settings stands in docs/runs.md; else they are carried over from one that does
-settings   flags of ``gossamer sparsify``, and its MODEL; what is not said has its default
+settings   as a settings file has them; what is not said has its default
 config     the model's configuration for transformers, without its weights, so that ``gossamer plan`` needs no network
 """
 

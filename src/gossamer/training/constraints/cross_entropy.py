@@ -21,10 +21,12 @@ class CrossEntropy(Constraint):
     symbol: ClassVar[str] = "τ"
     label: ClassVar[str] = "loss"
     bound_name: ClassVar[str] = "tau"
-    summary: ClassVar[str] = "cross-entropy at most tau, by default the dense model's plus slack"
+    summary: ClassVar[str] = "cross-entropy at most tau"
 
     slack: float = setting("Nats that the loss may be above the dense model's.", 0.01, least=0.0)
-    tau: float | None = setting("Bound on the cross-entropy, nats; null: the dense model's plus slack.", None)
+    tau: float | None = setting(
+        "Bound on the cross-entropy, nats; the dense model's plus slack if it is not given.", None
+    )
 
     def bound(self, dense_loss: float) -> float:
         return self.tau if self.tau is not None else dense_loss + self.slack

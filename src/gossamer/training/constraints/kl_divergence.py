@@ -22,7 +22,7 @@ class KLDivergence(Constraint):
     symbol: ClassVar[str] = "ε"
     label: ClassVar[str] = "KL"
     bound_name: ClassVar[str] = "epsilon"
-    summary: ClassVar[str] = "KL(dense || sparse) at most epsilon; the dense model runs as well"
+    summary: ClassVar[str] = "KL(dense || sparse) at most epsilon"
     needs_dense: ClassVar[bool] = True
 
     epsilon: float = setting("Bound on KL(dense || sparse), nats.", 0.05, least=0.0)

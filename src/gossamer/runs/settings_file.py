@@ -1,0 +1,72 @@
+"""Files of settings: YAML, a flat mapping from name to value."""
+
+import json
+from dataclasses import MISSING
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
+
+import yaml
+
+from gossamer.errors import GossamerError
+from gossamer.fields import Setting
+from gossamer.runs.settings import Given, settings
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (name := self.construct_object(key)) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{name} stands twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_settings(file: Path) -> Given:
+    """The settings in a file.
+
+    Raises:
+        GossamerError: if it cannot be read, or holds something else.
+    """
+    try:
+        found = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise GossamerError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GossamerError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if found is None:
+        found = {}
+    if not isinstance(found, dict):
+        raise GossamerError(f"{file} holds no settings; give lines like 'tokens: 1000000', as gossamer settings prints")
+    return Given(found, str(file))
+
+
+def all_settings() -> str:
+    """A file with every setting at its default, each under its help; what has no default, or goes with another
+    constraint than the default one, is commented out."""
+    known = settings()
+    parts = [_entry(one, known["constraint"].default) for one in known.values() if not one.recorded]
+    return "\n\n".join(parts) + "\n"
+
+
+def _entry(one: Setting, kind: str) -> str:
+    help = one.help
+    if one.kinds:
+        help += f" Of the constraint {' and '.join(one.kinds)}."
+    help += f" {one.wanted[0].upper()}{one.wanted[1:]}."
+    lines = [f"# {line}" for line in wrap(help, 110, break_long_words=False, break_on_hyphens=False)]
+    if one.default is MISSING:
+        return "\n".join([*lines, f"# {one.name}:"])
+    value = list(one.default) if isinstance(one.default, tuple) else one.default
+    written = value if isinstance(value, str) else _yaml_number(value)
+    other = bool(one.kinds) and kind not in one.kinds
+    return "\n".join([*lines, f"{'# ' if other else ''}{one.name}: {written}"])
+
+
+def _yaml_number(value: Any) -> str:
+    """As YAML reads it back: 1.0e-4, since 1e-04 would be a text."""
+    text = json.dumps(value)
+    return text.replace("e", ".0e", 1) if isinstance(value, float) and "e" in text and "." not in text else text
