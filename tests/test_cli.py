@@ -27,7 +27,7 @@ from transformers import (
 
 import gossamer
 from families import tiny_model
-from gossamer.cli import app
+from gossamer.cli import app, main
 from gossamer.training.checkpoints import checkpoints, fault
 from settings_files import config
 
@@ -728,3 +728,64 @@ def test_plan_says_whether_it_fits_and_what_would() -> None:
     assert re.search(r"batch_size: 1, gradient_accumulation: 16.*: .* GiB, fits", narrow.stdout)
     assert "tokens/s" in narrow.stdout
     assert_refused(gossamer_command("plan", "gpt2", "--seq-len", 4096), "--seq-len 4096", "context of 1024")
+
+
+@pytest.fixture
+def command_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The command line in this process, where everything is imported already: exit code, stdout, stderr."""
+
+    def run(*arguments: object, columns: int = 400) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_help_shows_what_a_user_decides_on_two_screens(command_here) -> None:
+    lines = command_here("sparsify", "--help", columns=80)[1].splitlines()
+    assert len(lines) <= 2 * 40
+    assert max(map(len, lines)) <= 80
+    options = {word for line in lines for word in re.findall(r"^│ [ *]+(--[a-z-]+)", line)}
+    assert options == {
+        "--text", "--out", "--preset", "--config", "--tokens", "--seq-len", "--constraint", "--slack", "--tau",
+        "--epsilon", "--train", "--seed", "--resume", "--control", "--batch-size", "--report-to", "--stream",
+        "--start-from", "--help",
+    }  # fmt: skip
+
+
+def test_printed_settings_are_a_file_that_sparsify_takes(
+    saved_llama: Path, text: Path, tmp_path: Path, command_here
+) -> None:
+    code, printed, errors = command_here("settings")
+    assert code == 0, errors
+    changed = {"learning_rate: 0.0003": "learning_rate: 5e-4", "tokens: 1000000": "tokens: 64",
+               "validation_tokens: 8192": "validation_tokens: 64", "held_out_tokens: 32768": "held_out_tokens: 64"}  # fmt: skip
+    for before, after in changed.items():
+        assert before in printed
+        printed = printed.replace(before, after)
+    file = tmp_path / "settings.yaml"
+    file.write_text(printed)
+    line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", "--seq-len", 16, "--config", file]
+    code, _, errors = command_here(*line, "--no-control", "--preset", "gpt2")
+    assert code == 0, errors
+    used = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (used["model"], used["tokens"], used["learning_rate"], used["seq_len"]) == (str(saved_llama), 64, 5e-4, 16)
+    assert (used["batch_size"], used["control"], used["stream"]) == (4, False, False)  # the file's, not the preset's
+
+
+def test_what_is_not_given_or_cannot_be_read_is_named_in_one_line(tmp_path: Path, command_here) -> None:
+    out = ("--out", tmp_path / "none")
+    for arguments, words in (
+        (("sparsify", "smollm2"), "--text is not given"),
+        (("sparsify", "--text", "self"), "MODEL is not given"),
+        (("sparsify", "--config", tmp_path / "no.yaml"), "no.yaml cannot be read"),
+        (("sparsify", "smollm2", "--text", "self", "--tokens", "many"), "--tokens many cannot be used; give a whole"),
+    ):
+        code, _, errors = command_here(*arguments, *out)
+        assert code == 2
+        assert len(errors.splitlines()) == 1
+        assert words in errors
+    assert not (tmp_path / "none").exists()

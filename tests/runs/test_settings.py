@@ -86,7 +86,7 @@ def test_another_constraint_replaces_the_settings_of_the_one_before() -> None:
     assert RunConfig.gathered([file]).training.constraint == KLDivergence(0.2)
     line = Given({"constraint": "ce", "slack": "0.1"}, options=True)
     assert RunConfig.gathered([file, line]).training.constraint == CrossEntropy(0.1)
-    with pytest.raises(GossamerError, match="^--slack is a setting of the constraint ce, not of kl; leave it out, or"):
+    with pytest.raises(GossamerError, match=r"^--slack is a setting of the constraint ce, not of kl; leave it out, or"):
         RunConfig.gathered([file, Given({"slack": "0.1"}, options=True)])
 
 
@@ -126,7 +126,7 @@ def test_what_a_file_cannot_say_is_named(written: str, said: str, tmp_path: Path
 
 def test_what_has_no_default_has_to_be_given(tmp_path: Path) -> None:
     assert [name for name, one in settings().items() if one.default is MISSING] == ["model", "text"]
-    with pytest.raises(GossamerError, match="^--text is not given: Training text: a .txt"):
+    with pytest.raises(GossamerError, match=r"^--text is not given: Training text: a .txt"):
         RunConfig.gathered([Given({"model": "smollm2"}, options=True)])
     with pytest.raises(GossamerError, match="cannot be read: No such file"):
         read_settings(tmp_path / "none.yaml")

@@ -1,6 +1,7 @@
 """A kind of constraint that only this file and one line in the registry know of, from the settings to the page."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,18 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gossamer.evaluation.evaluate import evaluate_run, summary_tables, verdict
+from gossamer.cli import main
 from gossamer.fields import setting
 from gossamer.measures.language import LanguageFigures, measure_language, standard_error
 from gossamer.measures.losses import cross_entropy, kl_divergence
-from gossamer.report.html import write_report
-from gossamer.report.plots import save_figures
 from gossamer.report.records import load_records
 from gossamer.report.series import training_charts
-from gossamer.runs.job import post_train
-from gossamer.runs.record import load_both
-from gossamer.runs.settings import RunConfig
+from gossamer.runs.record import Run, load_both
 from gossamer.training.constraints import CONSTRAINTS, Constraint, Outcome
+from settings_files import config
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,31 @@ def registered() -> Iterator[None]:
     del CONSTRAINTS["surprise"]
 
 
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The command line in this process; gives what it printed."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "400")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, printed.err
+        return printed.out
+
+    return run
+
+
 @pytest.mark.usefixtures("registered")
-def test_a_kind_is_one_file_and_one_line(saved_llama: Path, text: Path, tmp_path: Path) -> None:
-    asked = {"model": str(saved_llama), "text": str(text), "seq_len": 16, "tokens": 6 * 4 * 16, "validations": 3,
-             "precision": "fp32", "validation_tokens": 64, "held_out_tokens": 128, "control": False,
-             "constraint": "surprise", "over": 0.25}  # fmt: skip
-    run = post_train(RunConfig.from_dict(asked), tmp_path / "run")
+def test_a_kind_is_one_file_and_one_line(saved_llama: Path, text: Path, tmp_path: Path, command) -> None:
+    settings = config(validate_every=2, precision="fp32", validation_tokens=64, held_out_tokens=128)
+    line = ["--text", text, "--tokens", 6 * 64, "--seq-len", 16, "--no-control", *settings]
+    asked = ["--constraint", "surprise", "--over", 0.25, "--out", tmp_path / "run"]
+    printed = command("sparsify", saved_llama, *line, *asked)
+    assert "sparse 6/6  surprise " in printed
+    assert "  σ " in printed
+    run = Run(tmp_path / "run")
     assert run.config().training.constraint == Surprise(over=0.25)
     bound = run.record()["measured"]["loss_dense"] / 2 + 0.25
     words = {"name": "surprise", "symbol": "σ", "label": "surprise", "bound": bound}
@@ -80,21 +97,32 @@ def test_a_kind_is_one_file_and_one_line(saved_llama: Path, text: Path, tmp_path
     final = run.record()["measured"]["selected"]
     assert final["constrained"] == pytest.approx((unseen.loss + unseen.kl) / 2, rel=1e-4)
 
-    metrics = evaluate_run(run)
+    command("evaluate", run.folder)
+    metrics = json.loads(run.metrics.read_text())
     assert metrics["constraint_value"] == pytest.approx((metrics["loss_sparse"] + metrics["kl"]) / 2)
     assert metrics["constraint_bound"] == metrics["sigma"] == metrics["loss_dense"] / 2 + 0.25
     assert metrics["constraint_met"] == (metrics["constraint_value"] <= metrics["constraint_bound"])
     assert metrics["tau"] is metrics["epsilon"] is None
-    assert f"held-out surprise {metrics['constraint_value']:.4f} nat" in verdict(metrics)
-    assert "bound on the surprise: σ = " in str(summary_tables(metrics)[0].caption)
+    shown = command("inspect", run.folder)
+    assert f"held-out surprise {metrics['constraint_value']:.4f} nat, bound {metrics['constraint_bound']:.4f}" in shown
+    assert f"bound on the surprise: σ = {metrics['constraint_bound']:.4f}" in shown
 
     records = load_records(run.folder)
     chart = training_charts(records)[0]
     assert (chart.title, chart.y) == ("The constraint: surprise", "surprise (nats)")
     assert chart.series[-1].points[0][1] == metrics["constraint_bound"]
     assert "bound on the surprise (nats)" in records.summary()
-    assert "The constraint: surprise" in write_report(run.folder).read_text()
-    assert save_figures(records, tmp_path / "figures")
+    command("report", run.folder, "--figures", tmp_path / "figures")
+    assert "The constraint: surprise" in (run.folder / "report.html").read_text()
+    assert (tmp_path / "figures" / "training_constraint.svg").exists()
+
+
+@pytest.mark.usefixtures("registered")
+def test_its_settings_are_options_and_stand_in_the_printed_file(command) -> None:
+    shown = command("sparsify", "--help")
+    assert "surprise: half the cross-entropy and half the KL" in shown
+    assert "With surprise: Nats above half the dense model's loss. [default: 0.5]" in shown
+    assert "# over: 0.5" in command("settings")
 
 
 @pytest.mark.usefixtures("registered")
