@@ -369,12 +369,11 @@ def test_what_is_no_run_is_named(verb: str, tmp_path: Path) -> None:
 def test_a_bound_below_the_dense_loss_warns_at_once_and_says_so_after(saved_llama: Path, text: Path, tmp_path: Path):
     result = gossamer_command(
         "sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", "--tokens", 128, "--tau", 0.5,
-        "--no-control", *quick(validate_every=1, multiplier_rate=60),
+        "--no-control", *quick(),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "tau 0.500 is below the dense model's held-out loss" in result.stderr
-    assert "lambda went from 0.02 to" in result.stderr
-    assert "gate_bias" in result.stderr
+    assert "no common shift of the gate biases brings it inside; give the run more --tokens" in result.stderr
     assert "Constraint NOT met" in result.stdout
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["constraint_met"] is False
@@ -384,14 +383,13 @@ def test_a_bound_below_the_dense_loss_warns_at_once_and_says_so_after(saved_llam
 
 @pytest.mark.parametrize("options", [["--constraint", "kl", "--epsilon", 0.3], ["--train", "lora"], ["--train", "all"],
                                      ["--text", "self"], {"gradient_accumulation": 2},
-                                     {"validate_every": 1}])  # fmt: skip
+                                     {"validations": 4}])  # fmt: skip
 def test_other_ways_to_train(options: list | dict, saved_llama: Path, text: Path, tmp_path: Path) -> None:
     settings, options = (options, []) if isinstance(options, dict) else ({}, options)
     chosen = options if "--text" in options else [*options, "--text", text]
     arguments = [*quick(checkpoint_every=1, **settings), "--tokens", 256, *chosen]
     result = gossamer_command("sparsify", saved_llama, "--out", tmp_path / "run", *arguments)
     assert result.returncode == 0, result.stderr
-    assert "lambda went" not in result.stderr
     assert bool(re.search(r"sampling text (\d+)/\1 blocks  0 s left", result.stdout)) == ("self" in options)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     if "kl" in options:
@@ -399,7 +397,7 @@ def test_other_ways_to_train(options: list | dict, saved_llama: Path, text: Path
         assert metrics["constraint_met"] == (metrics["kl"] <= 0.3)
     measured = ["constrained_held_out" in json.loads(line) for line in
                 (tmp_path / "run" / "training.jsonl").read_text().splitlines()]  # fmt: skip
-    assert measured == ([True] * 4 if "validate_every" in settings else [False] * (len(measured) - 1) + [True])
+    assert measured == ([True] * 4 if "validations" in settings else [False] * (len(measured) - 1) + [True])
 
 
 def test_adapters_of_a_run_merge_into_its_model(saved_llama: Path, text: Path, tmp_path: Path) -> None:
@@ -761,8 +759,9 @@ def test_printed_settings_are_a_file_that_sparsify_takes(
 ) -> None:
     code, printed, errors = command_here("settings")
     assert code == 0, errors
-    changed = {"learning_rate: 0.0003": "learning_rate: 5e-4", "tokens: 1000000": "tokens: 64",
-               "validation_tokens: 8192": "validation_tokens: 64", "held_out_tokens: 32768": "held_out_tokens: 64"}  # fmt: skip
+    changed = {"learning_rate: 0.0001": "learning_rate: 5e-4", "tokens: 1000000": "tokens: 64",
+               "validation_tokens: 8192": "validation_tokens: 64",
+               "held_out_tokens: 32768": "held_out_tokens: 64"}  # fmt: skip
     for before, after in changed.items():
         assert before in printed
         printed = printed.replace(before, after)

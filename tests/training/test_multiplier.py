@@ -10,7 +10,7 @@ from gossamer.training.multiplier import Multiplier, MultiplierConfig, RunningVi
 
 
 def test_the_proportional_part_answers_at_once_and_leaves_nothing_behind() -> None:
-    multiplier = Multiplier(MultiplierConfig(initial=2.0, proportional=3.0, integral=0.0))
+    multiplier = Multiplier(MultiplierConfig(initial=2.0, proportional=3.0, integral=0.0), 1)
     multiplier.dual_step(0.25)
     assert multiplier.value == pytest.approx(2 * math.exp(0.75))
     multiplier.dual_step(40.0)  # clipped to 1
@@ -19,21 +19,21 @@ def test_the_proportional_part_answers_at_once_and_leaves_nothing_behind() -> No
     assert multiplier.value == pytest.approx(2.0)
 
 
-def test_the_integral_part_adds_up_slowly_far_from_the_bound() -> None:
-    multiplier = Multiplier(MultiplierConfig(proportional=0.0, integral=0.1))
+def test_the_integral_part_adds_up_over_a_share_of_the_run_and_hardly_inside_the_bound() -> None:
+    multiplier = Multiplier(MultiplierConfig(proportional=0.0, integral=10.0), steps=100)
     multiplier.dual_step(0.2)
     multiplier.dual_step(-0.1)
     assert multiplier.value == pytest.approx(math.exp(0.01))
     multiplier.dual_step(7.0)  # counts as 1/2
     assert multiplier.value == pytest.approx(math.exp(0.06))
-    multiplier.dual_step(-7.0)
-    assert multiplier.value == pytest.approx(math.exp(0.01))
+    multiplier.dual_step(-7.0)  # as -1/10
+    assert multiplier.value == pytest.approx(math.exp(0.05))
 
 
 def steps_outside(proportional: float) -> int:
     """Steps of the problem below that end more than 0.05 away from the bound."""
     x, outside = torch.tensor(4.0, requires_grad=True), 0
-    multiplier = Multiplier(MultiplierConfig(initial=0.1, proportional=proportional, integral=0.2))
+    multiplier = Multiplier(MultiplierConfig(initial=0.1, proportional=proportional, integral=400.0), 2000)
     optimizer = torch.optim.SGD([x], lr=0.05)
     for _ in range(2000):
         constrained = (x - 2) ** 2
@@ -52,7 +52,7 @@ def test_the_proportional_part_damps_the_swing_about_the_bound() -> None:
 def test_constrained_descent_finds_the_known_optimum() -> None:
     """minimise log x subject to (x - 2)^2 <= 1/4: x = 3/2, and there lambda / unit = 1 / (x * 2 * (2 - x)) = 2/3."""
     x = torch.tensor(4.0, requires_grad=True)
-    multiplier = Multiplier(MultiplierConfig(integral=0.05))
+    multiplier = Multiplier(MultiplierConfig(integral=200.0), 4000)
     optimizer = torch.optim.SGD([x], lr=0.05)
     for _ in range(4000):
         constrained = (x - 2) ** 2
@@ -69,7 +69,7 @@ def test_the_scale_of_the_bound_changes_nothing() -> None:
     paths = []
     for scale in (1.0, 10.0):
         x, path = torch.tensor(4.0, dtype=torch.float64, requires_grad=True), []
-        multiplier = Multiplier(MultiplierConfig())
+        multiplier = Multiplier(MultiplierConfig(), 50)
         for _ in range(50):
             constrained = scale * (x - 2) ** 2
             (gradient,) = torch.autograd.grad(lagrangian(x.log(), constrained, multiplier.value, scale * 0.25), x)
@@ -102,12 +102,12 @@ def test_the_running_violation_is_a_running_mean() -> None:
 
 
 def test_both_go_on_exactly_from_their_state() -> None:
-    first = Multiplier(MultiplierConfig()), RunningViolation(0.8)
+    first = Multiplier(MultiplierConfig(), 50), RunningViolation(0.8)
     for violation in (0.3, -0.123456789, 0.01):
         first[0].dual_step(violation)
         first[1].add_batch(violation)
         first[1].add_validation(2 * violation)
-    second = Multiplier(MultiplierConfig()), RunningViolation(0.8)
+    second = Multiplier(MultiplierConfig(), 50), RunningViolation(0.8)
     for old, new in zip(first, second, strict=True):
         new.load_state_dict(json.loads(json.dumps(old.state_dict())))
     for multiplier, running in (first, second):

@@ -2,16 +2,17 @@
 
     minimise   log f   subject to   c <= bound
     primal     (log f + lambda * c / unit) / (1 + lambda)
-    dual       log lambda = I + proportional * v,   I += integral * v
+    dual       log lambda = I + proportional * v,   I += integral / steps * v
 
 with f the open fraction (:mod:`gossamer.training.objective`), c what the constraint measures, ``unit`` the
 constraint's own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) / unit,
-clipped to 1 on either side, for I to 1/2. lambda says how many per cent of the links one per cent of the unit is worth.
+clipped. lambda says how many per cent of the links one per cent of the unit is worth.
 On trained models that is near 1, whatever the bound (docs/LOG.md), so lambda starts at 1 and is not a setting that a
 user has to find.
 
-The proportional part does most of the work: it answers at once and forgets at once. I would wind up while the gates
-are far inside the bound and close as fast as they can, so it is slow. The dual step is
+The proportional part answers at once and forgets at once. I finds the lambda that the run at hand needs, in a share of
+its steps. It would wind up while the gates are inside the bound and close as fast as they can, so there it sees no more
+than a tenth of a unit. The dual step is
 multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the controller that of Sohrabi et al. 2024 (arXiv
 2406.04558), and dividing by 1 + lambda keeps the size of the gradient steady.
 """
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from gossamer.fields import documented, setting
 
-LARGEST_VIOLATION, LARGEST_INTEGRATED = 1.0, 0.5
-"""The proportional and the integral part see no more than this on either side of the bound, in its units."""
+PROPORTIONAL_RANGE, INTEGRAL_RANGE = (-1.0, 1.0), (-0.1, 0.5)
+"""What either part sees of the violation, in units of the constraint."""
 
 
 @documented
@@ -36,27 +37,32 @@ class MultiplierConfig:
 
     initial: float = setting("lambda before the first step.", 1.0, least=1e-4, most=1e4)
     proportional: float = setting("How much log lambda answers at once to a violation of one unit.", 2.5, least=0.0)
-    integral: float = setting("Change of log lambda per step and unit of violation.", 0.02, least=0.0)
+    integral: float = setting("Change of log lambda over a whole run a unit outside the bound.", 10.0, least=0.0)
     decay: float = setting("Of the running means of what the batches measure, per step.", 0.8, least=0.0, most=1.0)
 
 
 class Multiplier:
-    """lambda: ``log_value`` (I) and the violation that it answers, in units of the constraint."""
+    """lambda: ``log_value`` (I) and the violation that it answers, in units of the constraint.
 
-    def __init__(self, config: MultiplierConfig) -> None:
-        self.config = config
+    Args:
+        config: how it moves.
+        steps: of the whole run.
+    """
+
+    def __init__(self, config: MultiplierConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
         self.log_value = math.log(config.initial)
         self.violation = 0.0
 
     @property
     def value(self) -> float:
         """lambda."""
-        return math.exp(self.log_value + self.config.proportional * _clipped(self.violation, LARGEST_VIOLATION))
+        return math.exp(self.log_value + self.config.proportional * _clipped(self.violation, PROPORTIONAL_RANGE))
 
     def dual_step(self, violation: float) -> None:
         """Answer the running violation (c - bound) / unit."""
         self.violation = violation
-        self.log_value += self.config.integral * _clipped(violation, LARGEST_INTEGRATED)
+        self.log_value += self.config.integral / self.steps * _clipped(violation, INTEGRAL_RANGE)
 
     def state_dict(self) -> dict[str, float]:
         """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
@@ -70,8 +76,8 @@ class Multiplier:
         return f"Multiplier({self.value:.4g}, {asdict(self.config)})"
 
 
-def _clipped(value: float, most: float) -> float:
-    return min(max(value, -most), most)
+def _clipped(value: float, limits: tuple[float, float]) -> float:
+    return min(max(value, limits[0]), limits[1])
 
 
 class RunningViolation:

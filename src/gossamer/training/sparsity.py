@@ -97,7 +97,7 @@ class SparsityTrainer(PostTrainer):
         self.dense_loss = dense_loss
         self.margin = margin
         self.validation = validation
-        self.multiplier = Multiplier(config.multiplier)
+        self.multiplier = Multiplier(config.multiplier, self.steps)
         self.running = RunningViolation(config.multiplier.decay)
         self.reference_fraction: float | None = None
         self.validation_result: Validation | None = None

@@ -1,6 +1,7 @@
 """Fine-tuning on transformers' Trainer: the settings, checkpoints that appear whole, and the dense control.
 
-The rates rise over ``warmup`` of the steps, stay, and fall to 0 over the last ``decay`` of them.
+The rates rise over ``warmup`` of the steps, stay, and fall to 0 over the last ``decay`` of them: those of the weights
+over all of that, those of the gate biases over its last third, so that the gates can answer while the weights settle.
 """
 
 import json
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -145,9 +147,6 @@ def _arguments(
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": max(1, round(config.decay * steps)), "decay_type": "linear"},
-        warmup_steps=max(1, round(config.warmup * steps)),
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
@@ -162,6 +161,18 @@ def _arguments(
         ddp_find_unused_parameters=False,
         ignore_data_skip=isinstance(blocks, BlockStream),
     )
+
+
+def rate_share(step: int, *, steps: int, warmup: float, decay: float) -> float:
+    """The learning rate of a step as a share of the highest.
+
+    Args:
+        step: from 0 on.
+        steps: of the whole run.
+        warmup, decay: shares of the steps over which the rate rises from 0 and falls to 0.
+    """
+    rising, falling = max(1, round(warmup * steps)), max(1, round(decay * steps))
+    return max(0.0, min(1.0, (step + 1) / rising, (steps - step) / falling))
 
 
 class PostTrainer(Trainer):
@@ -238,6 +249,18 @@ class PostTrainer(Trainer):
     def label(self) -> str:
         """What ``constrained`` is, in a word or two."""
         return CrossEntropy.label
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        """The shares of their rates that weights and gate biases have in each step."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            decays = [self.config.decay, self.config.decay / 3][: len(optimizer.param_groups)]
+            shares = [partial(rate_share, steps=self.steps, warmup=self.config.warmup, decay=own) for own in decays]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
+            self._created_lr_scheduler = True
+        return cast(torch.optim.lr_scheduler.LambdaLR, self.lr_scheduler)
 
     def batch_objective(
         self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
