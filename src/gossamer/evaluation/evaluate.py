@@ -17,14 +17,20 @@ from transformers import PreTrainedModel
 from gossamer.evaluation.capability import task_table
 from gossamer.evaluation.topk import topk_curve
 from gossamer.files import write_text
-from gossamer.measures.language import LanguageFigures, measure_language, plus_minus, standard_error
+from gossamer.measures.language import (
+    LanguageFigures,
+    measure_beside_dense,
+    measure_language,
+    plus_minus,
+    standard_error,
+)
 from gossamer.measures.links import LinkTally
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.record import Run, load_control, load_sparse, versions
 from gossamer.training.constraints import CONSTRAINTS, Constraint
 
 TOPK = (1, 2, 4, 8, 16, 32, 64)
-TOPK_TOKENS = 4_096
+TOPK_TOKENS = 2_048
 """About so many held-out tokens, at least one block, measure each point of the top-k curve."""
 
 
@@ -63,11 +69,9 @@ def evaluate_run(
     progress("loading")
     sparse = load_sparse(run)
     dense = load_dense(run.dense)[0].to(sparse.device)
-    progress("sparse model and KL to the dense one")
-    sparse_figures = measure_language(sparse, blocks, dense=dense, **options)
+    progress("sparse and dense model")
+    sparse_figures, dense_figures = measure_beside_dense(sparse, dense, blocks, **options)
     del sparse
-    progress("dense model")
-    dense_figures = measure_language(dense, blocks, **options)
     control_loss = None
     if run.control.exists():
         progress("dense control")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 from gossamer.files import write_text
-from gossamer.measures.language import measure_language, plus_minus, standard_error
+from gossamer.measures.language import measure_beside_dense, plus_minus, standard_error
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.beginning import blocks_of
 from gossamer.runs.record import Run, load_sparse
@@ -86,8 +86,7 @@ def _at_length(
 ) -> dict[str, Any]:
     """One entry of the list ``lengths``."""
     options: dict[str, Any] = {"batch_size": max(1, 2_048 // blocks.shape[1]), "precision": precision}
-    figures = measure_language(sparse, blocks, dense=dense, **options)
-    dense_figures = measure_language(dense, blocks, **options)
+    figures, dense_figures = measure_beside_dense(sparse, dense, blocks, **options)
     assert figures.kls is not None
     return {
         "seq_len": blocks.shape[1],

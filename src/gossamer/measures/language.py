@@ -119,22 +119,60 @@ def measure_language(
         prompt_tokens: tokens at the start of each block that are given, not predicted.
     """
 
-    def measure(logits: Tensor, batch: Tensor) -> tuple[list[float], list[float]]:
-        rows = list(zip(logits.split(1), batch.split(1), strict=True))
-        losses = [cross_entropy(row, ids, prompt_tokens).item() for row, ids in rows]
-        if dense is None:
-            return losses, []
-        dense_rows = dense(input_ids=batch, use_cache=False).logits.split(1)
-        pairs = zip(dense_rows, (row for row, _ in rows), strict=True)
-        return losses, [kl_divergence(*pair, prompt_tokens).item() for pair in pairs]
+    if dense is not None:
+        beside = measure_beside_dense(
+            model, dense, blocks, batch_size=batch_size, precision=precision, prompt_tokens=prompt_tokens
+        )
+        return beside[0]
 
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    def measure(logits: Tensor, batch: Tensor) -> list[float]:
+        return _losses(logits, batch, prompt_tokens)
+
+    with _precision(model, precision):
         found = forward_passes(model, blocks.split(batch_size), measure)
-    losses, kls = (
-        torch.tensor([figure for measured, _ in found for figure in measured[column]], dtype=torch.double)
-        for column in (0, 1)
-    )
-    predicted = len(blocks) * (blocks.shape[1] - max(1, prompt_tokens))
+    losses = torch.tensor([loss for measured, _ in found for loss in measured], dtype=torch.double)
     links = LinkTally.total([tally for _, tally in found])
-    return LanguageFigures(losses, None if dense is None else kls, predicted, links)
+    return LanguageFigures(losses, None, _predicted(blocks, prompt_tokens), links)
+
+
+def measure_beside_dense(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    blocks: Int[Tensor, "blocks tokens"],
+    *,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    prompt_tokens: int = 0,
+) -> tuple[LanguageFigures, LanguageFigures]:
+    """What :func:`measure_language` measures of ``model`` beside ``dense``, and of ``dense``, in one pass of each."""
+
+    def measure(logits: Tensor, batch: Tensor) -> list[tuple[float, float, float]]:
+        dense_logits = dense(input_ids=batch, use_cache=False).logits
+        pairs = zip(dense_logits.split(1), logits.split(1), strict=True)
+        kls = [kl_divergence(*pair, prompt_tokens).item() for pair in pairs]
+        losses = (_losses(each, batch, prompt_tokens) for each in (logits, dense_logits))
+        return list(zip(*losses, kls, strict=True))
+
+    dense.eval()
+    with _precision(model, precision):
+        found = forward_passes(model, blocks.split(batch_size), measure)
+    rows = torch.tensor([row for measured, _ in found for row in measured], dtype=torch.double)
+    losses, dense_losses, kls = rows.unbind(-1)
+    predicted = _predicted(blocks, prompt_tokens)
+    links = LinkTally.total([tally for _, tally in found])
+    none_open = LinkTally.empty(dense.config.num_hidden_layers, dense.config.num_attention_heads)
+    return LanguageFigures(losses, kls, predicted, links), LanguageFigures(dense_losses, None, predicted, none_open)
+
+
+def _losses(logits: Tensor, batch: Tensor, prompt_tokens: int) -> list[float]:
+    rows = zip(logits.split(1), batch.split(1), strict=True)
+    return [cross_entropy(row, ids, prompt_tokens).item() for row, ids in rows]
+
+
+def _precision(model: PreTrainedModel, precision: str) -> torch.autocast:
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _predicted(blocks: Tensor, prompt_tokens: int) -> int:
+    return int(len(blocks) * (blocks.shape[1] - max(1, prompt_tokens)))
