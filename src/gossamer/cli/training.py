@@ -66,7 +66,7 @@ def sparsify(
     run = post_train(settings, out, resume=resume, report_to=names(report_to), console=console, warn=warn)
     leave()
     if here.is_main_process:
-        evaluate_and_show(Run(run.folder), Precision.fp32, 8)
+        evaluate_and_show(Run(run.folder), Precision(settings.training.precision), 8)
 
 
 @app.command("settings")
