@@ -207,12 +207,38 @@ def test_a_task_from_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) 
         (lines({"clean": "a", "corrupted": "b", "answers": "c", "wrong": []}), "'answers' must be a list of texts"),
         (lines({"clean": "a", "corrupted": "b", "answers": [1], "wrong": []}), "'answers' must be a list of texts"),
         (lines({"clean": "a", "corrupted": "b", "answers": ["c"], "wrong": ["d"], "metric": "x"}), "metric is 'x'"),
+        (
+            lines({"clean": "\ud800", "corrupted": "b", "answers": ["c"], "wrong": ["d"]}),
+            "'clean' holds half a character",
+        ),
+        (lines({"clean": "a", "corrupted": "b", "answers": ["c", "\ud800"], "wrong": ["d"]}), "'answers' holds half a"),
+        ("[" * 100_000, "line 1: not valid JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "own.jsonl").write_text(text)
     with pytest.raises(GossamerError, match=re.escape(message)):
         find_task(str(tmp_path / "own.jsonl"))
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\ufeff", "\u00a0"])
+def test_characters_that_end_no_line_of_json(mark: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"corrupted": f"a{mark}", "answers": [" one"], "wrong": [" two"]}
+    written = "".join(
+        json.dumps({"clean": word + mark, **row}, ensure_ascii=mark < " ") + "\r\n" for word in ("the", "row")
+    )
+    (tmp_path / "own.jsonl").write_text(written, encoding="utf-8", newline="")
+    found = find_task(str(tmp_path / "own.jsonl")).examples(random.Random(0), tokenizer, "file")
+    assert {(example.clean, example.corrupted) for example in found} == {(w + mark, f"a{mark}") for w in ("the", "row")}
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_line_is_none_of_its_text(tmp_path: Path) -> None:
+    """Two files with such a mark, put together."""
+    row = lines({"clean": "the", "corrupted": "a", "answers": [" one"], "wrong": [" two"]})
+    (tmp_path / "own.jsonl").write_text(row + row, encoding="utf-8-sig")
+    assert find_task(str(tmp_path / "own.jsonl")).name == "own"
+    (tmp_path / "own.jsonl").write_bytes(2 * row.encode("utf-8-sig"))
+    assert find_task(str(tmp_path / "own.jsonl")).name == "own"
 
 
 def test_unknown_names_are_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
