@@ -21,6 +21,20 @@ def call(*arguments: object) -> None:
     app([str(argument) for argument in arguments], standalone_mode=False)
 
 
+def trained(model: Path, text: Path, out: Path) -> Path:
+    """A run of two steps."""
+    training = TrainingConfig(steps=2, batch_size=2, checkpoint_every=0, precision="fp32")
+    sizes = {"seq_len": 16, "validation_tokens": 32, "held_out_tokens": 64}
+    run = post_train(RunConfig(str(model), str(text), control=False, training=training, **sizes), out)
+    evaluate_run(run)
+    return run.folder
+
+
+@pytest.fixture(scope="module")
+def run(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(saved_llama, text, tmp_path_factory.mktemp("runs") / "run")
+
+
 @pytest.fixture(scope="module")
 def run_of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a model over bytes: its tokenizer has no fast form, and ends every text with ``</s>``."""
@@ -30,14 +44,7 @@ def run_of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "model")
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "model")
     (folder / "text.txt").write_text("\n".join(sentences(200)))
-    training = TrainingConfig(steps=2, batch_size=2, checkpoint_every=0, precision="fp32")
-    config = RunConfig(
-        str(folder / "model"), str(folder / "text.txt"), seq_len=16, validation_tokens=32, held_out_tokens=64,
-        control=False, training=training,
-    )  # fmt: skip
-    run = post_train(config, folder / "run")
-    evaluate_run(run)
-    return run.folder
+    return trained(folder / "model", folder / "text.txt", folder / "run")
 
 
 def test_a_task_for_a_tokenizer_without_a_fast_form(run_of_bytes: Path, tmp_path: Path, capsys) -> None:
@@ -84,3 +91,55 @@ def test_a_tokenizer_that_the_harness_cannot_use_is_refused_before_anything_is_m
     call("evaluate", run_of_bytes, *line)  # a tokenizer without a fast form will do
     figures = json.loads((run_of_bytes / "metrics.json").read_text())["tasks"]["tiny"]
     assert set(figures["models"]) == {"dense", "sparse"}
+
+
+def task_file(file: Path, answer: str = "two", metric: str = "logit_difference") -> Path:
+    """Examples that the tiny tokenizer can write."""
+    rows = [
+        {"clean": f"the {word} reads", "corrupted": f"a {word} reads", "answers": [f" {answer}"], "wrong": [" one"]}
+        for word in ("sparse", "model")
+    ]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps({**row, "metric": metric}) + "\n" for row in rows))
+    return file
+
+
+def test_records_of_task_files_with_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    """Prompts are the same, answers or the metric are not."""
+    line = ("circuits", run, "--examples", 2, "--ig-steps", 0, "--levels", "edges", "--force", "--task")
+    first = task_file(tmp_path / "first" / "own.jsonl")
+    call(*line, first)
+    record = (run / "circuits" / "own" / "circuits.json").read_text()
+    call(*line, first)  # the same once more may take its place
+    out = ("--edges", 5, "--out", tmp_path / "circuit.json")
+    call("export", run, "--task", first, *out)
+    for answer, metric in (("four", "logit_difference"), ("two", "probability_difference")):
+        second = task_file(tmp_path / "second" / "own.jsonl", answer, metric)
+        with pytest.raises(GossamerError, match=r"circuits/own holds circuits found in another file.*--replace"):
+            call(*line, second)
+        with pytest.raises(GossamerError, match=r"holds circuits found in another file.*find those of own with"):
+            call("export", run, "--task", second, *out)
+    models = json.loads(record)["models"]
+    kept = json.loads((run / "circuits" / "own" / "circuits.json").read_text())["models"]
+    assert kept["sparse"]["levels"] == models["sparse"]["levels"]
+    call(*line, second, "--replace")
+    call("export", run, "--task", second, *out)
+
+
+def test_a_task_file_never_stands_for_another_task(run: Path, tmp_path: Path) -> None:
+    """Not for the built-in task of its name, nor for another one's record under another ablation."""
+    line = ("circuits", run, "--examples", 2, "--ig-steps", 0, "--levels", "edges", "--force", "--task")
+    before = set((run / "circuits").glob("*")) if (run / "circuits").exists() else set()
+    out = ("--edges", 5, "--out", tmp_path / "circuit.json")
+    for name in ("ioi", "IOI-zero", "other-mean"):
+        call(*line, task_file(tmp_path / f"{name}.jsonl"))
+        call("export", run, "--task", tmp_path / f"{name}.jsonl", *out)
+    found = {path.name for path in set((run / "circuits").glob("*")) - before}
+    assert found == {"ioi.jsonl", "IOI-zero.jsonl", "other-mean.jsonl"}
+    with pytest.raises(GossamerError, match="has no circuits of ioi;"):
+        call("export", run, "--task", "ioi", *out)
+    # As records of files once were called.
+    for record, options in (("ioi", ()), ("ioi-zero", ("--ablation", "zero"))):
+        shutil.copytree(run / "circuits" / "ioi.jsonl", run / "circuits" / record)
+        with pytest.raises(GossamerError, match=rf"{record} holds circuits found with task ioi\.jsonl, not ioi; find"):
+            call("export", run, "--task", "ioi", *options, *out)

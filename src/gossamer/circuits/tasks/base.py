@@ -137,6 +137,7 @@ class Task:
         corruptions: names that ``examples`` understands, the default first.
         examples: where they come from.
         phrasings: other sets of templates by name, to see whether a circuit depends on the wording.
+        file_checksum: of the examples, where they stand in a file; another file may have the same name.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Task:
     corruptions: tuple[str, ...]
     examples: Examples
     phrasings: Mapping[str, Examples] = field(default_factory=dict)
+    file_checksum: int | None = None
 
     def prompts(
         self,

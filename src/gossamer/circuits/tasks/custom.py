@@ -8,7 +8,9 @@
 
 import json
 import random
+import zlib
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,7 +48,8 @@ def task_from_jsonl(file: str | Path) -> Task:
     def examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:
         yield from source.sample(found, len(found))
 
-    return Task(file.stem, f"the examples of {file}", metric, ("file",), examples)
+    checksum = zlib.crc32(json.dumps([metric, [astuple(example) for example in found]]).encode())
+    return Task(file.stem, f"the examples of {file}", metric, ("file",), examples, file_checksum=checksum)
 
 
 def _row(file: Path, number: int, line: str) -> dict[str, Any]:
