@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTra
 
 from conftest import sentences
 from families import CONFIGS
+from gossamer.circuits.compare import comparison_tables
 from gossamer.cli import app
+from gossamer.cli.common import console
 from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.training.run import RunConfig, post_train
@@ -208,3 +211,28 @@ def test_neurons_of_a_file_count(run: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "circuit.json").write_text(json.dumps(content))
     call(*prove)
     assert "faithfulness in EAP-IG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [50, 30])
+def test_commands_cut_no_number_in_a_narrow_terminal(
+    width: int, run: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    own = task_file(tmp_path / "narrow.jsonl")
+    call("circuits", run, "--task", own, "--examples", 2, "--force", "--seeds", 2, "--replace")
+    record = json.loads((run / "circuits" / "narrow" / "circuits.json").read_text())
+    capsys.readouterr()
+    shown = {}
+    for columns in (300, width):
+        monkeypatch.setattr(console, "width", columns)
+        call("inspect", run)
+        call("inspect", run / "model")
+        call("task", own, "--model", run, "--examples", 2)
+        call("evaluate", run, "--lengths", "8,16")
+        call("plan", "smollm2")
+        for table in comparison_tables(record):
+            console.print(table)
+        shown[columns] = capsys.readouterr().out
+    assert "…" not in shown[width]
+    wide, narrow = (Counter(re.findall(r"(?<!\S)[-+]?\d[\d.,]*(?!\S)", text)) for text in shown.values())
+    assert len(wide) > 50
+    assert not wide - narrow

@@ -19,7 +19,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +33,7 @@ from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
 from gossamer.files import written_beside
+from gossamer.tables import Table
 from gossamer.training.run import Run, load_both, versions
 
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from gossamer.cli.common import app, console, facts_table, load_any, names
 from gossamer.errors import GossamerError
+from gossamer.tables import Table
 
 
 class Ablation(str, Enum):

@@ -6,7 +6,8 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from gossamer.tables import Table
 
 app = typer.Typer(
     name="gossamer",

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from gossamer.cli.common import Precision, app, console, facts_table, names, warn
 from gossamer.cli.evaluation import evaluate_and_show, inspect_model
 from gossamer.errors import GossamerError
+from gossamer.tables import Table
 
 
 class Constraint(str, Enum):

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +39,7 @@ from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.files import remove_staging, write_text, written_beside
 from gossamer.report.html import write_report
+from gossamer.tables import Table
 from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import BlockDataset, Blocks
 from gossamer.training.run import Run, RunConfig, load_sparse, train_begun, train_logged, write_beginning

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
 from gossamer.files import write_text
 from gossamer.models.pretrained import load_dense
 from gossamer.models.tokenizers import load_own_tokenizer, without_ending
+from gossamer.tables import Table
 from gossamer.training.data import end_of_text
 from gossamer.training.run import Run, load_control, load_sparse
 

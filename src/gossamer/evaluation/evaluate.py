@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from rich.table import Table
-
 from gossamer.evaluation.capability import task_table
 from gossamer.evaluation.language import measure_language, plus_minus, standard_error
 from gossamer.evaluation.sparsity import LinkTally
@@ -18,6 +16,7 @@ from gossamer.evaluation.topk import topk_curve
 from gossamer.files import write_text
 from gossamer.models.attention import counted_links
 from gossamer.models.pretrained import load_dense
+from gossamer.tables import Table
 from gossamer.training.run import Run, load_control, load_sparse, versions
 
 TOPK = (1, 2, 4, 8, 16, 32, 64)

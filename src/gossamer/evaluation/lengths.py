@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Int
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from gossamer.evaluation.sparsity import LinkTally
 from gossamer.files import write_text
 from gossamer.models.attention import counted_links
 from gossamer.models.pretrained import load_dense
+from gossamer.tables import Table
 from gossamer.training.run import Run, blocks_of, load_sparse
 from gossamer.training.trainer import TrainingConfig
 
