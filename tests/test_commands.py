@@ -1,8 +1,10 @@
 """Commands in this process, on runs of models and tokenizers that are not the usual ones."""
 
+import io
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTra
 from conftest import sentences
 from families import CONFIGS
 from gossamer.circuits.compare import comparison_tables
-from gossamer.cli import app
+from gossamer.cli import app, main
 from gossamer.cli.common import console
 from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
@@ -236,3 +238,44 @@ def test_commands_cut_no_number_in_a_narrow_terminal(
     wide, narrow = (Counter(re.findall(r"(?<!\S)[-+]?\d[\d.,]*(?!\S)", text)) for text in shown.values())
     assert len(wide) > 50
     assert not wide - narrow
+
+
+def output(encoding: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[str, object]:
+    """What the command line writes to a stream of that encoding, and its exit code."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        try:
+            main()
+            code: object = 0
+        except SystemExit as stopped:
+            code = stopped.code
+    return stream.buffer.getvalue().decode(encoding, errors="strict"), code
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437", "utf-8"])
+def test_output_that_does_not_hold_every_character(encoding: str, run: Path, tmp_path: Path, monkeypatch) -> None:
+    for verb in ((), ("sparsify",), ("circuits",), ("plan",)):
+        text, code = output(encoding, monkeypatch, *verb, "--help")
+        assert code == 0
+        assert "Usage" in text
+    text, code = output(encoding, monkeypatch, "inspect", run)
+    assert code == 0
+    assert re.search({"ascii": r"\d \+- \d"}.get(encoding, "\\d ± \\d"), text)
+    # A name that is not UTF-8, and one in an alphabet that few encodings have.
+    for name in ("run\udcff", "τ漢"):
+        text, code = output(encoding, monkeypatch, "inspect", tmp_path / name)
+        assert code == 2
+        assert "gossamer: " in text
+        assert len(text.strip().splitlines()) == 1
+
+
+def test_training_shows_its_bound_in_plain_characters(
+    saved_llama: Path, text: Path, tmp_path: Path, monkeypatch
+) -> None:
+    line = ("--tokens", 128, "--seq-len", 16, "--held-out-tokens", 64, "--precision", "fp32", "--no-control")
+    said, code = output("ascii", monkeypatch, "sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *line)
+    assert code == 0
+    assert re.search(r"tau \d+\.\d+  lambda \d", said)

@@ -185,7 +185,7 @@ def gate_biases(model: PreTrainedModel) -> torch.Tensor:
 
 def _read_json(file: Path, folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise GossamerError(f"{folder} is not a saved gossamer model: no readable {file.name}") from error
     except ValueError as error:
