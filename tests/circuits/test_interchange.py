@@ -7,10 +7,13 @@ from pathlib import Path
 import networkx
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from families import tiny_model
-from gossamer.circuits.graph import Graph, prune, top_edges
-from gossamer.circuits.interchange import Circuit, read_circuit, require_graph_of, write_circuit
+from gossamer.circuits.graph import Graph, between_nodes, prune, top_edges
+from gossamer.circuits.interchange import Circuit, choose, read_circuit, require_graph_of, write_circuit
+from gossamer.circuits.search import faithfulness_of
+from gossamer.circuits.tasks.base import Example, Prompts, Tokens
 from gossamer.errors import GossamerError
 
 
@@ -96,6 +99,214 @@ def test_files_that_are_no_graphs_are_refused(circuit: Circuit, tmp_path: Path, 
     assert not (tmp_path / "harmed").exists()
     with pytest.raises(GossamerError, match="cannot write"):
         write_circuit(tmp_path / "no" / "circuit.json", circuit)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2LMHeadModel:
+    """One layer of two heads."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, attn_implementation="eager")
+        model = GPT2LMHeadModel(config).double().eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+SOURCES = ("input", "a0.h0", "a0.h1", "m0")
+DESTINATIONS = ("a0.h0<q>", "a0.h1<q>", "a0.h0<k>", "a0.h1<k>", "a0.h0<v>", "a0.h1<v>", "m0", "logits")
+READ = {**dict.fromkeys(DESTINATIONS[:6], 1), "m0": 3, "logits": 4}
+"""How many sources, from the first on, each destination reads."""
+
+
+def written(model: GPT2LMHeadModel, ids: torch.Tensor, carried=None, other=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """In plain PyTorch: what each source writes, and the logits at the last position.
+
+    A destination reads of each source what ``other`` has of it, and of the difference to that the share ``carried``,
+    ``[sources, destinations, d_model]``.
+    """
+    body, layer = model.transformer, model.transformer.h[0]
+    own = [body.wte(ids) + body.wpe(torch.arange(ids.shape[1]))]
+
+    def stream(name: str) -> torch.Tensor:
+        total = layer.attn.c_proj.bias * (name in ("m0", "logits"))
+        for u in range(READ[name]):
+            share = 1.0 if carried is None else carried[u, DESTINATIONS.index(name)]
+            rest = torch.zeros_like(own[u]) if other is None else other[u]
+            total = total + rest + share * (own[u] - rest)
+        return total
+
+    def projected(head: int, kind: str) -> torch.Tensor:
+        first = "qkv".index(kind) * 8 + head * 4
+        weight, bias = layer.attn.c_attn.weight[:, first : first + 4], layer.attn.c_attn.bias[first : first + 4]
+        return layer.ln_1(stream(f"a0.h{head}<{kind}>")) @ weight + bias
+
+    later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+    for head in range(2):
+        q, k, v = (projected(head, kind) for kind in "qkv")
+        weights = (q @ k.mT / 2).masked_fill(later, -torch.inf).softmax(-1)
+        own.append(weights @ v @ layer.attn.c_proj.weight[head * 4 : head * 4 + 4])
+    own.append(layer.mlp(layer.ln_2(stream("m0"))))
+    return torch.stack(own), model.lm_head(body.ln_f(stream("logits")))[:, -1]
+
+
+@torch.no_grad()
+def faithfulness_by_hand(model: GPT2LMHeadModel, prompts: Prompts, carried: torch.Tensor, ablation: str) -> float:
+    clean, corrupted = (torch.stack([getattr(t, kind) for t in prompts.kept]) for kind in ("clean", "corrupted"))
+    other = written(model, corrupted)[0] * (ablation == "patch")
+    values = []
+    for shares in (torch.zeros_like(carried), carried, torch.ones_like(carried)):
+        logits = written(model, clean, shares, other)[1]
+        values.append((logits[:, 5] - logits[:, 6]).mean().item())
+    return (values[1] - values[0]) / (values[2] - values[0])
+
+
+def prompts_of_numbers() -> Prompts:
+    example, draw = Example("", "", ("",), ("",)), torch.Generator().manual_seed(1)
+    ids = torch.randint(20, (4, 2, 6), generator=draw)
+    kept = [Tokens(example, clean, corrupted, torch.tensor([5]), torch.tensor([6])) for clean, corrupted in ids]
+    return Prompts("logit_difference", tuple(kept), ())
+
+
+def eap_ig_file(file: Path, edges: torch.Tensor, neurons: torch.Tensor | None = None, form: str = "") -> None:
+    """A graph as EAP-IG's to_pt and to_json lay it out: real edges by name in JSON, a full matrix in .pt."""
+    cfg = {"n_layers": 1, "n_heads": 2, "parallel_attn_mlp": False, "d_model": 8}
+    if file.suffix == ".pt":
+        content = {
+            "cfg": cfg,
+            "src_nodes": list(SOURCES),
+            "dst_nodes": list(DESTINATIONS),
+            "edges_scores": torch.zeros(4, 8),
+            "edges_in_graph": edges,
+            "nodes_in_graph": edges.any(1),
+        }
+        torch.save(content if neurons is None else {**content, "neurons_in_graph": neurons}, file)
+        return
+    nodes = {name: {"in_graph": bool(edges[u].any())} for u, name in enumerate(SOURCES)}
+    for u, name in enumerate(SOURCES if neurons is not None else ()):
+        whole_layer = name.startswith("a") and form == "by layer"
+        nodes[name]["neurons"] = neurons[slice(1, 3) if whole_layer else u].tolist()
+    names = {
+        f"{SOURCES[u]}->{name}": {"in_graph": bool(edges[u, v])} | ({} if form == "no scores" else {"score": 0.0})
+        for v, name in enumerate(DESTINATIONS)
+        for u in range(READ[name])
+    }
+    file.write_text(json.dumps({"cfg": cfg, "nodes": {**nodes, "logits": {"in_graph": True}}, "edges": names}))
+
+
+def real() -> torch.Tensor:
+    return torch.tensor([[u < READ[name] for name in DESTINATIONS] for u in range(4)])
+
+
+NEURONS = {
+    "one of each": torch.arange(8)[None] == torch.tensor([[3], [0], [5], [7]]),
+    "some": torch.rand(4, 8, generator=torch.Generator().manual_seed(2)) < 0.5,
+    "those of one head": torch.tensor([[True], [False], [True], [True]]).expand(4, 8),
+    "all": torch.ones(4, 8, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("ablation", ["patch", "zero"])
+@pytest.mark.parametrize("form", [".pt", ".json", ".json by layer"])
+@pytest.mark.parametrize("chosen", NEURONS)
+def test_kept_edges_carry_the_neurons_that_are_chosen(
+    chosen: str, form: str, ablation: str, model: GPT2LMHeadModel, tmp_path: Path
+) -> None:
+    neurons, prompts = NEURONS[chosen], prompts_of_numbers()
+    torch.manual_seed(3)
+    for edges in (real(), real() & (torch.rand(4, 8) < 0.8)):
+        edges[0, :] = real()[0]  # so that nothing is cut off
+        edges[:, -1] = True
+        suffix, _, layout = form.partition(" ")
+        eap_ig_file(tmp_path / f"graph{suffix}", edges, neurons, layout)
+        found = read_circuit(tmp_path / f"graph{suffix}")
+        assert torch.equal(found.kept, edges)
+        assert torch.equal(found.neurons, neurons)
+        point = faithfulness_of(model, prompts, found.kept, neurons=found.neurons, ablation=ablation, batch_size=3)
+        wanted = faithfulness_by_hand(model, prompts, (edges[:, :, None] & neurons[:, None]).double(), ablation)
+        assert point.faithfulness == pytest.approx(wanted, abs=1e-5)
+        assert (wanted == pytest.approx(1)) == (chosen == "all" and edges.equal(real()))
+
+
+def test_eap_ig_lets_chosen_neurons_through_all_edges_between_nodes(model: GPT2LMHeadModel) -> None:
+    """Its evaluate_graph corrupts an edge by (1 - neuron) (1 - edge of a node that is chosen as a whole)."""
+    neurons, prompts, edges = NEURONS["one of each"], prompts_of_numbers(), real()
+    edges[0, 6] = edges[1, 7] = False
+    whole = neurons.all(1).double()
+    corrupted = (1 - neurons.double())[:, None] * (1 - edges.double() * whole[:, None])[:, :, None]
+    wanted = faithfulness_by_hand(model, prompts, 1 - corrupted, "patch")
+    every = between_nodes(Graph(1, 2), edges)
+    assert faithfulness_of(model, prompts, every, neurons=neurons).faithfulness == pytest.approx(wanted, abs=1e-5)
+    assert faithfulness_of(model, prompts, edges, neurons=neurons).faithfulness != pytest.approx(wanted, abs=1e-3)
+
+
+def test_nodes_chosen_as_a_whole_have_rows_of_edges_that_do_not_exist(model: GPT2LMHeadModel, tmp_path: Path) -> None:
+    edges = torch.zeros(4, 8, dtype=torch.bool)
+    edges[[0, 2, 3]] = True  # apply_topn(level="node") on input, a0.h1 and m0, as it is before and after prune()
+    for columns in (range(8), (1, 3, 5, 6, 7)):
+        pruned = edges & (torch.arange(8)[None] == torch.tensor(columns)[:, None]).any(0)
+        eap_ig_file(tmp_path / "nodes.pt", pruned)
+        found = read_circuit(tmp_path / "nodes.pt")
+        point = faithfulness_of(model, prompts_of_numbers(), found.kept)
+        carried = (edges & real())[:, :, None].double().expand(4, 8, 8)
+        assert point.faithfulness == pytest.approx(
+            faithfulness_by_hand(model, prompts_of_numbers(), carried, "patch"), abs=1e-5
+        )
+
+
+def test_a_circuit_without_scores_is_one_of_mibs_forms(tmp_path: Path) -> None:
+    edges = real()
+    edges[0, 2] = False
+    eap_ig_file(tmp_path / "circuit.json", edges, form="no scores")
+    assert torch.equal(read_circuit(tmp_path / "circuit.json").kept, edges)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".pt"])
+def test_scores_alone_say_what_to_choose(suffix: str, tmp_path: Path) -> None:
+    """Scores of files are those of a loss: the largest help most. Units without a score stay."""
+    graph, nan = Graph(1, 2), torch.nan
+    nothing = torch.zeros(4, 8)
+    nodes = torch.tensor([0.1, -0.4, 0.3, nan])
+    neurons = torch.full((4, 8), nan)
+    neurons[1, :3], neurons[2] = torch.tensor([5.0, -7.0, 1.0]), 0.5
+    scores = torch.zeros(4, 8)
+    scores[0, 0], scores[1, 7], scores[3, 7] = 2.0, -3.0, 1.0
+    written = Circuit(graph, 8, -scores, nothing.bool(), -nodes, -neurons)
+    write_circuit(tmp_path / f"scores{suffix}", written)
+    found = read_circuit(tmp_path / f"scores{suffix}")
+    assert found.scored == ("edges", "nodes", "neurons")
+    assert not found.kept.any()
+
+    def rows(*sources: int) -> torch.Tensor:
+        return torch.tensor([[u in sources] * 8 for u in range(4)]) & real()
+
+    for absolute, edge, head in ((True, [1, 7], 1), (False, [0, 0], 2)):
+        assert choose(found, "edges", 1, absolute=absolute).kept.nonzero().tolist() == [edge]
+        assert torch.equal(choose(found, "nodes", 1, absolute=absolute).kept, rows(head, 3))
+    chosen = choose(found, "neurons", 2)
+    wanted = neurons.isnan()
+    wanted[1, :2] = True
+    assert torch.equal(chosen.neurons, wanted)
+    assert torch.equal(chosen.kept, rows(0, 1, 3))
+    write_circuit(tmp_path / f"chosen{suffix}", chosen)
+    again = read_circuit(tmp_path / f"chosen{suffix}")
+    assert torch.equal(again.kept, chosen.kept)
+    assert torch.equal(again.neurons, wanted)
+    assert torch.equal(again.neuron_scores.isnan(), neurons.isnan())
+    with pytest.raises(GossamerError, match="no place for neurons"):
+        write_circuit(tmp_path / "chosen.graphml", chosen)
+    only = Circuit(graph, 8, nothing, nothing.bool(), nodes)
+    with pytest.raises(GossamerError, match=r"c\.pt has scores of nodes, none of edges to choose 3 by"):
+        choose(only, "edges", 3, name="c.pt")
+    with pytest.raises(GossamerError, match="no numbers"):
+        choose(Circuit(graph, 8, scores + nan, nothing.bool()), "edges", 3)
+
+
+def test_neurons_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for suffix in (".json", ".pt"):
+        eap_ig_file(tmp_path / f"graph{suffix}", real(), torch.ones(4, 7, dtype=torch.bool))
+        with pytest.raises(GossamerError, match=rf"graph\{suffix}.*neurons.*\(.*7,?\), its cfg wants"):
+            read_circuit(tmp_path / f"graph{suffix}")
 
 
 def test_a_graph_of_another_model_is_refused() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from families import tiny_model
@@ -130,6 +130,8 @@ def test_greater_than_refuses_a_tokenizer_without_digits(tokenizer: PreTrainedTo
         (Example("the", "a", (), (" two",)), "no right answer"),
         (Example("the", "a", (" one",), ()), "no wrong answer"),
         (Example("the", "row", (" one", " two"), (" two",)), "right and wrong"),
+        (Example("", "", (" one",), (" two",)), "the clean prompt has no token"),
+        (Example("the", " ", (" one",), (" two",)), "the corrupted prompt has no token"),
     ],
 )
 def test_what_does_not_fit_is_dropped_with_the_reason(
@@ -138,6 +140,47 @@ def test_what_does_not_fit_is_dropped_with_the_reason(
     found = tokenize(example, tokenizer)
     assert isinstance(found, Dropped)
     assert reason in found.reason
+
+
+def ending_tokenizer() -> PreTrainedTokenizerFast:
+    """Lower-case words with special tokens around every text, as of an encoder."""
+    words = ["[CLS]", "[SEP]", "[UNK]", "the", "capital", "of", "france", "italy", "is", "paris", "rome", "lyon"]
+    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [("[CLS]", 0), ("[SEP]", 1)]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+
+
+FRANCE = "The capital of France is"
+
+
+def test_a_tokenizer_that_ends_texts_keeps_its_ending_off_prompts() -> None:
+    found = tokenize(Example(FRANCE, "The capital of Italy is", (" Paris",), (" Rome",)), ending_tokenizer())
+    assert isinstance(found, Tokens)
+    assert found.clean.tolist() == [0, 3, 4, 5, 6, 8]
+    assert found.corrupted.tolist() == [0, 3, 4, 5, 7, 8]
+    assert (found.answers.tolist(), found.wrong.tolist()) == ([9], [10])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["probability_difference", "logit_difference"])
+def test_answers_that_are_one_token_count_once(metric: str, tmp_path: Path) -> None:
+    row = {"clean": FRANCE, "corrupted": "The capital of Italy is", "metric": metric,
+           "answers": [" Paris", " paris", " Paris", " Lyon"], "wrong": [" Rome", " ROME"]}  # fmt: skip
+    (tmp_path / "own.jsonl").write_text(lines(row, {**row, "clean": FRANCE.upper(), "answers": [" lyon", " paris"]}))
+    tokenizer, model = ending_tokenizer(), tiny_model("llama")
+    task = find_task(str(tmp_path / "own.jsonl"))
+    logits = model(input_ids=torch.tensor([[0, 3, 4, 5, 6, 8]])).logits[0, -1]
+    if metric == "probability_difference":
+        p = logits.softmax(-1)
+        wanted = p[9] + p[11] - p[10]
+    else:
+        wanted = (logits[9] + logits[11]) / 2 - logits[10]
+    assert measure_ability(model, task.prompts(tokenizer, 1)).clean == pytest.approx(wanted.item(), abs=1e-6)
+    with pytest.raises(GossamerError, match="only 1 of 2 examples"):  # the second line is the first in tokens
+        task.prompts(tokenizer, 2)
 
 
 def lines(*rows: object) -> str:
@@ -164,12 +207,38 @@ def test_a_task_from_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) 
         (lines({"clean": "a", "corrupted": "b", "answers": "c", "wrong": []}), "'answers' must be a list of texts"),
         (lines({"clean": "a", "corrupted": "b", "answers": [1], "wrong": []}), "'answers' must be a list of texts"),
         (lines({"clean": "a", "corrupted": "b", "answers": ["c"], "wrong": ["d"], "metric": "x"}), "metric is 'x'"),
+        (
+            lines({"clean": "\ud800", "corrupted": "b", "answers": ["c"], "wrong": ["d"]}),
+            "'clean' holds half a character",
+        ),
+        (lines({"clean": "a", "corrupted": "b", "answers": ["c", "\ud800"], "wrong": ["d"]}), "'answers' holds half a"),
+        ("[" * 100_000, "line 1: not valid JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "own.jsonl").write_text(text)
     with pytest.raises(GossamerError, match=re.escape(message)):
         find_task(str(tmp_path / "own.jsonl"))
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\ufeff", "\u00a0"])
+def test_characters_that_end_no_line_of_json(mark: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"corrupted": f"a{mark}", "answers": [" one"], "wrong": [" two"]}
+    written = "".join(
+        json.dumps({"clean": word + mark, **row}, ensure_ascii=mark < " ") + "\r\n" for word in ("the", "row")
+    )
+    (tmp_path / "own.jsonl").write_text(written, encoding="utf-8", newline="")
+    found = find_task(str(tmp_path / "own.jsonl")).examples(random.Random(0), tokenizer, "file")
+    assert {(example.clean, example.corrupted) for example in found} == {(w + mark, f"a{mark}") for w in ("the", "row")}
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_line_is_none_of_its_text(tmp_path: Path) -> None:
+    """Two files with such a mark, put together."""
+    row = lines({"clean": "the", "corrupted": "a", "answers": [" one"], "wrong": [" two"]})
+    (tmp_path / "own.jsonl").write_text(row + row, encoding="utf-8-sig")
+    assert find_task(str(tmp_path / "own.jsonl")).name == "own"
+    (tmp_path / "own.jsonl").write_bytes(2 * row.encode("utf-8-sig"))
+    assert find_task(str(tmp_path / "own.jsonl")).name == "own"
 
 
 def test_unknown_names_are_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

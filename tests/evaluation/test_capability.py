@@ -1,5 +1,6 @@
 """Tasks of lm-eval-harness on gated models, against the same counts by hand without batches, padding or cache."""
 
+import copy
 import importlib.util
 import json
 import random
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import gossamer
@@ -127,6 +129,35 @@ def test_the_models_differ_so_that_the_counts_say_something(models, tokenizer, t
 def test_generation_with_padding_and_cache_is_that_without(models, tokenizer, task_path: Path) -> None:
     figures = measure_tasks(models["sparse"], tokenizer, ["tiny_generation"], task_path=task_path, batch_size=5)
     assert figures["tiny_generation"]["metrics"]["exact_match"]["value"] == pytest.approx(0.5)
+
+
+def test_an_ending_token_of_the_tokenizer_is_not_between_context_and_answer(models, tokenizer, task_path: Path) -> None:
+    """Results are those of the same tokenizer without it."""
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert ending("the model").input_ids == [*tokenizer("the model").input_ids, 2]
+    for task in ("tiny_choice", "tiny_generation"):
+        plain, ended = (
+            measure_tasks(models["sparse"], each, [task], task_path=task_path, batch_size=5)[task]["metrics"]
+            for each in (tokenizer, ending)
+        )
+        assert plain == ended
+    assert ended["exact_match"]["value"] == pytest.approx(0.5)
+
+
+def test_tokenizers_without_start_and_end_tokens(models, tokenizer, task_path: Path) -> None:
+    """A separator ends texts as well; with no token at all, nothing has been run."""
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(GossamerError, match="needs a token that begins or ends a text, and this tokenizer has none"):
+        measure_tasks(models["dense"], bare, ["tiny_generation"], task_path=task_path)
+    separated = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, sep_token="</s>")
+    for task in ("tiny_choice", "tiny_generation"):
+        wanted, found = (
+            measure_tasks(models["sparse"], each, [task], task_path=task_path, batch_size=5)[task]["metrics"]
+            for each in (tokenizer, separated)
+        )
+        assert wanted == found
+    assert separated.pad_token is None  # the harness pads with a token; the tokenizer given stays as it was
 
 
 def test_a_limit_takes_the_first_examples(models, tokenizer, task_path: Path) -> None:

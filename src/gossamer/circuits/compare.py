@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +19,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,6 +34,7 @@ from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
 from gossamer.files import written_beside
 from gossamer.runs.record import Run, load_both, versions
+from gossamer.tables import Table
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,13 @@ def compare_circuits(
         raise GossamerError("links have no mean to carry; ablate them by patch or zero")
     corruption = config.corruption or task.corruptions[0]
     settings: dict[str, Any] = {
-        "task": task.name,
-        "corruption": corruption,
+        **_identity(task, corruption, config.ablation),
         "examples": config.examples,
         "seed": config.seed,
         "seeds": config.seeds,
         "rephrased": config.rephrased,
         "levels": list(config.levels),
         "ig_steps": config.steps,
-        "ablation": config.ablation,
         "selection": "largest absolute score" if config.absolute else "lowest score",
     }
     folder = _folder(run, task, corruption, config.ablation)
@@ -114,7 +112,8 @@ def compare_circuits(
         task.prompts(tokenizer, config.examples, seed=seed, corruption=config.corruption, phrasing=phrasing)
         for seed, phrasing in variations
     ]
-    settings["checksum"] = _checksum(prompts)
+    settings["checksum"] = _checksum((each.clean, each.corrupted) for some in prompts for each in some.kept)
+    settings["answers_checksum"] = _checksum((each.answers, each.wrong) for some in prompts for each in some.kept)
     if not config.replace:
         _check_record(folder, settings)
     abilities = {}
@@ -133,7 +132,6 @@ def compare_circuits(
             records[name].append(record)
     record = {
         **settings,
-        "metric": prompts[0].metric,
         "prompts": len(prompts[0].kept),
         "dropped": len(prompts[0].dropped),
         "versions": versions(),
@@ -162,9 +160,34 @@ def _folder(run: Run, task: Task, corruption: str, ablation: Ablation) -> Path:
     return run.folder / "circuits" / "-".join(parts)
 
 
-def _checksum(prompts: Sequence[Prompts]) -> int:
-    ids = [(each.clean.tolist(), each.corrupted.tolist()) for some in prompts for each in some.kept]
-    return zlib.crc32(json.dumps(ids).encode())
+def _identity(task: Task, corruption: str, ablation: Ablation) -> dict[str, Any]:
+    """What a record is of; its folder's name alone does not tell."""
+    return {
+        "task": task.name,
+        "file_checksum": task.file_checksum,
+        "corruption": corruption,
+        "ablation": ablation,
+        "metric": task.metric,
+    }
+
+
+def _checksum(tokens: Iterable[tuple[Tensor, Tensor]]) -> int:
+    return zlib.crc32(json.dumps([[part.tolist() for part in parts] for parts in tokens]).encode())
+
+
+_OTHERWISE = {
+    "file_checksum": "in another file, or in what stood in it before",
+    "checksum": "on other prompts",
+    "answers_checksum": "with other answers to the prompts",
+}
+
+
+def _difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """In words, how a record was made otherwise; None if it was not."""
+    for key, value in settings.items():
+        if key in record and record[key] != value:
+            return _OTHERWISE.get(key) or f"with {key} {record[key]}, not {value}"
+    return None
 
 
 def _check_record(folder: Path, settings: dict[str, Any]) -> None:
@@ -173,12 +196,8 @@ def _check_record(folder: Path, settings: dict[str, Any]) -> None:
         before = json.loads((folder / "circuits.json").read_text())
     except (OSError, ValueError):
         return
-    for key, value in settings.items():
-        if key in before and before[key] != value:
-            raise GossamerError(
-                f"{folder} holds circuits found with {key} {before[key]}, not {value}; "
-                "--replace puts the new ones in their place"
-            )
+    if difference := _difference(before, settings):
+        raise GossamerError(f"{folder} holds circuits found {difference}; --replace puts the new ones in their place")
 
 
 def _of_model(
@@ -285,13 +304,19 @@ def load_circuit(
         ablation: under which it was found.
 
     Raises:
-        GossamerError: if there is no such record; if no circuit explains 90 % and ``edges`` is None.
+        GossamerError: if there is no such record, or its place is taken by that of another task; if no circuit explains
+            90 % and ``edges`` is None.
     """
-    folder = _folder(run, task, corruption or task.corruptions[0], ablation)
+    corruption = corruption or task.corruptions[0]
+    folder = _folder(run, task, corruption, ablation)
     if not (folder / "circuits.json").exists():
         raise GossamerError(f"{run.folder} has no circuits of {folder.name}; find them with gossamer circuits")
     try:
         record = json.loads((folder / "circuits.json").read_text())
+        if difference := _difference(record, _identity(task, corruption, ablation)):
+            raise GossamerError(
+                f"{folder} holds circuits found {difference}; find those of {task.name} with gossamer circuits"
+            )
         scores = load_file(folder / "scores.safetensors")[model]
         units = record["models"][model]["units"]
         if "edges" not in record["models"][model]["levels"]:

@@ -125,6 +125,14 @@ def prune(graph: Graph, kept: Bool[Tensor, "sources destinations"]) -> Bool[Tens
         kept = pruned
 
 
+def between_nodes(graph: Graph, kept: Bool[Tensor, "sources destinations"]) -> Bool[Tensor, "sources destinations"]:
+    """All edges between the nodes of a pruned circuit, and from them to the logits."""
+    sources, owners = kept.any(1), graph.source_of_destination()
+    heard = torch.ones(graph.destinations, dtype=torch.bool)
+    heard[owners >= 0] = sources[owners[owners >= 0]]
+    return graph.possible() & sources[:, None] & heard
+
+
 def prune_links(
     kept: Bool[Tensor, "*prompts layers heads tokens tokens"],
 ) -> Bool[Tensor, "*prompts layers heads tokens tokens"]:

@@ -4,13 +4,17 @@
 holds the circuit's own nodes and edges only, for networkx, Gephi or Cytoscape.
 
 Scores in files have EAP-IG's sign: it attributes a loss, the metric times -1, so that what helps has a positive score.
+
+A file may hold scores alone, of edges, nodes or neurons, and leave it to its reader how many are kept: :func:`choose`.
+Neurons are the dimensions of what a node writes into the residual stream. A graph that was chosen by nodes or neurons
+keeps all edges of a node; in ``.pt`` files also those that no model has, since they lead backwards.
 """
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal, cast, get_args
 from xml.etree.ElementTree import ParseError
 
 import networkx
@@ -19,12 +23,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.graph import Graph
+from gossamer.circuits.graph import Graph, top_edges
 from gossamer.circuits.streams import graph_of
 from gossamer.errors import GossamerError
 from gossamer.files import file_beside
 
 FORMATS = (".json", ".pt", ".graphml")
+
+Level = Literal["edges", "nodes", "neurons"]
+"""What scores are of."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +41,29 @@ class Circuit:
     Attributes:
         graph: of the model.
         width: its d_model.
-        scores: of the edges; in GraphML, of the kept ones alone.
+        scores: of the edges; 0 where the file has none, as GraphML has of the kept ones alone.
         kept: which of them are in the circuit.
+        node_scores, neuron_scores: of the sources, and of the neurons of each; NaN where there is none.
+        neurons: which dimensions of what a source writes its kept edges carry; None: all.
     """
 
     graph: Graph
     width: int
     scores: Float[Tensor, "sources destinations"]
     kept: Bool[Tensor, "sources destinations"]
+    node_scores: Float[Tensor, " sources"] | None = None
+    neuron_scores: Float[Tensor, "sources d_model"] | None = None
+    neurons: Bool[Tensor, "sources d_model"] | None = None
+
+    @property
+    def scored(self) -> tuple[Level, ...]:
+        """What there are scores of."""
+        there = {
+            "edges": bool(self.scores.any()),
+            "nodes": self.node_scores is not None and bool((~self.node_scores.isnan()).any()),
+            "neurons": self.neuron_scores is not None and bool((~self.neuron_scores.isnan()).any()),
+        }
+        return tuple(level for level in get_args(Level) if there[level])
 
     @property
     def kept_nodes(self) -> Bool[Tensor, " sources"]:
@@ -84,6 +106,37 @@ def read_circuit(file: Path) -> Circuit:
         raise GossamerError(f"{file} is no graph in EAP-IG's format: {type(error).__name__}: {error}") from error
 
 
+def choose(
+    circuit: Circuit, level: Level, count: int, *, absolute: bool = True, name: object = "the circuit"
+) -> Circuit:
+    """The circuit of the ``count`` units with the largest absolute scores, or of those that help most, as in EAP-IG.
+
+    A chosen node keeps all its edges, and so does one of which a neuron is chosen, and they carry the chosen neurons.
+    Nodes and neurons without a score always stay. ``name`` is what the circuit is called in errors.
+
+    Raises:
+        GossamerError: if there are no scores of that kind, or they are no numbers.
+    """
+    if level not in circuit.scored:
+        there = f"has scores of {' and '.join(circuit.scored)}, none of {level}" if circuit.scored else "has no scores"
+        raise GossamerError(f"{name} {there} to choose {count:,} by")
+    if level == "edges" and circuit.scores[circuit.graph.possible()].isnan().any():
+        raise GossamerError(f"{name} has scores of edges that are no numbers (nan)")
+    graph, neurons = circuit.graph, None
+    if level == "edges":
+        kept = top_edges(graph, circuit.scores, count, absolute=absolute)
+    else:
+        scores = cast(Tensor, circuit.node_scores if level == "nodes" else circuit.neuron_scores)
+        unscored = scores.isnan()
+        ranked = (scores.abs() if absolute else -scores).masked_fill(unscored, -torch.inf).flatten()
+        chosen = unscored.flatten()
+        chosen[torch.argsort(ranked, descending=True, stable=True)[:count]] = True
+        chosen = chosen.view_as(scores)
+        neurons = chosen if level == "neurons" else None
+        kept = graph.possible() & (chosen if neurons is None else chosen.any(1))[:, None]
+    return replace(circuit, kept=kept, neurons=neurons)
+
+
 def require_graph_of(model: PreTrainedModel, circuit: Circuit, file: Path) -> None:
     """Refuse a circuit of another model.
 
@@ -108,7 +161,8 @@ def _unknown(file: Path) -> GossamerError:
 
 
 def _other_sign(circuit: Circuit) -> Circuit:
-    return replace(circuit, scores=0.0 - circuit.scores)
+    scores = {name: getattr(circuit, name) for name in ("scores", "node_scores", "neuron_scores")}
+    return replace(circuit, **{name: 0.0 - values for name, values in scores.items() if values is not None})
 
 
 def _settings(circuit: Circuit) -> dict[str, Any]:
@@ -132,15 +186,32 @@ def _names(graph: Graph) -> tuple[list[str], list[str]]:
 
 
 def _write_json(file: Path, circuit: Circuit) -> None:
-    sources, destinations = _names(circuit.graph)
-    nodes = {name: {"in_graph": kept} for name, kept in zip(sources, circuit.kept_nodes.tolist(), strict=True)}
+    graph = circuit.graph
+    sources, destinations = _names(graph)
+    nodes: dict[str, dict[str, Any]] = {
+        name: {"in_graph": kept} for name, kept in zip(sources, circuit.kept_nodes.tolist(), strict=True)
+    }
+    for source, node in enumerate(nodes.values()):
+        if circuit.node_scores is not None:
+            node["score"] = circuit.node_scores[source].item()
+        for key, values in (("neurons", circuit.neurons), ("neurons_scores", circuit.neuron_scores)):
+            if values is not None:
+                node[key] = values[_rows(graph, source)].tolist()
     scores, kept = circuit.scores.tolist(), circuit.kept.tolist()
     edges = {
         f"{sources[u]}->{destinations[v]}": {"score": scores[u][v], "in_graph": kept[u][v]}
-        for u, v in circuit.graph.possible().nonzero().tolist()
+        for u, v in graph.possible().nonzero().tolist()
     }
     content = {"cfg": _settings(circuit), "nodes": {**nodes, "logits": {"in_graph": True}}, "edges": edges}
     file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _rows(graph: Graph, source: int) -> int | slice:
+    """Where EAP-IG's JSON takes a node's neurons from: with a head, those of all heads of its layer."""
+    layer, place = divmod(source - 1, graph.heads + 1)
+    if source == 0 or place == graph.heads:
+        return source
+    return slice(graph.head(layer, 0), graph.mlp(layer))
 
 
 def _read_json(file: Path) -> Circuit:
@@ -151,8 +222,47 @@ def _read_json(file: Path) -> Circuit:
     for name, edge in content["edges"].items():
         source, _, destination = name.partition("->")
         place = sources[source], destinations[destination]
-        scores[place], kept[place] = float(edge["score"]), bool(edge["in_graph"])
-    return _checked(graph, width, scores, kept)
+        if edge.get("score") is not None:
+            scores[place] = float(edge["score"])
+        kept[place] = bool(edge.get("in_graph"))
+    nodes = {sources[name]: node for name, node in content.get("nodes", {}).items() if name in sources}
+    node_scores = {source: float(node["score"]) for source, node in nodes.items() if _has(node, "score")}
+    return _checked(
+        graph,
+        width,
+        scores,
+        kept,
+        node_scores=_filled(torch.full((graph.sources,), torch.nan), node_scores),
+        neuron_scores=_of_neurons(graph, width, nodes, "neurons_scores", torch.nan),
+        neurons=_of_neurons(graph, width, nodes, "neurons", 0.0),
+    )
+
+
+def _has(node: Any, key: str) -> bool:
+    return isinstance(node, dict) and node.get(key) is not None
+
+
+def _of_neurons(graph: Graph, width: int, nodes: dict[int, Any], key: str, otherwise: float) -> Tensor | None:
+    """What the nodes say of their neurons; with a head there may stand what all heads of its layer say."""
+    found = {}
+    for source, node in nodes.items():
+        if _has(node, key):
+            values = torch.tensor(node[key], dtype=torch.float)
+            rows = _rows(graph, source)
+            if isinstance(rows, slice) and values.ndim == 2:
+                values = values[source - rows.start]
+            if values.shape != (width,):
+                raise ValueError(
+                    f"{key} of {graph.source_name(source)} are {tuple(values.shape)}, its cfg wants {width}"
+                )
+            found[source] = values
+    return _filled(torch.full((graph.sources, width), otherwise), found)
+
+
+def _filled(values: Tensor, found: dict[int, Any]) -> Tensor | None:
+    for source, value in found.items():
+        values[source] = value
+    return values if found else None
 
 
 def _write_pt(file: Path, circuit: Circuit) -> None:
@@ -164,8 +274,11 @@ def _write_pt(file: Path, circuit: Circuit) -> None:
         "edges_scores": circuit.scores.contiguous(),
         "edges_in_graph": circuit.kept.contiguous(),
         "nodes_in_graph": circuit.kept_nodes,
+        "nodes_scores": circuit.node_scores,
+        "neurons_in_graph": circuit.neurons,
+        "neurons_scores": circuit.neuron_scores,
     }
-    torch.save(content, file)
+    torch.save({key: value for key, value in content.items() if value is not None}, file)
 
 
 def _read_pt(file: Path) -> Circuit:
@@ -174,10 +287,33 @@ def _read_pt(file: Path) -> Circuit:
     sources, destinations = _names(graph)
     if list(content["src_nodes"]) != sources or list(content["dst_nodes"]) != destinations:
         raise ValueError("its nodes are not those of its cfg, or in another order")
-    return _checked(graph, width, content["edges_scores"].float(), content["edges_in_graph"].bool())
+    scores, kept = _empty(graph)
+    if content.get("edges_scores") is not None:
+        scores = content["edges_scores"].float()
+    if content.get("edges_in_graph") is not None:
+        kept = content["edges_in_graph"].bool()
+    possible = graph.possible()
+    if kept.shape == possible.shape:
+        # A node that was chosen as a whole has a full row, with edges that lead backwards among those that there are.
+        kept = kept & (possible | ~(kept & possible).any(1, keepdim=True))
+    return _checked(
+        graph,
+        width,
+        scores,
+        kept,
+        node_scores=_floats(content.get("nodes_scores")),
+        neuron_scores=_floats(content.get("neurons_scores")),
+        neurons=_floats(content.get("neurons_in_graph")),
+    )
+
+
+def _floats(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float()
 
 
 def _write_graphml(file: Path, circuit: Circuit) -> None:
+    if circuit.neurons is not None:
+        raise GossamerError("GraphML has no place for neurons; write .json or .pt")
     graph = circuit.graph
     sources, destinations = _names(graph)
     drawn = networkx.MultiDiGraph(**_settings(circuit))
@@ -211,10 +347,27 @@ def _empty(graph: Graph) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
 
 
-def _checked(graph: Graph, width: int, scores: Tensor, kept: Tensor) -> Circuit:
-    shape = graph.sources, graph.destinations
-    if scores.shape != shape or kept.shape != shape:
-        raise ValueError(f"its edges are {tuple(scores.shape)}, its cfg wants {shape}")
+def _checked(
+    graph: Graph,
+    width: int,
+    scores: Tensor,
+    kept: Tensor,
+    *,
+    node_scores: Tensor | None = None,
+    neuron_scores: Tensor | None = None,
+    neurons: Tensor | None = None,
+) -> Circuit:
+    shape, by_neuron = (graph.sources, graph.destinations), (graph.sources, width)
+    for name, values, wanted in (
+        ("edges", scores, shape),
+        ("edges", kept, shape),
+        ("node scores", node_scores, shape[:1]),
+        ("neuron scores", neuron_scores, by_neuron),
+        ("neurons", neurons, by_neuron),
+    ):
+        if values is not None and values.shape != wanted:
+            raise ValueError(f"its {name} are {tuple(values.shape)}, its cfg wants {wanted}")
     if (kept & ~graph.possible()).any():
         raise ValueError("it has edges that lead backwards")
-    return Circuit(graph, width, scores, kept)
+    chosen = None if neurons is None else neurons.bool()
+    return Circuit(graph, width, scores, kept, node_scores, neuron_scores, chosen)

@@ -28,9 +28,12 @@ class _Patched(Visitor):
     Rows of the batch are circuit by circuit, within it prompt by prompt.
     """
 
-    def __init__(self, graph: Graph, kept: Tensor, other: Recording, ablation: Ablation) -> None:
+    def __init__(
+        self, graph: Graph, kept: Tensor, other: Recording, ablation: Ablation, neurons: Tensor | None = None
+    ) -> None:
         self.graph, self.other, self.ablation = graph, other, ablation
         self.kept = kept.to(other.written)
+        self.neurons = None if neurons is None else neurons.to(other.written)
         self.replacement = replacement(other.written, ablation, other.mean)
         self.change = other.written.new_empty(graph.sources, len(kept), *other.written.shape[1:])
 
@@ -61,6 +64,8 @@ class _Patched(Visitor):
     def _write(self, sources: slice, values: Float[Tensor, "sources rows tokens d_model"]) -> None:
         rows = values.unflatten(1, self.change.shape[1:3])
         self.change[sources] = rows - self.replacement[sources, None]
+        if self.neurons is not None:
+            self.change[sources] *= self.neurons[sources, None, None, None]
 
     def read_input(self, x: Tensor) -> Tensor:
         self._write(slice(0, 1), x[None])
@@ -98,8 +103,16 @@ class _PatchedEdges(_Patched):
     one, and head h is computed in repetition h modulo their number.
     """
 
-    def __init__(self, graph: Graph, places: list[Places], kept: Tensor, other: Recording, ablation: Ablation) -> None:
-        super().__init__(graph, kept, other, ablation)
+    def __init__(
+        self,
+        graph: Graph,
+        places: list[Places],
+        kept: Tensor,
+        other: Recording,
+        ablation: Ablation,
+        neurons: Tensor | None = None,
+    ) -> None:
+        super().__init__(graph, kept, other, ablation, neurons)
         self.places = places
         self.norm: Norm | None = None
 
@@ -166,18 +179,20 @@ def keep_edges(
     *,
     ablation: Ablation = "patch",
     other: Recording | None = None,
+    neurons: Bool[Tensor, "sources d_model"] | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
     """The task's metric on the clean prompts when only the kept edges carry their own values.
 
     Args:
         kept: which edges are kept; of one circuit, or of several.
+        neurons: which dimensions of what a source writes its kept edges carry, the same in all circuits; all if None.
         ablation: what the others carry: the corrupted run's values, zero, or the mean over corrupted runs by position:
             ``other.mean``, or over the batch.
         other: the corrupted run, if it has been recorded already.
     """
     circuits = kept[None] if kept.ndim == 2 else kept
     other = record(model, batch.corrupted) if other is None else other
-    visitor = _PatchedEdges(graph_of(model), projections_of(model), circuits, other, ablation)
+    visitor = _PatchedEdges(graph_of(model), projections_of(model), circuits, other, ablation, neurons)
     return _measured(model, batch, visitor, len(circuits)).view(*kept.shape[:-2], -1)
 
 

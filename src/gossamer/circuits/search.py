@@ -140,28 +140,39 @@ def faithfulness_of(
     prompts: Prompts,
     kept: Bool[Tensor, "sources destinations"],
     *,
+    neurons: Bool[Tensor, "sources d_model"] | None = None,
     ablation: Ablation = "patch",
     batch_size: int = 16,
 ) -> Point:
-    """How much one circuit of edges explains.
+    """How much one circuit of edges explains, less the edges that are cut off from input or logits.
+
+    Args:
+        model: dense or gated, in ``eval()`` mode.
+        prompts: of the task.
+        kept: the circuit.
+        neurons: which dimensions of what a source writes its kept edges carry; all if None.
+        ablation: what everything else carries.
+        batch_size: prompts in one forward pass.
 
     Raises:
         GossamerError: if the metric does not tell clean from corrupted prompts.
     """
-    possible = graph_of(model).possible()
-    circuits = torch.stack([torch.zeros_like(possible), kept & possible, possible])
+    graph = graph_of(model)
+    possible, pruned = graph.possible(), prune(graph, kept)
+    circuits = ((torch.zeros_like(possible), None), (pruned, neurons), (possible, None))
     metrics = torch.zeros(3, dtype=torch.double)
     batches = tuple(prompts.batches(batch_size))
     means = mean_written(model, batches) if ablation == "mean" else {}
     for batch in batches:
         other = record(model, batch.corrupted)
         other.mean = means.get(batch.clean.shape[1])
-        for place, circuit in enumerate(circuits):
-            metrics[place] += keep_edges(model, batch, circuit, ablation=ablation, other=other).double().cpu().sum()
+        for place, (circuit, chosen) in enumerate(circuits):
+            values = keep_edges(model, batch, circuit, ablation=ablation, other=other, neurons=chosen)
+            metrics[place] += values.double().cpu().sum()
     nothing, metric, everything = (metrics / len(prompts.kept)).tolist()
     if everything == nothing:
         raise GossamerError("patching all edges changes nothing: the metric does not tell the prompts apart")
-    return Point(int(circuits[1].sum()), metric, (metric - nothing) / (everything - nothing))
+    return Point(int(pruned.sum()), metric, (metric - nothing) / (everything - nothing))
 
 
 def mean_written(

@@ -1,5 +1,7 @@
 """The command line: one verb a job. Faults of the user end in one line and exit code 2."""
 
+import codecs
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -15,11 +17,23 @@ _INTERRUPTED = 130
 """The exit code that typer makes of Ctrl-C."""
 
 
+_PLAIN = {
+    "τ": "tau", "λ": "lambda", "ε": "epsilon", "±": "+-", "×": "x", "−": "-", "–": "-", "‖": "||", "→": "->",
+    "↑": "^", "↓": "v", "≥": ">=", "≤": "<=", "…": "...", "“": '"', "”": '"', "’": "'",
+}  # fmt: skip
+"""What stands for characters that the terminal's or the file's encoding does not have."""
+
+
 def main() -> None:
     """Run the command line; one line to stderr and exit code 2 for what the user can mend.
 
-    Of several processes the first one speaks; faults that are not the user's have their traceback from any.
+    Of several processes the first one speaks; faults that are not the user's have their traceback from any. Characters
+    that the output cannot hold are written in others.
     """
+    codecs.register_error("gossamer", _in_plain_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="gossamer")
     first = os.environ.get("RANK", "0") == "0"
     try:
         with nullcontext() if first else _silence():
@@ -50,9 +64,20 @@ def main() -> None:
     raise SystemExit(2)
 
 
+def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in lost), error.end
+
+
 @contextmanager
 def _silence() -> Iterator[None]:
-    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+    with (
+        open(os.devnull, "w", encoding="utf-8", errors="replace") as nothing,
+        redirect_stdout(nothing),
+        redirect_stderr(nothing),
+    ):
         yield
 
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from gossamer.cli.common import app, console, facts_table, load_any, names
 from gossamer.errors import GossamerError
+from gossamer.tables import Table
 
 
 class Ablation(str, Enum):
@@ -177,6 +177,17 @@ def prove(
     circuit: Annotated[Path, typer.Argument(help="A circuit: .json or .pt of EAP-IG, or .graphml.")],
     model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
     task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
+    edges: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Keep so many edges, those with the largest absolute scores, not what the file keeps."
+        ),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="The same by scores of nodes.")] = None,
+    neurons: Annotated[int | None, typer.Option(min=1, help="The same by scores of neurons.")] = None,
+    signed: Annotated[
+        bool, typer.Option("--signed", help="With these: those that help most, not those with the largest scores.")
+    ] = False,
     examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
     corruption: Annotated[
         str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
@@ -185,21 +196,58 @@ def prove(
     ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = Ablation.patch,
     force: Annotated[bool, typer.Option("--force", help="Go on even if the model cannot do the task.")] = False,
 ) -> None:
-    """Measure how much of a task the CIRCUIT in a file explains: keep its edges, patch all others, run MODEL."""
+    """Measure how much of a task the CIRCUIT in a file explains: keep its edges, patch all others, run MODEL.
+
+    Of a node of which the file chooses some neurons, the kept edges carry those alone; where edges between nodes are
+    missing too, EAP-IG's figure stands beside, which lets these neurons through them. A file with scores alone needs
+    --edges, --nodes or --neurons. Edges that are cut off from input or logits are left out.
+    """
     from gossamer.circuits.ability import measure_ability, require_ability
-    from gossamer.circuits.interchange import read_circuit, require_graph_of
+    from gossamer.circuits.graph import between_nodes, prune
+    from gossamer.circuits.interchange import require_graph_of
     from gossamer.circuits.search import faithfulness_of
     from gossamer.circuits.tasks import find_task
 
-    found, chosen = read_circuit(circuit), find_task(task)
+    found, chosen = _circuit_in(circuit, edges, nodes, neurons, signed), find_task(task)
     network, tokenizer = load_any(model)
     require_graph_of(network, found, circuit)
     prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
     require_ability(measure_ability(network, prompts), chosen.name, forced=force)
-    point = faithfulness_of(network, prompts, found.kept, ablation=ablation.value)
-    facts: dict[str, object] = {
-        "edges": f"{point.size:,} of {int(found.graph.possible().sum()):,}",
-        f"mean {prompts.metric.replace('_', ' ')}": f"{point.metric:.3f}",
-        "faithfulness": f"{point.faithfulness:.3f}",
-    }
+
+    def measure(kept: "Tensor") -> "Point":  # type: ignore[name-defined]
+        return faithfulness_of(network, prompts, kept, neurons=found.neurons, ablation=ablation.value)
+
+    point, pruned = measure(found.kept), prune(found.graph, found.kept)
+    facts: dict[str, object] = {"edges": f"{point.size:,} of {int(found.graph.possible().sum()):,}"}
+    if (cut_off := int(found.kept.sum()) - point.size) > 0:
+        facts["cut off, left out"] = f"{cut_off:,}"
+    if found.neurons is not None:
+        facts["neurons"] = f"{int(found.neurons.sum()):,} of {found.neurons.numel():,}"
+    facts[f"mean {prompts.metric.replace('_', ' ')}"] = f"{point.metric:.3f}"
+    facts["faithfulness"] = f"{point.faithfulness:.3f}"
+    every = between_nodes(found.graph, pruned)
+    if found.neurons is not None and not found.neurons[pruned.any(1)].all() and not every.equal(pruned):
+        facts["faithfulness in EAP-IG"] = f"{measure(every).faithfulness:.3f}"
     console.print(facts_table(f"{circuit} on {chosen.name}", facts))
+
+
+def _circuit_in(file: Path, edges: int | None, nodes: int | None, neurons: int | None, signed: bool) -> "Circuit":  # type: ignore[name-defined]
+    """The circuit of a file, or the best of what the file has scores of."""
+    from gossamer.circuits.interchange import Level, choose, read_circuit
+
+    found = read_circuit(file)
+    counts: dict[Level, int | None] = {"edges": edges, "nodes": nodes, "neurons": neurons}
+    asked = [(level, count) for level, count in counts.items() if count is not None]
+    if len(asked) > 1:
+        raise GossamerError("--edges, --nodes and --neurons choose a circuit by other scores each; give one of them")
+    if signed and not asked:
+        raise GossamerError("--signed says how to choose by scores; give --edges, --nodes or --neurons too")
+    for level, count in asked:
+        if level == "edges" and file.suffix == ".graphml" and count > (most := int(found.kept.sum())):
+            raise GossamerError(f"{file} holds {most:,} edges and nothing of others; --edges {count} is too many")
+        return choose(found, level, count, absolute=not signed, name=file)
+    if not found.kept.any():
+        flags = " or ".join(f"--{level}" for level in found.scored)
+        how = f"it holds scores alone; say how many to keep by {flags}" if flags else "nor has it scores to choose by"
+        raise GossamerError(f"{file} keeps no edge: {how}")
+    return found

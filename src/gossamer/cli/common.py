@@ -6,9 +6,8 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from gossamer.errors import GossamerError
+from gossamer.tables import Table
 
 app = typer.Typer(
     name="gossamer",
@@ -51,23 +50,13 @@ def load_any(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]": 
 
     from gossamer.models.checkpoint import is_saved_model, load
     from gossamer.models.pretrained import load_dense
+    from gossamer.models.tokenizers import load_own_tokenizer
     from gossamer.runs.record import Run, load_sparse
 
     logging.disable_progress_bar()
     run = Run(Path(target))
     if (run.folder / "blocks.safetensors").exists():
-        return load_sparse(run), _own_tokenizer(run.model)
+        return load_sparse(run), load_own_tokenizer(run.model)
     if is_saved_model(Path(target)):
-        return load(target), _own_tokenizer(Path(target))
+        return load(target), load_own_tokenizer(target)
     return load_dense(target)
-
-
-def _own_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":  # type: ignore[name-defined]
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise GossamerError(
-            f"{folder} has no tokenizer; save one there: tokenizer.save_pretrained({folder})"
-        ) from error

@@ -103,7 +103,7 @@ def _evaluate_tasks(
     if not chosen:
         raise GossamerError("--tasks names no task")
     run.record()
-    check_tasks(chosen, task_path)
+    check_tasks(run, chosen, task_path)
     evaluate_and_show(run, precision, batch_size)
     metrics = add_tasks(
         run,

@@ -97,8 +97,11 @@ def _record_attention(run: Path, circuits: Sequence[Mapping[str, Any]], tokens: 
     from gossamer.runs.record import Run
 
     models, tokenizer = _both(Run(run))
-    # Records of older versions have the prompt's text alone.
-    prompts = (tuple(links.get("ids") or tokenizer(links["prompt"])["input_ids"]) for links in circuits)
+    # Records of older versions have the prompt's text alone, its start token among it.
+    prompts = (
+        tuple(links.get("ids") or tokenizer(links["prompt"], add_special_tokens=False)["input_ids"])
+        for links in circuits
+    )
     shown = [AttentionPrompt(ids, "task") for ids in dict.fromkeys(prompts)]
     blocks = Run(run).blocks("held_out")[:4, :tokens].tolist()
     shown += [AttentionPrompt(tuple(block), "held-out text") for block in blocks]
@@ -128,13 +131,14 @@ def view(
 
     from gossamer.circuits.attention_record import AttentionPrompt, record_attention
     from gossamer.files import write_text
+    from gossamer.models.tokenizers import prompt_ids
     from gossamer.report.html import page
     from gossamer.report.records import load_records
     from gossamer.runs.record import Run
 
     records = load_records(run)
     models, tokenizer = _both(Run(run))
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    ids = prompt_ids(tokenizer, prompt)
     if not ids:
         raise GossamerError("the prompt is empty; give some text")
     longest = getattr(models["dense"].config, "max_position_embeddings", None)

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from gossamer.cli.common import Precision, app, console, facts_table, names, warn
 from gossamer.cli.evaluation import evaluate_and_show, inspect_model
 from gossamer.cli.options import ConfigOption, PresetOption, gathered, with_settings
 from gossamer.errors import GossamerError
+from gossamer.tables import Table
 
 _GIB = 2**30
 

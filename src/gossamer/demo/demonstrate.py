@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -44,6 +43,7 @@ from gossamer.runs.beginning import write_beginning
 from gossamer.runs.job import Job
 from gossamer.runs.record import Run, load_sparse
 from gossamer.runs.settings import RunConfig
+from gossamer.tables import Table
 from gossamer.training.constraints import CrossEntropy
 from gossamer.training.data import BlockDataset, Blocks
 from gossamer.training.trainer import PostTrainer, TrainingConfig

@@ -4,6 +4,7 @@ The harness pads multiple-choice requests on the right and generates from prompt
 gated attention gives padding no links, so a request's result does not depend on what it is batched with.
 """
 
+import copy
 import json
 import logging
 import os
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
 from gossamer.files import write_text
 from gossamer.models.pretrained import load_dense
+from gossamer.models.tokenizers import load_own_tokenizer, without_ending
 from gossamer.runs.record import Run, load_control, load_sparse
+from gossamer.tables import Table
+from gossamer.training.data import end_of_text
 
 
 def measure_tasks(
@@ -55,18 +58,15 @@ def measure_tasks(
         ``stderr`` (None where the harness knows none) and ``higher_is_better``.
 
     Raises:
-        GossamerError: if lm-eval is not installed, or a task is unknown or cannot be loaded.
+        GossamerError: if lm-eval is not installed, a task is unknown or cannot be loaded, or the tokenizer has no token
+            that begins or ends a text.
     """
-    try:
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise GossamerError("--tasks needs the package lm-eval: pip install 'gossamer[lm-eval]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, loaded = _load(tasks, task_path)
-    reader = HFLM(
+    from lm_eval.evaluator import simple_evaluate
+
+    reader = _reader(
+        tokenizer,
         pretrained=model,
-        tokenizer=tokenizer,
         batch_size=batch_size,
         mixed_precision_dtype=torch.bfloat16 if precision == "bf16" else None,
     )
@@ -107,7 +107,7 @@ def add_tasks(
         GossamerError: as :func:`measure_tasks` does, before any model is loaded.
     """
     metrics: dict[str, Any] = json.loads(run.metrics.read_text())
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(run.model)
+    tokenizer = load_own_tokenizer(run.model)
     found: dict[str, dict[str, Any]] = {}
     for name, load in _models(run).items():
         progress(f"tasks: {name}")
@@ -121,13 +121,62 @@ def add_tasks(
     return metrics
 
 
-def check_tasks(tasks: Sequence[str], task_path: Path | None) -> None:
-    """Stop at a task that is unknown or cannot be loaded, before anything long begins.
+def check_tasks(run: Run, tasks: Sequence[str], task_path: Path | None) -> None:
+    """Stop at a task or a tokenizer that cannot be used, before anything long begins.
 
     Raises:
-        GossamerError: naming the task.
+        GossamerError: naming the task, or what the tokenizer lacks.
     """
     _load(tasks, task_path)
+    _ending_of(load_own_tokenizer(run.model))
+
+
+def _ending_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that the harness takes for the end of a text, and for the start of one that has nothing before it."""
+    end = end_of_text(tokenizer)
+    if not end:
+        raise GossamerError(
+            "lm-eval-harness needs a token that begins or ends a text, and this tokenizer has none: name one that the "
+            "model knows, tokenizer.eos_token = ..., and save the tokenizer with the model"
+        )
+    return end[0]
+
+
+def _reader(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    """The harness's view of a model; a copy of the tokenizer, which the harness changes."""
+    from lm_eval.models.huggingface import HFLM
+
+    end = _ending_of(tokenizer)
+    own = copy.deepcopy(tokenizer)
+    if own.pad_token_id is None:
+        own.pad_token = own.convert_ids_to_tokens(end)  # else the harness may add a token that the model has no row for
+
+    class Reader(HFLM):
+        """Contexts without the token that the tokenizer puts after a text: what is scored would come after it."""
+
+        @property
+        def eot_token_id(self) -> int:
+            return end
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **more: Any
+        ) -> list[int]:
+            ids = without_ending(own, string, super().tok_encode(string, add_special_tokens, **more))
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+            batch = own.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt", verbose=False)
+            return batch["input_ids"], batch["attention_mask"]
+
+    start = own.bos_token_id if own.bos_token_id is not None else end
+    return Reader(tokenizer=own, prefix_token_id=start, **options)
 
 
 def task_table(metrics: dict[str, Any]) -> Table:

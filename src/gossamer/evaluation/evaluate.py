@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 from jaxtyping import Int
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from gossamer.measures.language import (
 from gossamer.measures.links import LinkTally
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.record import Run, load_control, load_sparse, versions
+from gossamer.tables import Table
 from gossamer.training.constraints import CONSTRAINTS, Constraint
 
 TOPK = (1, 2, 4, 8, 16, 32, 64)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Int
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from gossamer.measures.language import measure_beside_dense, plus_minus, standar
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.beginning import blocks_of
 from gossamer.runs.record import Run, load_sparse
+from gossamer.tables import Table
 from gossamer.training.trainer import TrainingConfig
 
 

@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -127,8 +128,7 @@ def load(
         raise GossamerError(f"{folder} holds a dense {outer.get('model_type')} model, not a gossamer one")
     if outer.get("format") != FORMAT:
         raise GossamerError(f"{folder} has format {outer.get('format')}; this version of gossamer reads {FORMAT}")
-    settings = _read_json(folder / "base_config.json", folder)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config = base_config(folder)
     weights = read_weights(folder)
     gates = {name: weights.pop(name) for name in list(weights) if name.endswith(".gate_bias")}
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -146,6 +146,16 @@ def load(
         raise GossamerError(f"{folder} has gates for {len(gates)} layers, not for {len(names)}; it is not whole")
     model.load_state_dict(gates, strict=False)
     return model.to(device).eval()
+
+
+def base_config(folder: Path) -> PreTrainedConfig:
+    """The dense model's own config, as a saved gated model has it.
+
+    Raises:
+        GossamerError: if it is missing or damaged.
+    """
+    settings = _read_json(folder / "base_config.json", folder)
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -175,7 +185,7 @@ def gate_biases(model: PreTrainedModel) -> torch.Tensor:
 
 def _read_json(file: Path, folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise GossamerError(f"{folder} is not a saved gossamer model: no readable {file.name}") from error
     except ValueError as error:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -254,13 +254,15 @@ class PostTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LambdaLR:
         """The shares of their rates that weights and gate biases have in each step."""
-        if self.lr_scheduler is None:
+        if getattr(self, "lr_scheduler", None) is None:
             optimizer = optimizer or self.optimizer
             decays = [self.config.decay, self.config.decay / 3][: len(optimizer.param_groups)]
-            shares = [partial(rate_share, steps=self.steps, warmup=self.config.warmup, decay=own) for own in decays]
+            shares: list[Callable[[int], float]] = [
+                partial(rate_share, steps=self.steps, warmup=self.config.warmup, decay=own) for own in decays
+            ]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
             self._created_lr_scheduler = True
-        return cast(torch.optim.lr_scheduler.LambdaLR, self.lr_scheduler)
+        return self.lr_scheduler
 
     def batch_objective(
         self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]

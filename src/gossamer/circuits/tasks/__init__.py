@@ -7,6 +7,11 @@ def examples(source, tokenizer, corruption):    # endless, random only through s
 register(Task("sums", "small sums", "logit_difference", ("other",), examples))
 """
 
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from gossamer.circuits.recording import Ablation
 from gossamer.circuits.tasks.addition import ADDITION
 from gossamer.circuits.tasks.agreement import AGREEMENT
 from gossamer.circuits.tasks.base import Batch, Dropped, Example, Prompts, Task, Tokens
@@ -50,11 +55,19 @@ def register(task: Task) -> None:
 def find_task(name: str) -> Task:
     """The task of that name, or of that JSONL file.
 
+    A file's task is called as the file without its ending, but with it where the name alone could be that of a record
+    of another task: ``ioi.jsonl``, ``ioi-zero.jsonl``, ``own-mean.jsonl``.
+
     Raises:
         GossamerError: if there is none.
     """
     if name in TASKS:
         return TASKS[name]
     if name.endswith(".jsonl"):
-        return task_from_jsonl(name)
+        task = task_from_jsonl(name)
+        # Records are called TASK, TASK-CORRUPTION, TASK-ABLATION; some file systems do not tell case apart.
+        called = task.name.lower()
+        taken = any(f"{called}-".startswith(f"{known.lower()}-") for known in TASKS)
+        taken |= called.endswith(tuple(f"-{ablation}" for ablation in get_args(Ablation)))
+        return replace(task, name=Path(name).name) if taken else task
     raise GossamerError(f"there is no task {name!r}; there are {', '.join(TASKS)}, or give a .jsonl file")

@@ -29,7 +29,7 @@ def _text(a: int, b: int) -> str:
 
 def _before(tokenizer: PreTrainedTokenizerBase) -> str:
     """What stands before the sum, by what the tokenizer can write."""
-    ids = tokenizer("1\n", verbose=False)["input_ids"]
+    ids = tokenizer("1\n", add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         return ""
     return "".join(_text(a, b) + "\n" for a, b in WORKED)

@@ -1,7 +1,8 @@
 """What a task is: pairs of prompts of equal token length that differ in what decides the answer.
 
 A task writes text; here it meets a tokenizer. Answers are continuations of the prompt: the tokens of prompt + answer
-have to be those of the prompt and one more. An example that does not fit is dropped, with the reason, and another one
+have to be those of the prompt and one more. Tokens are what is measured: answers that are the same token count once,
+and so do examples that are the same tokens. An example that does not fit is dropped, with the reason, and another one
 is drawn in its place.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
+from gossamer.models.tokenizers import prompt_ids
 
 MetricKind = Literal["logit_difference", "probability_difference"]
 
@@ -56,7 +58,7 @@ class Tokens:
 
     Attributes:
         clean, corrupted: ``[tokens]``, of equal length.
-        answers, wrong: token ids of the continuations.
+        answers, wrong: token ids of the continuations, each once.
     """
 
     example: Example
@@ -135,6 +137,7 @@ class Task:
         corruptions: names that ``examples`` understands, the default first.
         examples: where they come from.
         phrasings: other sets of templates by name, to see whether a circuit depends on the wording.
+        file_checksum: of the examples, where they stand in a file; another file may have the same name.
     """
 
     name: str
@@ -143,6 +146,7 @@ class Task:
     corruptions: tuple[str, ...]
     examples: Examples
     phrasings: Mapping[str, Examples] = field(default_factory=dict)
+    file_checksum: int | None = None
 
     def prompts(
         self,
@@ -153,7 +157,7 @@ class Task:
         corruption: str | None = None,
         phrasing: str | None = None,
     ) -> Prompts:
-        """``count`` different examples.
+        """``count`` examples that differ in tokens.
 
         Raises:
             GossamerError: on an unknown corruption or phrasing; if the tokenizer leaves too few examples.
@@ -165,7 +169,7 @@ class Task:
             )
         kept: list[Tokens] = []
         dropped: list[Dropped] = []
-        seen: set[Example] = set()
+        seen: set[object] = set()
         if phrasing is not None and phrasing not in self.phrasings:
             known = ", ".join(self.phrasings) or "none"
             raise GossamerError(f"task {self.name} has no phrasing {phrasing!r}; there are {known}")
@@ -178,7 +182,8 @@ class Task:
             tokens = tokenize(example, tokenizer)
             if isinstance(tokens, Dropped):
                 dropped.append(tokens)
-            else:
+            elif (measured := _measured(tokens)) not in seen:
+                seen.add(measured)
                 kept.append(tokens)
             if len(kept) == count:
                 return Prompts(self.metric, tuple(kept), tuple(dropped))
@@ -189,7 +194,9 @@ class Task:
 
 def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens | Dropped:
     """The example in tokens, or why it cannot be used."""
-    clean, corrupted = (_ids(tokenizer, text) for text in (example.clean, example.corrupted))
+    clean, corrupted = (prompt_ids(tokenizer, text) for text in (example.clean, example.corrupted))
+    if not clean or not corrupted:
+        return Dropped(example, f"the {'corrupted' if clean else 'clean'} prompt has no token")
     if len(clean) != len(corrupted):
         return Dropped(example, f"the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}")
     continuations: dict[str, list[int]] = {}
@@ -198,7 +205,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens | D
         for text in texts:
             if text not in found:
                 return Dropped(example, f"{text!r} does not continue the prompt by exactly one token")
-        continuations[kind] = [found[text] for text in texts]
+        continuations[kind] = list(dict.fromkeys(found[text] for text in texts))
     if not continuations["answers"] or not continuations["wrong"]:
         return Dropped(example, "there is no right answer" if continuations["wrong"] else "there is no wrong answer")
     if set(continuations["answers"]) & set(continuations["wrong"]):
@@ -209,13 +216,15 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens | D
 
 def next_tokens(prompt: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Those of the texts that continue the prompt by exactly one token, each with that token."""
-    ids = _ids(tokenizer, prompt)
-    wholes = {text: _ids(tokenizer, prompt + text) for text in texts}
+    ids = prompt_ids(tokenizer, prompt)
+    wholes = {text: prompt_ids(tokenizer, prompt + text) for text in texts}
     return {text: whole[-1] for text, whole in wholes.items() if whole[:-1] == ids}
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, verbose=False)["input_ids"])
+def _measured(tokens: Tokens) -> tuple[tuple[int, ...], ...]:
+    """What of an example a model sees and is asked for."""
+    parts = tokens.clean, tokens.corrupted, tokens.answers.sort().values, tokens.wrong.sort().values
+    return tuple(tuple(part.tolist()) for part in parts)
 
 
 def _most_common(dropped: Sequence[Dropped]) -> str:

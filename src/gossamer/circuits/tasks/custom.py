@@ -1,4 +1,4 @@
-"""A task of one's own from a JSONL file: one object a line with the keys of :class:`Example`.
+"""A task of one's own from a JSONL file in UTF-8: one object a line with the keys of :class:`Example`.
 
     {"clean": "The capital of France is", "corrupted": "The capital of Italy is",
      "answers": [" Paris"], "wrong": [" Rome"]}
@@ -8,7 +8,9 @@
 
 import json
 import random
+import zlib
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,10 +30,14 @@ def task_from_jsonl(file: str | Path) -> Task:
     """
     file = Path(file)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): U+2028, U+0085 and others end no line of JSON.
+        with file.open(encoding="utf-8") as stream:
+            lines = list(stream)
     except (OSError, UnicodeDecodeError) as error:
         raise GossamerError(f"{file} cannot be read: {error}") from error
-    rows = [_row(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    # A byte-order mark stands where a file begins, also one that others were put together into.
+    numbered = ((number, line.removeprefix("\ufeff")) for number, line in enumerate(lines, 1))
+    rows = [_row(file, number, line) for number, line in numbered if line.strip()]
     if not rows:
         raise GossamerError(f"{file} holds no example")
     metric: MetricKind = rows[0].get("metric", "logit_difference")
@@ -42,17 +48,29 @@ def task_from_jsonl(file: str | Path) -> Task:
     def examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:
         yield from source.sample(found, len(found))
 
-    return Task(file.stem, f"the examples of {file}", metric, ("file",), examples)
+    checksum = zlib.crc32(json.dumps([metric, [astuple(example) for example in found]]).encode())
+    return Task(file.stem, f"the examples of {file}", metric, ("file",), examples, file_checksum=checksum)
 
 
 def _row(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GossamerError(f"{file}, line {number}: not valid JSON: {error}") from error
     for key, kind in _KEYS.items():
         fits = isinstance(row, dict) and isinstance(row.get(key), kind)
         if not fits or (kind is list and not all(isinstance(text, str) for text in row[key])):
             wanted = "a list of texts" if kind is list else "a text"
             raise GossamerError(f"{file}, line {number}: {key!r} must be {wanted}")
+        for text in row[key] if kind is list else [row[key]]:
+            _check_text(file, number, key, text)
     return dict(row)
+
+
+def _check_text(file: Path, number: int, key: str, text: str) -> None:
+    """Refuse half a character, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise GossamerError(f"{file}, line {number}: {key!r} holds half a character ({half})") from error
