@@ -1,6 +1,7 @@
 """Dense models by name, the real SmolLM2-135M among them."""
 
 import importlib.util
+import pwd
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,35 @@ def test_the_converted_weights_stay_where_the_cache_is_said_to_be(monkeypatch: p
     monkeypatch.delenv("GOSSAMER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "gossamer"
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("GOSSAMER_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_user_without_a_home_directory_needs_a_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that runs under a user id of its own."""
+    no_home(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "gossamer"
+    for nowhere in ("", "cache"):  # by the specification, an empty or relative path counts as unset
+        monkeypatch.setenv("XDG_CACHE_HOME", nowhere)
+        with pytest.raises(GossamerError, match=r"no home directory.*GOSSAMER_CACHE"):
+            cache_folder()
+
+
+def test_an_empty_cache_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GOSSAMER_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == tmp_path / ".cache" / "gossamer"
+    monkeypatch.setenv("GOSSAMER_CACHE", "~/weights")
+    assert cache_folder() == tmp_path / "weights"
 
 
 def test_names_that_stand_for_nothing_are_named(tmp_path: Path) -> None:

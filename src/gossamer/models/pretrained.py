@@ -23,10 +23,19 @@ SMOLLM2 = "smollm2"
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: ``$GOSSAMER_CACHE``, else ``gossamer`` in the user's cache folder."""
+    """Where converted weights are kept: ``$GOSSAMER_CACHE``, else ``gossamer`` in the user's cache folder.
+
+    That folder is ``$XDG_CACHE_HOME`` if it is an absolute path (XDG Base Directory Specification), else ``~/.cache``.
+
+    Raises:
+        GossamerError: if there is none, as for a user without a home directory.
+    """
     if folder := os.environ.get("GOSSAMER_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gossamer"
+        return Path(folder).expanduser()
+    for folder in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(folder):
+            return Path(folder) / "gossamer"
+    raise GossamerError("there is no home directory to keep converted weights in; set GOSSAMER_CACHE to a folder")
 
 
 def load_dense(
