@@ -64,6 +64,11 @@ def _cannot_write(target: Path, error: Exception) -> GossamerError:
     return GossamerError(f"cannot write {target}: {reason}; give a place that can be written and has room")
 
 
+def same_place(a: object, b: object) -> bool:
+    """Whether two paths lead to the same file or directory."""
+    return isinstance(a, str) and isinstance(b, str) and all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
+
+
 def remove_staging(target: Path) -> None:
     """Remove what a killed process left beside ``target`` while it wrote it."""
     for left in target.parent.glob(f".{target.name}.*"):

@@ -12,9 +12,9 @@ from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.evaluation.language import measure_language
 from gossamer.evaluation.lengths import add_lengths
 from gossamer.models.pretrained import load_dense
-from gossamer.training.data import pack, read_documents
+from gossamer.training.data import is_held_out, pack
+from gossamer.training.documents import read_documents
 from gossamer.training.run import Run, RunConfig, post_train
-from gossamer.training.stream import is_held_out
 from gossamer.training.trainer import TrainingConfig
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gossamer.circuits.ability import Ability, measure_ability, require_ability
+from gossamer.circuits.ability import Ability, measure_ability, require_ability, require_known_tokens
 from gossamer.circuits.graph import Graph, prune, top_edges
 from gossamer.circuits.interchange import Circuit
 from gossamer.circuits.metrics import EXPLAINED, Curve
@@ -114,6 +114,9 @@ def compare_circuits(
         task.prompts(tokenizer, config.examples, seed=seed, corruption=config.corruption, phrasing=phrasing)
         for seed, phrasing in variations
     ]
+    for model in models.values():
+        for some in prompts:
+            require_known_tokens(model, tokenizer, some)
     settings["checksum"] = _checksum(prompts)
     if not config.replace:
         _check_record(folder, settings)

@@ -41,12 +41,13 @@ def task(
     """Show examples of a task, and how well MODEL does it."""
     from collections import Counter
 
-    from gossamer.circuits.ability import measure_ability
+    from gossamer.circuits.ability import measure_ability, require_known_tokens
     from gossamer.circuits.tasks import find_task
 
     chosen = find_task(name)
     network, tokenizer = load_any(model)
     prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    require_known_tokens(network, tokenizer, prompts)
     table = Table(title=escape(f"{chosen.name}: {chosen.summary}"))
     for column in ("clean", "corrupted", "right", "wrong"):
         table.add_column(column)
@@ -186,7 +187,7 @@ def prove(
     force: Annotated[bool, typer.Option("--force", help="Go on even if the model cannot do the task.")] = False,
 ) -> None:
     """Measure how much of a task the CIRCUIT in a file explains: keep its edges, patch all others, run MODEL."""
-    from gossamer.circuits.ability import measure_ability, require_ability
+    from gossamer.circuits.ability import measure_ability, require_ability, require_known_tokens
     from gossamer.circuits.interchange import read_circuit, require_graph_of
     from gossamer.circuits.search import faithfulness_of
     from gossamer.circuits.tasks import find_task
@@ -195,6 +196,7 @@ def prove(
     network, tokenizer = load_any(model)
     require_graph_of(network, found, circuit)
     prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    require_known_tokens(network, tokenizer, prompts)
     require_ability(measure_ability(network, prompts), chosen.name, forced=force)
     point = faithfulness_of(network, prompts, found.kept, ablation=ablation.value)
     facts: dict[str, object] = {

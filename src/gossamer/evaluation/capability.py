@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from gossamer.errors import GossamerError
 from gossamer.files import write_text
 from gossamer.models.pretrained import load_dense
+from gossamer.models.vocabulary import require_vocabulary
 from gossamer.training.run import Run, load_control, load_sparse
 
 
@@ -55,13 +56,15 @@ def measure_tasks(
         ``stderr`` (None where the harness knows none) and ``higher_is_better``.
 
     Raises:
-        GossamerError: if lm-eval is not installed, or a task is unknown or cannot be loaded.
+        GossamerError: if lm-eval is not installed, or a task is unknown or cannot be loaded; if the tokenizer has
+            tokens that the model does not know.
     """
     try:
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise GossamerError("--tasks needs the package lm-eval: pip install 'gossamer[lm-eval]'") from error
+    require_vocabulary(model, tokenizer, "a task")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, loaded = _load(tasks, task_path)
     reader = HFLM(

@@ -54,7 +54,7 @@ def load_dense(
         GossamerError: if there is no such model, it is not whole, has adapters beside it, or is not a causal language
             model.
     """
-    source = str(_smollm2()) if name == SMOLLM2 else name
+    source = str(_smollm2()) if name == SMOLLM2 else os.path.abspath(name) if os.path.isdir(name) else name
     _refuse_what_is_no_dense_model(name, Path(source))
     try:
         adapters = find_adapter_config_file(source)

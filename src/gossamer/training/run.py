@@ -18,6 +18,7 @@ where one never interrupted ends.
 import copy
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -35,16 +36,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 
 from gossamer.errors import GossamerError
-from gossamer.files import remove_staging, write_text, written_beside
+from gossamer.files import remove_staging, same_place, write_text, written_beside
 from gossamer.models.architectures import architecture_of
 from gossamer.models.checkpoint import load, save
 from gossamer.models.convert import sparsify
 from gossamer.models.lora import adapter_targets, add_adapters, merge_adapters
 from gossamer.models.lora_files import save_adapter
-from gossamer.models.pretrained import load_dense
+from gossamer.models.pretrained import SMOLLM2, load_dense
 from gossamer.training.checkpoints import checkpoints, last_sound
 from gossamer.training.constraint import MultiplierConfig
 from gossamer.training.data import SELF, BlockDataset, Blocks, load_blocks
+from gossamer.training.documents import passed_over
 from gossamer.training.losses import cross_entropy
 from gossamer.training.processes import by_first, check_processes, processes, together
 from gossamer.training.progress import StepLog, sampling_shown
@@ -69,7 +71,7 @@ class RunConfig:
     """What to sparsify, on which text, under which bound.
 
     Attributes:
-        model: ``smollm2``, a local directory or a Hub id.
+        model: ``smollm2``, a local directory or a Hub id. Local paths, here and below, become absolute.
         text: a local file or directory, a Hub data set, or ``self``.
         seq_len: tokens in a block. The open fraction depends on it, and the loss holds up to about twice it.
         validation_tokens: how much unseen text steers the multiplier; tau is measured on it.
@@ -108,6 +110,14 @@ class RunConfig:
     stream: bool = False
     stream_workers: int = 1
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        # So that it is found from any folder. smollm2 and self are names, whatever lies beside.
+        local = {"model": os.path.isdir, "text": os.path.exists, "start_from": os.path.exists}
+        for name, is_there in local.items():
+            value = getattr(self, name)
+            if value not in (None, SMOLLM2, SELF) and is_there(value):
+                object.__setattr__(self, name, os.path.abspath(value))
 
     @property
     def tokens_per_step(self) -> int:
@@ -254,7 +264,7 @@ def post_train(
     with together():
         check_processes(config.training.processes)
         if here.is_main_process:
-            dense, tokenizer = _begin(run, config, resume, report_to, console)
+            dense, tokenizer = _begin(run, config, resume, report_to, console, warn)
         else:
             console, warn = Console(quiet=True), lambda line: None
     with together():
@@ -265,7 +275,12 @@ def post_train(
 
 
 def _begin(
-    run: Run, config: RunConfig, resume: bool, report_to: Sequence[str], console: Console
+    run: Run,
+    config: RunConfig,
+    resume: bool,
+    report_to: Sequence[str],
+    console: Console,
+    warn: Callable[[str], None],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Write what a run starts from, or check that it is there; gives the dense model and its tokenizer."""
     check_watchers(report_to)
@@ -287,6 +302,8 @@ def _begin(
         raise GossamerError(f"--epsilon {config.epsilon:g} cannot be held: no KL is below 0; give for example 0.05")
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
+        if config.text != SELF and (line := passed_over(config.text)):
+            warn(line)
         with sampling_shown(console) as progress:
             blocks = blocks_of(config, dense, tokenizer, progress)
         with written_beside(run.folder) as staging:
@@ -339,7 +356,7 @@ def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
             "resume with as many, or give another --out"
         )
     for key in before:
-        if before[key] != now[key]:
+        if before[key] != now[key] and not same_place(before[key], now[key]):
             raise GossamerError(
                 f"{folder} was begun with {key}={before[key]!r}, not {now[key]!r}; "
                 "resume with the same settings, or give another --out"
@@ -349,7 +366,7 @@ def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
 def _check_start(config: RunConfig, start: Run) -> None:
     folder = start.folder
     model = start.config().model
-    if model != config.model:
+    if model != config.model and not same_place(model, config.model):
         raise GossamerError(f"--start-from {folder} is a run of {model}, not of {config.model}; give one of this model")
     if not start.model.exists():
         raise GossamerError(
@@ -364,7 +381,7 @@ def _check_start(config: RunConfig, start: Run) -> None:
         )
     for earlier in _starts(config):
         before = earlier.config()
-        if before.text != config.text:
+        if before.text != config.text and not same_place(before.text, config.text):
             continue
         if before.stream != config.stream:
             asked = "as well" if before.stream else "not"
@@ -422,7 +439,7 @@ def blocks_of(
         "held_out_blocks": max(1, config.held_out_tokens // config.seq_len),
     }
     if config.stream:
-        return unseen_blocks(config.text, tokenizer, **sizes)
+        return unseen_blocks(config.text, tokenizer, **sizes, model=dense)
     count = training.steps * training.blocks_per_step
     return load_blocks(
         config.text, tokenizer, **sizes, train_blocks=count, seed=training.seed, model=dense, progress=progress
