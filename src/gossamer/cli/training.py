@@ -57,9 +57,9 @@ def sparsify(
     text: Annotated[
         str,
         typer.Option(
-            help="Training text: a .txt, .jsonl, .txt.gz or .jsonl.gz file (documents under 'text'), a directory of "
-            "such files, a Hub data set (org/name, or hub:NAME:CONFIG:SPLIT), or 'self' to sample text from the "
-            "model itself."
+            help="Training text: a .txt, .jsonl or .json file (documents under 'text'; also .gz, .bz2, .xz, .zst), a "
+            "directory of such files, a Hub data set (org/name, or hub:NAME:CONFIG:SPLIT), or 'self' to sample text "
+            "from the model itself."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")],
@@ -159,7 +159,8 @@ def sparsify(
         bool, typer.Option(help="Also fine-tune the dense model on the same text, for comparison.")
     ] = True,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Read the text while training, for texts too large to choose blocks from.")
+        bool,
+        typer.Option("--stream", help="Read the text while training: many documents, too large to choose blocks from."),
     ] = False,
     stream_workers: Annotated[
         int, typer.Option(min=0, help="Processes that read and tokenise a stream, beside each one that trains.")

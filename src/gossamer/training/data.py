@@ -90,7 +90,7 @@ def load_blocks(
     """Training and held-out blocks of a text; the same arguments give the same blocks.
 
     Args:
-        text: a local file (``.txt``, ``.jsonl``, each also with ``.gz``), a directory of such files, the id of
+        text: a local file (see :mod:`gossamer.training.documents`), a directory of such files, the id of
             a Hub data set with a column ``text`` as ``[hub:]NAME[:CONFIG[:SPLIT]]``, or ``self``.
         tokenizer: of the model.
         seq_len: tokens in a block.
