@@ -264,7 +264,8 @@ def test_a_run_starts_from_another_ones_sparse_model_and_control(
         loss = dense(input_ids=blocks, labels=blocks).loss.item()
     measured = json.loads((out / "config.json").read_text())["measured"]
     assert measured["loss_dense"] == pytest.approx(loss, rel=1e-4)
-    assert f"base_model: {saved_llama}" in (out / "model" / "README.md").read_text()
+    assert json.loads((out / "model" / "config.json").read_text())["base"] == str(saved_llama)
+    assert str(saved_llama) not in (out / "model" / "README.md").read_text()
     third = gossamer_command(
         "sparsify", saved_llama, "--text", text, "--out", tmp_path / "third", *line[:-1], out, "--no-control"
     )

@@ -1,8 +1,8 @@
 """Files and directories that appear whole or not at all: written beside their place, then renamed."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +21,16 @@ def written_beside(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        staging = _beside(target)
+        staging.mkdir()
     except OSError as error:
         raise _cannot_write(target, error) from error
     try:
         yield staging
-        staging.chmod(0o755)
+        set_modes(staging)
         if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            retired = _beside(target)
+            retired.mkdir()
             os.rename(target, retired / target.name)
             os.rename(staging, target)
             shutil.rmtree(retired)
@@ -41,9 +43,30 @@ def written_beside(target: Path) -> Iterator[Path]:
         raise
 
 
+def _beside(target: Path) -> Path:
+    """A name beside ``target`` that nothing has, with the same suffix."""
+    return target.parent / f".{target.name}.{secrets.token_hex(6)}{target.suffix}"
+
+
+def set_modes(folder: Path) -> None:
+    """Give all files in a folder the mode that umask and folder give a new file: safetensors makes its own 0600."""
+    probe = _beside(folder / "mode")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
+
+
 def _cannot_write(target: Path, error: Exception) -> GossamerError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return GossamerError(f"cannot write {target}: {reason}; give a place that can be written and has room")
+
+
+def same_place(a: object, b: object) -> bool:
+    """Whether two paths lead to the same file or directory."""
+    return isinstance(a, str) and isinstance(b, str) and all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
 
 
 def remove_staging(target: Path) -> None:
@@ -59,16 +82,18 @@ def file_beside(target: Path) -> Iterator[Path]:
     Raises:
         OSError: if it cannot be written.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
+    staging = _beside(target)
+    staging.touch()
+    mode = staging.stat().st_mode & 0o777
     try:
-        yield Path(name)
-        with open(name, "rb") as stream:
+        yield staging
+        with open(staging, "rb") as stream:
             os.fsync(stream.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, target)
+        if staging.stat().st_mode & 0o777 != mode:  # what wrote it made a file of its own
+            staging.chmod(mode)
+        os.replace(staging, target)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
 
 

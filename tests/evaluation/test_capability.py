@@ -174,3 +174,11 @@ def test_tasks_that_cannot_be_used_are_named(models, tokenizer, task_path: Path,
     (tmp_path / "choice.yaml").write_text(CHOICE_TASK)
     with pytest.raises(GossamerError, match=r"'tiny_choice' cannot be loaded: .*choice\.jsonl"):
         measure("tiny_choice", tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer) -> None:
+    """The harness pads with whatever token the tokenizer has for it."""
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"<a{number}>" for number in range(20)])
+    with pytest.raises(GossamerError, match=r"tokenizer has 98 tokens .*, the model embeddings for 97 only"):
+        measure_tasks(tiny_model("llama"), larger, ["arc_easy"])

@@ -15,8 +15,8 @@ from gossamer.models.pretrained import load_dense
 from gossamer.runs.job import post_train
 from gossamer.runs.record import Run
 from gossamer.runs.settings import RunConfig
-from gossamer.training.data import pack, read_documents
-from gossamer.training.stream import is_held_out
+from gossamer.training.data import is_held_out, pack
+from gossamer.training.documents import read_documents
 from gossamer.training.trainer import TrainingConfig
 
 

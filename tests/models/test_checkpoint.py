@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,6 +51,43 @@ def test_plain_transformers_refuses_the_directory(gated, tmp_path: Path) -> None
     assert "gossamer.load" in (tmp_path / "model" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("base", ["org/tiny", "my: model", "[a, b]", "{here}", "./{here}", ""])
+def test_the_card_names_a_base_of_the_hub_and_no_path(base: str, gated, tmp_path: Path) -> None:
+    gated.config.name_or_path = base.format(here=tmp_path)
+    gossamer.save(gated, tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    known = {"base_model": base} if base and "here" not in base else {}
+    assert yaml.safe_load(card.split("---")[1]) == {"library_name": "gossamer", **known}
+    assert str(tmp_path) not in card
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        torch.nn.DataParallel,
+        lambda model: torch.nn.DataParallel(torch.compile(model)),
+        lambda model: setattr(model.model.layers, "1", torch.compile(model.model.layers[1])) or model,
+    ],
+)
+def test_a_compiled_or_parallel_model_is_saved_as_it_is_within(wrap, gated, tmp_path: Path) -> None:
+    expected = gated(input_ids=tokens(1, 9)).logits
+    gossamer.save(wrap(gated), tmp_path / "model")
+    loaded = gossamer.load(tmp_path / "model")
+    assert torch.equal(loaded(input_ids=tokens(1, 9)).logits, expected)
+    assert json.loads((tmp_path / "model" / "base_config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@torch.no_grad()
+def test_weights_saved_under_the_names_of_a_compiled_model_are_read(gated, tmp_path: Path) -> None:
+    gossamer.save(gated, tmp_path / "model")
+    file = tmp_path / "model" / "gossamer.safetensors"
+    save_file({f"_orig_mod.{name}": value for name, value in load_file(file).items()}, file, {"format": "pt"})
+    ids = tokens(1, 9)
+    assert torch.equal(gossamer.load(tmp_path / "model")(input_ids=ids).logits, gated(input_ids=ids).logits)
+
+
 def test_dtype_can_be_chosen(gated, tmp_path: Path) -> None:
     gossamer.save(gated, tmp_path / "model")
     assert gossamer.load(tmp_path / "model", dtype=torch.bfloat16).dtype == torch.bfloat16
@@ -78,6 +116,13 @@ def test_damaged_directories_are_named(gated, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     with pytest.raises(GossamerError, match="holds a dense llama model"):
         gossamer.load(tmp_path / "dense")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"config": {}, "versions": {}}')
+    with pytest.raises(GossamerError, match="holds no model"):
+        gossamer.load(tmp_path / "run")
+    (tmp_path / "run" / "blocks.safetensors").touch()
+    with pytest.raises(GossamerError, match=f"is a run, .* sparse model is in {tmp_path}/run/model"):
+        gossamer.load(tmp_path / "run")
     gossamer.save(gated, tmp_path / "model")
     weights = tmp_path / "model" / "gossamer.safetensors"
     tensors = load_file(weights)

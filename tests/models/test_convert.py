@@ -1,13 +1,24 @@
 """Gates in every family: open ones change nothing, closed ones silence attention, refusals come by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, BertModel, T5Config
+from accelerate import cpu_offload
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    T5Config,
+)
 
 import gossamer
 from families import CONFIGS, tiny_config, tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.models.architectures import ARCHITECTURES, attention_modules
+from gossamer.models.lora import add_adapters
 
 
 def padded(side: str, length: int = 14, real: int = 9) -> torch.Tensor:
@@ -231,6 +242,32 @@ def test_gating_twice_and_degating_a_dense_model_are_refused() -> None:
         gossamer.sparsify(gated)
     with pytest.raises(GossamerError, match="no gates"):
         gossamer.densify(tiny_model("llama"))
+
+
+def test_a_model_with_offloaded_layers_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",
+              "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    before = set(model.state_dict())
+    with pytest.raises(GossamerError, match=r"model\.layers\.1\..* is offloaded"):
+        gossamer.sparsify(model, inplace=True)
+    assert set(model.state_dict()) == before
+    gossamer.save_adapter(adapted(), tmp_path / "adapter")
+    with pytest.raises(GossamerError, match=r"model\.layers\.1\..* is offloaded"):
+        gossamer.load_adapter(tmp_path / "adapter", model)
+    gated = cpu_offload(gossamer.sparsify(tiny_model("llama")), torch.device("cpu"))
+    with pytest.raises(GossamerError, match=r"offloaded.*load it whole"):
+        gossamer.save(gated, tmp_path / "gated")
+    assert not (tmp_path / "gated").exists()
+
+
+def adapted() -> PreTrainedModel:
+    model = gossamer.sparsify(tiny_model("llama"))
+    add_adapters(model, rank=2, alpha=4.0)
+    return model
 
 
 def test_attention_biases_in_a_mask_are_refused() -> None:

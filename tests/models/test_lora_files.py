@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -101,6 +102,36 @@ def test_the_directory_holds_what_was_trained_and_little_more(tmp_path: Path) ->
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 4.0)
     assert set(config["target_modules"]) == {f"self_attn.{part}_proj" for part in "qkvo"}
     assert "gossamer.load_adapter" in (folder / "README.md").read_text()
+
+
+ELSEWHERE = "path/to/the/dense/model"
+
+
+@pytest.mark.parametrize(
+    "base,shown", [("org/tiny", "org/tiny"), ("my: model", "my: model"), ("", ELSEWHERE), ("{here}", ELSEWHERE)]
+)
+def test_the_card_names_a_base_of_the_hub_and_no_path(base: str, shown: str, tmp_path: Path) -> None:
+    model = adapted()
+    name = base.format(here=tmp_path)
+    model.peft_config["default"].base_model_name_or_path = name or None
+    gossamer.save_adapter(model, tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    known = {"base_model": name} if name and "{" not in base else {}
+    assert head == {"library_name": "peft", **known, "tags": ["lora", "gossamer"]}
+    assert f'base="{shown}")' in card
+    assert str(tmp_path) not in card
+
+
+def test_what_lies_elsewhere_is_said(tmp_path: Path) -> None:
+    (tmp_path / "blocks.safetensors").touch()
+    with pytest.raises(GossamerError, match=f"adapters are in {tmp_path}/adapter"):
+        gossamer.load_adapter(tmp_path, tiny_model("llama"))
+    gossamer.save_adapter(adapted(), tmp_path / "adapter")
+    with pytest.raises(GossamerError, match=r"holds adapters, .*gossamer\.load_adapter"):
+        gossamer.load(tmp_path / "adapter")
+    with pytest.raises(GossamerError, match=r"gossamer merge .* --model BASE"):
+        gossamer.load_adapter(tmp_path / "adapter", str(tmp_path / "adapter"))
 
 
 def test_a_base_in_another_precision_is_the_same_base(tmp_path: Path) -> None:

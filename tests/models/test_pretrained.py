@@ -1,13 +1,17 @@
 """Dense models by name, the real SmolLM2-135M among them."""
 
 import importlib.util
+import pwd
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import gossamer
-from families import tiny_model
+from families import tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.models.pretrained import cache_folder, load_dense
 
@@ -55,9 +59,79 @@ def test_the_converted_weights_stay_where_the_cache_is_said_to_be(monkeypatch: p
     assert cache_folder() == tmp_path / "gossamer"
 
 
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("GOSSAMER_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_user_without_a_home_directory_needs_a_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that runs under a user id of its own."""
+    no_home(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "gossamer"
+    for nowhere in ("", "cache"):  # by the specification, an empty or relative path counts as unset
+        monkeypatch.setenv("XDG_CACHE_HOME", nowhere)
+        with pytest.raises(GossamerError, match=r"no home directory.*GOSSAMER_CACHE"):
+            cache_folder()
+
+
+def test_an_empty_cache_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GOSSAMER_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == tmp_path / ".cache" / "gossamer"
+    monkeypatch.setenv("GOSSAMER_CACHE", "~/weights")
+    assert cache_folder() == tmp_path / "weights"
+
+
 def test_names_that_stand_for_nothing_are_named(tmp_path: Path) -> None:
     with pytest.raises(GossamerError, match="directory without config"):
         load_dense(str(tmp_path))
     gossamer.save(gossamer.sparsify(tiny_model("llama")), tmp_path / "gated")
     with pytest.raises(GossamerError, match="give the dense model it was made from"):
         load_dense(str(tmp_path / "gated"))
+
+
+def test_a_run_and_what_lies_in_it_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"config": {}, "versions": {}}')
+    (tmp_path / "blocks.safetensors").touch()
+    with pytest.raises(GossamerError, match=f"is a run; give {tmp_path}/control"):
+        load_dense(str(tmp_path))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_that_compilation_and_data_parallelism_leave_are_read(
+    prefix: str, saved_llama: Path, tmp_path: Path
+) -> None:
+    """And are gone when the model is saved again."""
+    shutil.copytree(saved_llama, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({f"{prefix}{name}": value for name, value in tensors.items()}, file, {"format": "pt"})
+    model, _ = load_dense(str(tmp_path / "model"))
+    assert model.config.name_or_path == str(tmp_path / "model")
+    model.set_attn_implementation("eager")
+    ids = tokens(1, 9)
+    assert torch.equal(model(input_ids=ids).logits, tiny_model("llama")(input_ids=ids).logits)
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("part", ["beside the model", "alone", "of an own base"])
+def test_adapters_are_not_put_on_a_model_unasked(part: str, saved_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if part == "beside the model":
+        shutil.copytree(saved_llama, folder)
+    adapters = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    if part == "of an own base":
+        adapters.peft_config["default"].base_model_name_or_path = str(saved_llama)
+    adapters.save_pretrained(folder)
+    with pytest.raises(GossamerError, match=r"holds adapters .*merge_and_unload"):
+        load_dense(str(folder))

@@ -1,17 +1,20 @@
 """Text to blocks: every kind of file, the split, the choice of blocks, and every fault by name."""
 
+import copy
 import gzip
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from conftest import sentences
 from families import tiny_model
 from gossamer import GossamerError
-from gossamer.training.data import load_blocks, pack, read_documents, sample_blocks, split, split_by_checksum
+from gossamer.training.data import is_held_out, load_blocks, pack, sample_blocks, split, split_by_checksum
+from gossamer.training.documents import read_documents
 
 SMALL = {"seq_len": 16, "train_blocks": 4, "validation_blocks": 3, "held_out_blocks": 2, "seed": 0}
 
@@ -78,6 +81,76 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n', encoding="utf-8-sig")
     (tmp_path / "b.txt").write_text("two", encoding="utf-8-sig")
     assert list(read_documents(tmp_path)) == ["one", "two"]
+
+
+def by_hand(documents: list[str], tokenizer) -> list[int]:
+    """The tokens of documents that are not blank, with the end token after each."""
+    return [
+        token
+        for text in documents
+        if text.strip()
+        for token in (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    ]
+
+
+BLANK = ["", " ", "\n", "\u2003\t"]
+
+
+def test_blank_documents_are_left_out_of_every_part(tmp_path: Path, tokenizer) -> None:
+    """As in wikitext, where every third row is one: their checksum would put all of them among the held-out ones."""
+    documents = [row for text in sentences(200) for row in (text, *BLANK)]
+    assert is_held_out("")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents))
+    sizes = {"seq_len": 8, "train_blocks": 1_000, "validation_blocks": 1, "held_out_blocks": 1_000, "seed": 0}
+    for text in (f"hub:{tmp_path}", str(tmp_path)):
+        blocks = load_blocks(text, tokenizer, **sizes)
+        train, unseen = (
+            split(documents) if text == str(tmp_path) else
+            ([row for row in documents if not is_held_out(row)], [row for row in documents if is_held_out(row)])
+        )  # fmt: skip
+        for part, expected in (([blocks.train], train), ([blocks.validation, blocks.held_out], unseen)):
+            ids = by_hand(expected, tokenizer)
+            rows = {tuple(ids[start : start + 8]) for start in range(0, len(ids) - 7, 8)}
+            assert {tuple(row) for row in torch.cat(part).tolist()} == rows
+
+
+def test_a_document_without_tokens_leaves_no_end_token(tokenizer) -> None:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.Replace("\u200b", "")
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    documents = ["one two", "\u200b", "three"]
+    assert pack(documents, bare, 1, name="text").flatten().tolist() == by_hand(["one two", "three"], tokenizer)
+    assert len(pack(["\u200b"], bare, 1, name="text", least=0)) == 0
+
+
+def test_rows_of_a_data_set_that_are_null_are_blank(tmp_path: Path, tokenizer) -> None:
+    documents = [None, *sentences(400), None]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents))
+    blocks = load_blocks(f"hub:{tmp_path}", tokenizer, **SMALL)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents[1:-1]))
+    again = load_blocks(f"hub:{tmp_path}", tokenizer, **SMALL)
+    assert all(torch.equal(getattr(blocks, part), getattr(again, part)) for part in vars(blocks))
+
+
+def test_tokens_that_the_model_does_not_know_are_named_with_both_sizes(tmp_path: Path, tokenizer) -> None:
+    """The tokenizer of the fixture has fewer tokens than the model; one that is added to it has no embedding."""
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"<a{number}>" for number in range(20)])
+    model = tiny_model("llama")
+    assert (len(tokenizer), len(larger)) == (78, 98)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in sentences(400)))
+    load_blocks(str(tmp_path), larger, **SMALL, model=model)  # it does not occur
+    for place in (5, 395):  # to train on; held out
+        rows = sentences(400)
+        rows[place] += " <a19>"
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        said = r"'<a19>' \(number 97\); the tokenizer has 98 tokens, the model embeddings for 97 only"
+        with pytest.raises(GossamerError, match=said) as caught:
+            load_blocks(str(tmp_path), larger, **SMALL, model=model)
+        assert "\n" not in str(caught.value)
+    starting = PreTrainedTokenizerFast(tokenizer_object=larger.backend_tokenizer, bos_token="<a19>")
+    with pytest.raises(GossamerError, match="text 'self' has the token '<a19>'"):
+        load_blocks("self", starting, **SMALL, model=model)
 
 
 def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenizer) -> None:

@@ -1,5 +1,6 @@
 """Texts read while training: what is held out, the share of each process and worker, and going on in the middle."""
 
+import copy
 import gzip
 import json
 from collections import Counter
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from conftest import sentences
+from families import tiny_model
 from gossamer.errors import GossamerError
-from gossamer.training.data import pack
-from gossamer.training.stream import ONE_IN, BlockStream, is_held_out, open_stream, unseen_blocks
+from gossamer.training import tokens
+from gossamer.training.data import is_held_out, pack
+from gossamer.training.stream import ONE_IN, BlockStream, open_stream, unseen_blocks
 
 LENGTH = 16
 
@@ -136,6 +139,61 @@ def test_long_documents_are_cut_into_many_blocks(tmp_path: Path, tokenizer) -> N
     again.load_state_dict(stream.state_dict())
     packed = pack([(tmp_path / "a.txt").read_text()], tokenizer, LENGTH, name="text").tolist()
     assert [list(batch[0]) for batch in first + take(again, 9, size=1)] == packed[:18]
+
+
+def test_blank_documents_are_in_no_part(tmp_path: Path, tokenizer) -> None:
+    documents = sentences(400)
+    for name, rows in (("a", documents), ("b", [row for text in documents for row in (text, "", " \n")])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    sizes = {"seq_len": LENGTH, "validation_blocks": 2, "held_out_blocks": 9}
+    without, among = (unseen_blocks(str(tmp_path / name), tokenizer, **sizes) for name in "ab")
+    assert len(without.held_out) == 9
+    assert torch.equal(without.held_out, among.held_out)
+    assert torch.equal(without.validation, among.validation)
+    streams = [BlockStream(str(tmp_path / name), tokenizer, LENGTH) for name in "ab"]
+    first, second = (take(stream, 20) for stream in streams)
+    assert first == second
+    again = BlockStream(str(tmp_path / "b"), tokenizer, LENGTH)
+    again.load_state_dict(streams[1].state_dict())
+    assert take(again, 5) == take(streams[0], 5)
+
+
+def test_going_on_within_a_document_in_pieces(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["\n".join(sentences(120, seed)) for seed in range(3)]
+    packed = pack([text for text in texts if not is_held_out(text)], tokenizer, LENGTH, name="text").tolist()
+    assert len(packed) > 150
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    monkeypatch.setattr(tokens, "PIECE", 1_024)
+    monkeypatch.setattr(tokens, "OVERLAP", 256)
+    stream, found = BlockStream(str(tmp_path), tokenizer, LENGTH), []
+    for stop in (1, 30, 31, 95, 110, len(packed)):
+        found += [list(batch[0]) for batch in take(stream, stop - len(found), size=1)]
+        state = json.loads(json.dumps(stream.state_dict()))
+        stream = BlockStream(str(tmp_path), tokenizer, LENGTH)
+        stream.load_state_dict(state)
+    assert found == packed
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_text_of_one_document_is_refused_before_training(held_out: bool, tmp_path: Path, tokenizer) -> None:
+    text = next(text for seed in range(99) if is_held_out(text := "\n".join(sentences(60, seed))) == held_out)
+    (tmp_path / "a.txt").write_text(text)
+    sizes = {"seq_len": LENGTH, "validation_blocks": 2, "held_out_blocks": 4}
+    with pytest.raises(GossamerError, match=r"a\.txt is 1 document, too few to .*; leave --stream out, or give"):
+        unseen_blocks(str(tmp_path / "a.txt"), tokenizer, **sizes)
+    (tmp_path / "b.txt").write_text(" \n")
+    with pytest.raises(GossamerError, match=r"b\.txt is empty"):
+        unseen_blocks(str(tmp_path / "b.txt"), tokenizer, **sizes)
+
+
+def test_a_stream_needs_a_model_that_knows_every_token(folder: Path, tokenizer) -> None:
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"<a{number}>" for number in range(20)])
+    sizes = {"seq_len": LENGTH, "validation_blocks": 2, "held_out_blocks": 4, "model": tiny_model("llama")}
+    unseen_blocks(str(folder), tokenizer, **sizes)
+    with pytest.raises(GossamerError, match=r"tokenizer has 98 tokens .*, the model embeddings for 97 only"):
+        unseen_blocks(str(folder), larger, **sizes)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

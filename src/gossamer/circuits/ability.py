@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.tasks.base import Prompts
 from gossamer.errors import GossamerError
+from gossamer.models.vocabulary import require_embeddings
 
 ENOUGH = 0.7
 """Share of the prompts that a model has to answer right before circuits of it are looked for."""
@@ -26,6 +27,17 @@ class Ability:
     clean: float
     corrupted: float
     prompts: int
+
+
+def require_known_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
+    """Refuse prompts and answers with tokens that the model has no embedding for.
+
+    Raises:
+        GossamerError: naming such a token.
+    """
+    for tokens in prompts.kept:
+        ids = torch.cat([tokens.clean, tokens.corrupted, tokens.answers, tokens.wrong])
+        require_embeddings(model, tokenizer, ids, f"the example {tokens.example.clean!r}")
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gossamer.circuits.streams import Pattern, Visitor, graph_of, visited
 from gossamer.errors import GossamerError
 from gossamer.files import write_text
+from gossamer.models.vocabulary import require_embeddings
 
 MOST_LINKS = 20_000_000
 """Links, open or not, of all prompts of a record; 4/3 bytes each in the page, for the dense model alone."""
@@ -68,8 +69,12 @@ def record_attention(
     """The record of some prompts; models in ``eval()`` mode.
 
     Raises:
-        GossamerError: if the prompts have more than :data:`MOST_LINKS` links in all: the page would hold them all.
+        GossamerError: if the prompts have more than :data:`MOST_LINKS` links in all: the page would hold them all; if
+            they have a token that a model does not know.
     """
+    for model in models.values():
+        for prompt in prompts:
+            require_embeddings(model, tokenizer, torch.tensor(prompt.ids), "the prompt")
     graph = graph_of(next(iter(models.values())))
     lengths = [len(prompt.ids) for prompt in prompts]
     links = sum(graph.layers * graph.heads * length * (length + 1) // 2 for length in lengths)

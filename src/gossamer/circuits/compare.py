@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gossamer.circuits.ability import Ability, measure_ability, require_ability
+from gossamer.circuits.ability import Ability, measure_ability, require_ability, require_known_tokens
 from gossamer.circuits.graph import Graph, prune, top_edges
 from gossamer.circuits.interchange import Circuit
 from gossamer.circuits.metrics import EXPLAINED, Curve
@@ -112,6 +112,9 @@ def compare_circuits(
         task.prompts(tokenizer, config.examples, seed=seed, corruption=config.corruption, phrasing=phrasing)
         for seed, phrasing in variations
     ]
+    for model in models.values():
+        for some in prompts:
+            require_known_tokens(model, tokenizer, some)
     settings["checksum"] = _checksum((each.clean, each.corrupted) for some in prompts for each in some.kept)
     settings["answers_checksum"] = _checksum((each.answers, each.wrong) for some in prompts for each in some.kept)
     if not config.replace:

@@ -41,12 +41,13 @@ def task(
     """Show examples of a task, and how well MODEL does it."""
     from collections import Counter
 
-    from gossamer.circuits.ability import measure_ability
+    from gossamer.circuits.ability import measure_ability, require_known_tokens
     from gossamer.circuits.tasks import find_task
 
     chosen = find_task(name)
     network, tokenizer = load_any(model)
     prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    require_known_tokens(network, tokenizer, prompts)
     table = Table(title=escape(f"{chosen.name}: {chosen.summary}"))
     for column in ("clean", "corrupted", "right", "wrong"):
         table.add_column(column)
@@ -202,7 +203,7 @@ def prove(
     missing too, EAP-IG's figure stands beside, which lets these neurons through them. A file with scores alone needs
     --edges, --nodes or --neurons. Edges that are cut off from input or logits are left out.
     """
-    from gossamer.circuits.ability import measure_ability, require_ability
+    from gossamer.circuits.ability import measure_ability, require_ability, require_known_tokens
     from gossamer.circuits.graph import between_nodes, prune
     from gossamer.circuits.interchange import require_graph_of
     from gossamer.circuits.search import faithfulness_of
@@ -212,6 +213,7 @@ def prove(
     network, tokenizer = load_any(model)
     require_graph_of(network, found, circuit)
     prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    require_known_tokens(network, tokenizer, prompts)
     require_ability(measure_ability(network, prompts), chosen.name, forced=force)
 
     def measure(kept: "Tensor") -> "Point":  # type: ignore[name-defined]

@@ -22,9 +22,10 @@ from gossamer.errors import GossamerError
 from gossamer.files import write_text
 from gossamer.models.pretrained import load_dense
 from gossamer.models.tokenizers import load_own_tokenizer, without_ending
+from gossamer.models.vocabulary import require_vocabulary
 from gossamer.runs.record import Run, load_control, load_sparse
 from gossamer.tables import Table
-from gossamer.training.data import end_of_text
+from gossamer.training.tokens import end_of_text
 
 
 def measure_tasks(
@@ -59,8 +60,9 @@ def measure_tasks(
 
     Raises:
         GossamerError: if lm-eval is not installed, a task is unknown or cannot be loaded, or the tokenizer has no token
-            that begins or ends a text.
+            that begins or ends a text, or has tokens that the model does not know.
     """
+    require_vocabulary(model, tokenizer, "a task")
     manager, loaded = _load(tasks, task_path)
     from lm_eval.evaluator import simple_evaluate
 

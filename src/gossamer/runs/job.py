@@ -75,7 +75,7 @@ def post_train(
         if first:
             check_watchers(report_to)
             with sampling_shown(job.console) as progress:
-                dense, tokenizer = begin(job.run, config, progress, resume=resume)
+                dense, tokenizer = begin(job.run, config, progress, resume=resume, warn=job.warn)
     if not first:
         job = replace(job, console=Console(quiet=True), warn=lambda line: None)
     with together():

@@ -5,6 +5,7 @@ beside the others: those of the multiplier begin with ``multiplier_``, and the c
 settings of that kind beside it.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -12,7 +13,9 @@ from typing import Any, Literal, get_type_hints
 
 from gossamer.errors import GossamerError
 from gossamer.fields import Setting, documented, setting
+from gossamer.models.pretrained import SMOLLM2
 from gossamer.training.constraints import CONSTRAINTS, Constraint
+from gossamer.training.data import SELF
 from gossamer.training.trainer import TrainingConfig
 
 
@@ -23,8 +26,8 @@ class RunConfig:
 
     model: str = setting("What to sparsify: smollm2, a directory with a saved model, or a Hub id.")
     text: str = setting(
-        "Training text: a .txt, .jsonl, .txt.gz or .jsonl.gz file (documents under 'text'), a directory of such files, "
-        "a Hub data set (org/name or hub:NAME:CONFIG:SPLIT), or 'self': sampled from the model."
+        "Training text: a .txt, .jsonl or .json file (documents under 'text'; also .gz, .bz2, .xz, .zst), a directory of "
+        "such files, a Hub data set (org/name or hub:NAME:CONFIG:SPLIT), or 'self': sampled from the model."
     )
     tokens: int = setting("Training tokens.", 1_000_000, least=1)
     seq_len: int = setting("Tokens in a training block. Train at the length you need.", 256, least=2)
@@ -53,6 +56,14 @@ class RunConfig:
     stream: bool = setting("Read the text while training, for texts too large to choose blocks from.", False)
     stream_workers: int = setting("Processes that read and tokenise a stream, beside each one that trains.", 1, least=0)
     training: TrainingConfig = setting("How to train.", default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        # So that it is found from any folder. smollm2 and self are names, whatever lies beside.
+        local = {"model": os.path.isdir, "text": os.path.exists, "start_from": os.path.exists}
+        for name, is_there in local.items():
+            value = getattr(self, name)
+            if value not in (None, SMOLLM2, SELF) and is_there(value):
+                object.__setattr__(self, name, os.path.abspath(value))
 
     @property
     def tokens_per_step(self) -> int:

@@ -5,11 +5,17 @@ import os
 import zlib
 from pathlib import Path
 
+from gossamer.files import set_modes
+
 _SEAL = "checksums.json"
 
 
 def seal(checkpoint: Path) -> None:
-    """Record size and CRC-32 of every file of a checkpoint, for :func:`fault`, and flush all to disk."""
+    """Record size and CRC-32 of every file of a checkpoint, for :func:`fault`, and flush all to disk.
+
+    The files get the modes of new files.
+    """
+    set_modes(checkpoint)
     sums = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         sums[str(file.relative_to(checkpoint))] = _checksum(file)

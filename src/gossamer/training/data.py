@@ -5,17 +5,14 @@ documents  ->  held out: the last 5 % of each file's characters, or of a Hub dat
            ->  a seeded choice of blocks
 """
 
-import gzip
-import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Int
@@ -24,6 +21,9 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
+from gossamer.models.vocabulary import require_embeddings
+from gossamer.training.documents import HUB, is_local, read_documents, text_files
+from gossamer.training.tokens import tokens_of
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -31,13 +31,8 @@ if TYPE_CHECKING:
 SELF = "self"
 """The text that is sampled from the model itself."""
 
-HUB = "hub:"
-"""Before the name of a Hub data set, where a local file has the same name."""
-
 HELD_OUT = 0.05
 """Share of a file's characters that is held out, at its end."""
-
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 ONE_IN = 20
 """One document in so many is held out, where the end of the text is not known."""
@@ -50,8 +45,6 @@ _READ_WHOLE = 2**24
 
 _CHOICE = 20
 """Of a longer text, blocks to choose from for each one wanted."""
-
-_DOCUMENTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -97,7 +90,7 @@ def load_blocks(
     """Training and held-out blocks of a text; the same arguments give the same blocks.
 
     Args:
-        text: a local file (``.txt``, ``.jsonl``, each also with ``.gz``), a directory of such files, the id of
+        text: a local file (see :mod:`gossamer.training.documents`), a directory of such files, the id of
             a Hub data set with a column ``text`` as ``[hub:]NAME[:CONFIG[:SPLIT]]``, or ``self``.
         tokenizer: of the model.
         seq_len: tokens in a block.
@@ -107,7 +100,7 @@ def load_blocks(
             a third of it.
         held_out_blocks: at most so many held-out blocks, evenly spaced over the rest of it.
         seed: of the choice, and of the text sampled from the model.
-        model: for ``self``.
+        model: for ``self``, and to see that it knows the tokens.
         progress: called with the number of blocks sampled so far, and of all, for ``self``.
 
     Raises:
@@ -132,6 +125,9 @@ def load_blocks(
     most = max(_CHOICE * train_blocks, _READ_WHOLE // seq_len)
     train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)", most=most)
     unseen = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, {held_out_name})", least=2)
+    if model is not None:
+        for part in (train_packed, unseen):
+            require_embeddings(model, tokenizer, part, text)
     validation = _spaced(len(unseen), min(validation_blocks, max(1, len(unseen) // 3)))
     rest = torch.ones(len(unseen), dtype=torch.bool).index_fill_(0, validation, False).nonzero().flatten()
     reported = rest[_spaced(len(rest), held_out_blocks)]
@@ -147,80 +143,6 @@ def _spaced(count: int, chosen: int) -> Int[Tensor, " chosen"]:
     return (torch.arange(min(chosen, count)) * step + step / 2 - 0.5).round().long().clamp(max=count - 1).unique()
 
 
-def text_files(path: Path) -> list[Path]:
-    """The files of a text: itself, or those with a known suffix in a directory, in order of their names.
-
-    Raises:
-        GossamerError: if a directory holds none.
-    """
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and not file.is_dir())
-    if not files:
-        raise GossamerError(f"{path} holds no text: no file ends in {', '.join(SUFFIXES)}")
-    return files
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a file, or of all files with a known suffix in a directory, in order of their names.
-
-    Raises:
-        GossamerError: naming the file, and for JSON the line, that cannot be read.
-    """
-    if path.is_dir():
-        for file in text_files(path):
-            yield from read_documents(file)
-        return
-    if not path.name.endswith(SUFFIXES):
-        raise GossamerError(f"{path} is of an unknown kind; text files end in {', '.join(SUFFIXES)}")
-    opener = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as stream:
-            if path.name.endswith((".txt", ".txt.gz")):
-                yield stream.read()
-            else:
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield _document(line, path, number)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise GossamerError(f"{path} is not a whole gzip file: {error}") from error
-    except UnicodeDecodeError as error:
-        raise GossamerError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise GossamerError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _document(line: str, path: Path, number: int) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise GossamerError(f"{path}, line {number}: not valid JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise GossamerError(f"{path}, line {number}: no string under the key 'text'")
-    text: str = row["text"]
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise GossamerError(
-            f"{path}, line {number}: the text holds half a character ({text[error.start]!a})"
-        ) from error
-    return text
-
-
-def is_local(text: str) -> bool:
-    """Whether a text is a file or directory, not a Hub data set.
-
-    Raises:
-        GossamerError: if it looks like one that is not there.
-    """
-    if os.path.exists(text):
-        return True
-    looks = text.endswith(SUFFIXES) or text.count("/") > 1 or text.startswith(("/", ".", "~")) or not text
-    if looks and not text.startswith(HUB):
-        raise GossamerError(f"no text {text}: there is no such file or directory")
-    return False
-
-
 def hub_stream(text: str) -> "IterableDataset":
     """The rows of the Hub data set ``[hub:]NAME[:CONFIG[:SPLIT]]``, read when asked for: the column ``text`` alone.
 
@@ -233,7 +155,7 @@ def hub_stream(text: str) -> "IterableDataset":
     with hub_faults(text):
         rows = load_dataset(name, config or None, split=part or "train", streaming=True)
         first = next(iter(rows), {"text": ""})
-        if not isinstance(first.get("text"), str):
+        if not isinstance(first.get("text", 0), str | None):
             columns = ", ".join(first)
             raise GossamerError(f"the data set {text} has no column 'text' of strings, only {columns}")
         return rows.select_columns("text")
@@ -243,8 +165,9 @@ def _read_hub(text: str, *, characters: int) -> Iterator[str]:
     """The first documents of a Hub data set, until there are enough characters."""
     with hub_faults(text):
         for row in hub_stream(text):
-            yield row["text"]
-            characters -= len(row["text"])
+            document = row["text"] or ""  # of a column that has nulls
+            yield document
+            characters -= len(document)
             if characters <= 0:
                 return
 
@@ -264,13 +187,16 @@ def hub_faults(text: str) -> Iterator[None]:
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Training documents and held-out ones: the last 5 % of the characters, cutting the document at the border."""
+    """Training documents and held-out ones: the last 5 % of the characters, cutting the document at the border.
+
+    Blank ones are left out.
+    """
     cut = round(sum(map(len, documents)) * (1 - HELD_OUT))
     train, held_out = [], []
     for document in documents:
         before, after = document[: max(cut, 0)], document[max(cut, 0) :]
-        train += [before] if before else []
-        held_out += [after] if after else []
+        train += [before] if before.strip() else []
+        held_out += [after] if after.strip() else []
         cut -= len(document)
     return train, held_out
 
@@ -280,16 +206,21 @@ def is_held_out(document: str) -> bool:
     return zlib.crc32(document.encode(errors="replace")) % ONE_IN == 0
 
 
+def part_of(document: str | None) -> Literal["train", "held out"] | None:
+    """The part that a document belongs to by its checksum; None if it is blank, which stands for nothing."""
+    if not document or not document.strip():
+        return None
+    return "held out" if is_held_out(document) else "train"
+
+
 def split_by_checksum(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Training documents and held-out ones, the same however much of the text was read."""
-    train = [document for document in documents if not is_held_out(document)]
-    return train, [document for document in documents if is_held_out(document)]
-
-
-def end_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that stands after each document, if the tokenizer has one for it."""
-    special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
-    return [token for token in special if token is not None][:1]
+    """Training documents and held-out ones, the same however much of the text was read; none that are blank."""
+    parts = list(map(part_of, documents))
+    train, held_out = (
+        [document for document, part in zip(documents, parts, strict=True) if part == wanted]
+        for wanted in ("train", "held out")
+    )
+    return train, held_out
 
 
 def pack(
@@ -303,18 +234,18 @@ def pack(
 ) -> Int[Tensor, "blocks tokens"]:
     """Documents as blocks of ``seq_len`` tokens, the end-of-text token after each document.
 
-    No more documents are read than ``most`` blocks need, give or take a batch.
+    No more is read and tokenised than ``most`` blocks need, give or take a batch of documents or a piece of one.
 
     Raises:
         GossamerError: if there are not enough tokens for ``least`` blocks; ``name`` says of what.
     """
-    end = end_of_text(tokenizer)
     wanted = math.inf if most is None else most * seq_len
-    documents, parts, count = iter(documents), [torch.empty(0, dtype=torch.int32)], 0
-    while count < wanted and (batch := list(islice(documents, _DOCUMENTS_AT_ONCE))):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            parts.append(torch.tensor(ids + end, dtype=torch.int32))
-            count += len(parts[-1])
+    parts, count = [torch.empty(0, dtype=torch.int32)], 0
+    for ids in tokens_of(documents, tokenizer):
+        parts.append(torch.tensor(ids, dtype=torch.int32))
+        count += len(ids)
+        if count >= wanted:
+            break
     blocks = int(min(count, wanted)) // seq_len
     if blocks < least:
         raise GossamerError(
@@ -341,11 +272,12 @@ def sample_blocks(
     every batch with the number of blocks so far, and of all.
 
     Raises:
-        GossamerError: if the tokenizer has no token to start from.
+        GossamerError: if the tokenizer has no token to start from, or the model does not know it.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise GossamerError("text 'self' needs a tokenizer with a start or end token; give a text instead")
+    require_embeddings(model, tokenizer, torch.tensor([start]), "text 'self'")
     device = next(model.parameters()).device
     rows = []
     with torch.random.fork_rng(), _unadorned(model):

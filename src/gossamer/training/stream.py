@@ -10,7 +10,7 @@ read ahead: a run goes on at the next block, without reading again what came bef
 """
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,22 +24,21 @@ from datasets.distributed import split_dataset_by_node
 from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError, one_line
+from gossamer.models.vocabulary import require_vocabulary
 from gossamer.training.data import (
     ONE_IN,
     SELF,
     Blocks,
-    end_of_text,
     hub_faults,
     hub_stream,
-    is_held_out,
-    is_local,
     pack,
-    read_documents,
-    text_files,
+    part_of,
 )
+from gossamer.training.documents import is_local, read_documents, text_files
+from gossamer.training.tokens import document_tokens
 
 
 @dataclass(frozen=True)
@@ -84,18 +83,42 @@ def unseen_blocks(
     seq_len: int,
     validation_blocks: int,
     held_out_blocks: int,
+    model: PreTrainedModel | None = None,
 ) -> Blocks:
     """The first held-out blocks of a stream, for validation and for figures; none to train on.
 
-    Of a text with fewer, validation gets at most a third.
+    Of a text with fewer, validation gets at most a third. ``model``, if given, has to know all tokens of the
+    tokenizer: what will come of the text is not known.
 
     Raises:
-        GossamerError: naming the text, if it cannot be read or has not two blocks that are held out.
+        GossamerError: naming the text, if it cannot be read, has not two blocks that are held out, or has no document
+            besides those that are held out.
     """
-    documents = (row["text"] for row in open_stream(text) if is_held_out(row["text"]))
-    name = f"{text} (held-out part, one document in {ONE_IN})"
+    if model is not None:
+        require_vocabulary(model, tokenizer, text)
+    parts: Counter[str] = Counter()
+
+    def held_out() -> Iterator[str]:
+        for row in open_stream(text):
+            if (part := part_of(row["text"])) is not None:
+                parts[part] += 1
+            if part == "held out":
+                yield row["text"]
+
     with _faults(text):
-        blocks = pack(documents, tokenizer, seq_len, name=name, least=2, most=validation_blocks + held_out_blocks)
+        documents = held_out()
+        blocks = pack(documents, tokenizer, seq_len, name=text, least=0, most=validation_blocks + held_out_blocks)
+        while not parts["train"] and next(documents, None) is not None:
+            pass
+    if not parts:
+        raise GossamerError(f"{text} is empty; give text to train on")
+    if len(blocks) < 2 or not parts["train"]:
+        found = "1 document" if parts.total() == 1 else f"{parts.total()} documents"
+        lack = f"to hold out 2 blocks of {seq_len} tokens" if len(blocks) < 2 else "to train on any"
+        raise GossamerError(
+            f"{text} is {found}, too few {lack}: --stream holds out whole ones, one in {ONE_IN}; leave --stream out, "
+            "or give more documents (a .jsonl file has one a line)"
+        )
     enough = len(blocks) == validation_blocks + held_out_blocks
     validation = validation_blocks if enough else min(validation_blocks, max(1, len(blocks) // 3))
     return Blocks(blocks[:0], blocks[:validation], blocks[validation:])
@@ -183,7 +206,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         while True:
             documents = split_dataset_by_node(open_stream(self.text), part, parts)
             found = False
-            for block, following in _pack(_tokens(documents, self.tokenizer, place), self.seq_len, place):
+            for block, following in _pack(_pieces(documents, self.tokenizer, place), self.seq_len, place.rounds):
                 found = True
                 yield block, following
             if not found and place.documents is None and place.tokens == 0:
@@ -198,42 +221,66 @@ def _faults(text: str) -> AbstractContextManager[None]:
     return nullcontext() if is_local(text) else hub_faults(text)
 
 
-def _tokens(
-    documents: TextStream, tokenizer: PreTrainedTokenizerBase, place: Place
-) -> Iterator[tuple[dict[str, Any] | None, list[int], dict[str, Any]]]:
-    """Documents from ``place`` on: the stream's state before it, its tokens, the state after it."""
+@dataclass(frozen=True)
+class _Piece:
+    """A part of one document's tokens.
+
+    Attributes:
+        documents: state of the stream before the document.
+        start: how many of its tokens lie before the first of ``ids``.
+        ids: the tokens.
+        after: where the next piece begins.
+    """
+
+    documents: dict[str, Any] | None
+    start: int
+    ids: list[int]
+    after: tuple[dict[str, Any] | None, int]
+
+
+def _pieces(documents: TextStream, tokenizer: PreTrainedTokenizerBase, place: Place) -> Iterator[_Piece]:
+    """The training documents' tokens from ``place`` on."""
     if place.documents is not None:
         documents.load_state_dict(place.documents)
-    before, end = place.documents, end_of_text(tokenizer)
+    before, skipped = place.documents, place.tokens
     for row in documents.iter(1):
         (text,) = row["text"]
         after = documents.state_dict()
-        if not is_held_out(text):
-            yield before, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end, after
+        if part_of(text) == "train":
+            start, parts = 0, document_tokens(text, tokenizer)
+            ids = next(parts, None)
+            while ids is not None:
+                following = next(parts, None)
+                stop = start + len(ids)
+                if stop > skipped:
+                    rest = max(start, skipped)
+                    yield _Piece(before, rest, ids[rest - start :], (after, 0) if following is None else (before, stop))
+                start, ids = stop, following
+            skipped = 0
         before = after
 
 
-def _pack(
-    documents: Iterable[tuple[dict[str, Any] | None, list[int], dict[str, Any]]], seq_len: int, place: Place
-) -> Iterator[tuple[Int[Tensor, " tokens"], Place]]:
-    """Blocks, each with the place where the next one begins; ``place`` is that of the first."""
-    waiting: deque[tuple[dict[str, Any] | None, int, list[int]]] = deque()  # state before, tokens used, tokens
-    count, used = 0, place.tokens
-    for before, tokens, after in documents:
-        waiting.append((before, used, tokens))
-        count += len(tokens) - used
-        used = 0
+def _pack(pieces: Iterable[_Piece], seq_len: int, rounds: int) -> Iterator[tuple[Int[Tensor, " tokens"], Place]]:
+    """Blocks, each with the place where the next one begins."""
+    waiting: deque[tuple[_Piece, int]] = deque()  # pieces, and how many of their tokens are used
+    count = 0
+    for piece in pieces:
+        waiting.append((piece, 0))
+        count += len(piece.ids)
         while count >= seq_len:
             block: list[int] = []
             while len(block) < seq_len:
-                state, start, ids = waiting.popleft()
-                taken = ids[start : start + seq_len - len(block)]
-                block += taken
-                if start + len(taken) < len(ids):
-                    waiting.appendleft((state, start + len(taken), ids))
+                taken, used = waiting.popleft()
+                stop = used + seq_len - len(block)
+                block += taken.ids[used:stop]
+                if stop < len(taken.ids):
+                    waiting.appendleft((taken, stop))
             count -= seq_len
-            state, start = waiting[0][:2] if waiting else (after, 0)
-            yield torch.tensor(block), Place(state, start, place.rounds)
+            state, start = piece.after
+            if waiting:
+                following, used = waiting[0]
+                state, start = following.documents, following.start + used
+            yield torch.tensor(block), Place(state, start, rounds)
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:

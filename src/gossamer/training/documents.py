@@ -1,0 +1,239 @@
+"""The documents of a text on this machine: a file, or a folder of files.
+
+    .txt           one document
+    .jsonl         a document a line, under the key ``text``
+    .json          the same, or a list of such objects, or a single one
+
+each also compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``. Endings may be in capitals.
+
+Of a folder all files count that end so, in the folders below it too, in order of their names. What a name with a dot
+begins is hidden: backups of notebooks, what macOS leaves beside a file. Links are followed, to nothing twice.
+"""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+from pyarrow import input_stream
+
+from gossamer.errors import GossamerError
+
+HUB = "hub:"
+"""Before the name of a Hub data set, where a local file has the same name."""
+
+KINDS = (".txt", ".jsonl", ".json")
+
+_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
+    "": lambda path: path.open("rb"),
+    ".gz": lambda path: cast(IO[bytes], gzip.open(path)),  # noqa: SIM115
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda path: cast(IO[bytes], input_stream(path, compression="zstd")),
+}
+
+_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+
+ENDINGS = f"{', '.join(KINDS)}, each also with {', '.join(_NAMES)}"
+
+_SHOWN = 3
+"""Names that are given of each kind of what was passed over."""
+
+
+def kind_of(name: str) -> tuple[str, str] | None:
+    """Kind and compression of a file by its name, as ``(".jsonl", ".gz")``; None if it is no text."""
+    stem, ending = os.path.splitext(name.lower())
+    compression = ending if ending in _OPENERS else ""
+    kind = os.path.splitext(stem)[1] if compression else ending
+    return (kind, compression) if kind in KINDS else None
+
+
+def is_local(text: str) -> bool:
+    """Whether a text is a file or directory, not a Hub data set.
+
+    Raises:
+        GossamerError: if it looks like one that is not there.
+    """
+    if os.path.exists(text):
+        return True
+    looks = kind_of(text) is not None or text.count("/") > 1 or text.startswith(("/", ".", "~")) or not text
+    if looks and not text.startswith(HUB):
+        raise GossamerError(f"no text {text}: there is no such file or directory")
+    return False
+
+
+def text_files(path: Path) -> list[Path]:
+    """The files of a text: itself, or those in a directory, in order of their names.
+
+    Raises:
+        GossamerError: if a directory holds none, or cannot be read.
+    """
+    if not path.is_dir():
+        return [path]
+    found = _Folder(path)
+    if not found.files:
+        raise GossamerError(f"{path} holds no text: no file ends in {ENDINGS}{_list(found.passed_over)}")
+    return found.files
+
+
+def passed_over(text: str) -> str | None:
+    """One line on what is not read of a text that is a directory; None if all of it is."""
+    if not os.path.isdir(text):
+        return None
+    said = _list(_Folder(Path(text)).passed_over)
+    return f"{text}{said}" if said else None
+
+
+def _list(names: dict[str, list[str]]) -> str:
+    said = []
+    for reason, all_names in names.items():
+        more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
+        said.append(f"{', '.join(sorted(all_names)[:_SHOWN])}{more} ({reason})")
+    return f"; passed over: {'; '.join(said)}" if said else ""
+
+
+@dataclass
+class _Folder:
+    """What is in a directory: files of text, and by reason the names of what is none.
+
+    What is really there goes before what is linked, so that a file is found under its own name.
+    """
+
+    path: Path
+    files: list[Path] = field(default_factory=list)
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    links: list[Path] = field(default_factory=list)
+    seen: set[tuple[int, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        try:
+            self._read(self.path)
+            while self.links:
+                self._visit(self.links.pop(0))
+        except OSError as error:
+            raise GossamerError(f"{error.filename or self.path} cannot be read: {error.strerror or error}") from error
+        self.files.sort()
+
+    def _read(self, folder: Path) -> None:
+        if self._is_new(folder):
+            for path in (folder / name for name in sorted(os.listdir(folder))):
+                if path.name.startswith("."):
+                    self._pass_over(path, "hidden")
+                elif path.is_symlink():
+                    self.links.append(path)
+                else:
+                    self._visit(path)
+
+    def _visit(self, path: Path) -> None:
+        if path.is_dir():
+            target = path.resolve()
+            if path.is_symlink() and path.parent.resolve().is_relative_to(target):
+                self._pass_over(path, "leads back to where it lies")
+            else:
+                self._read(path)
+        elif (kind := kind_of(path.name)) is None:
+            self._pass_over(path, "of another kind")
+        elif not path.exists():  # a link to nothing: reading it says so
+            self.files.append(path)
+        elif not path.is_file():
+            self._pass_over(path, "no file")
+        elif self._is_new(path):
+            if kind[0] == ".json" and not _has_documents(path):
+                self._pass_over(path, "without documents")
+            else:
+                self.files.append(path)
+
+    def _is_new(self, path: Path) -> bool:
+        status = path.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in self.seen:
+            self._pass_over(path, "found already")
+            return False
+        self.seen.add(identity)
+        return True
+
+    def _pass_over(self, path: Path, reason: str) -> None:
+        self.passed_over.setdefault(reason, []).append(str(path.relative_to(self.path)))
+
+
+def _has_documents(path: Path) -> bool:
+    """Whether a .json file is a text: many are settings that lie beside one."""
+    try:
+        return next(read_documents(path), None) is not None
+    except GossamerError:
+        return False
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """The documents of a file, or of all files of a directory in order of their names.
+
+    Raises:
+        GossamerError: naming the file, and for JSON the line, that cannot be read.
+    """
+    if path.is_dir():
+        for file in text_files(path):
+            yield from read_documents(file)
+        return
+    if (found := kind_of(path.name)) is None:
+        raise GossamerError(f"{path} is of an unknown kind; text files end in {ENDINGS}")
+    kind, compression = found
+    try:
+        with io.TextIOWrapper(_OPENERS[compression](path), encoding="utf-8-sig") as stream:
+            if kind == ".txt":
+                yield stream.read()
+            else:
+                yield from _json_documents(stream, path, lines=kind == ".jsonl")
+    except UnicodeDecodeError as error:
+        raise GossamerError(f"{path} is not UTF-8 text: {error}") from error
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise GossamerError(f"{path} is not a whole {_NAMES[compression]} file: {error}") from error
+    except OSError as error:
+        # An error of the system has a number; those of the decompressors have none.
+        if error.errno is None and compression:
+            raise GossamerError(f"{path} is not a whole {_NAMES[compression]} file: {error}") from error
+        raise GossamerError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _json_documents(stream: io.TextIOWrapper, path: Path, *, lines: bool) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        if not lines:
+            with suppress(ValueError, RecursionError):  # a value that goes over several lines, or no JSON
+                lines = isinstance(json.loads(line), dict)
+            if not lines:
+                yield from _whole_documents("\n" * (number - 1) + line + stream.read(), path)
+                return
+        yield _document(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+
+
+def _whole_documents(content: str, path: Path) -> Iterator[str]:
+    value = _parsed(content, str(path))
+    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+        yield _document(row, f"{path}, object {number}")
+
+
+def _parsed(content: str, place: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise GossamerError(f"{place}: not valid JSON ({error})") from error
+
+
+def _document(row: Any, place: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise GossamerError(f"{place}: no string under the key 'text'")
+    text: str = row["text"]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GossamerError(f"{place}: the text holds half a character ({text[error.start]!a})") from error
+    return text
