@@ -92,6 +92,8 @@ def test_validation_says_how_far_the_batches_are_off() -> None:
     assert running.value == pytest.approx(0.1)
     running.add_validation(0.2)  # an offset of 0.4 now, 0.3 before: the mean of both
     assert running.value == pytest.approx(0.15)
+    running.add_validation(0.7, alone=True)
+    assert running.value == pytest.approx(0.7)
 
 
 def test_the_running_violation_is_a_running_mean() -> None:

@@ -26,8 +26,8 @@ class RunConfig:
 
     model: str = setting("What to sparsify: smollm2, a directory with a saved model, or a Hub id.")
     text: str = setting(
-        "Training text: a .txt, .jsonl or .json file (documents under 'text'; also .gz, .bz2, .xz, .zst), a directory of "
-        "such files, a Hub data set (org/name or hub:NAME:CONFIG:SPLIT), or 'self': sampled from the model."
+        "Training text: a .txt, .jsonl or .json file (documents under 'text'; also .gz, .bz2, .xz, .zst), a directory "
+        "of such files, a Hub data set (org/name or hub:NAME:CONFIG:SPLIT), or 'self': sampled from the model."
     )
     tokens: int = setting("Training tokens.", 1_000_000, least=1)
     seq_len: int = setting("Tokens in a training block. Train at the length you need.", 256, least=2)

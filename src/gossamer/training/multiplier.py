@@ -107,11 +107,12 @@ class RunningViolation:
         self.mean = self._averaged(self.mean, violation, self.decay)
         self.slow_mean = self._averaged(self.slow_mean, violation, math.sqrt(self.decay))
 
-    def add_validation(self, violation: float) -> None:
-        """Take in a measurement on the validation blocks."""
-        if self.slow_mean is None:
-            self.mean = self.slow_mean = violation
-        self.offset = self._averaged(self.offset, violation - self.slow_mean, 0.5)
+    def add_validation(self, violation: float, *, alone: bool = False) -> None:
+        """Take in a measurement on the validation blocks; ``alone`` where batches say nothing, as with sampled gates."""
+        if alone or self.slow_mean is None:
+            self.mean, self.slow_mean, self.offset = violation, violation, 0.0
+        else:
+            self.offset = self._averaged(self.offset, violation - self.slow_mean, 0.5)
 
     @staticmethod
     def _averaged(before: float | None, now: float, decay: float) -> float:

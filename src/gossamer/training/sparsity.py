@@ -232,8 +232,7 @@ class SparsityTrainer(PostTrainer):
         step = self.state.global_step
         if step % max(1, self.steps // self.config.validations) == 0 or step == self.steps:
             self.validation_result = self.validate()
-            if not self.last["sampled"]:
-                self.running.add_validation(self.violation(self.validation_result))
+            self.running.add_validation(self.violation(self.validation_result), alone=bool(self.last["sampled"]))
         if self.validation_result is not None:
             self.last["constrained_held_out"] = self.validation_result.constrained
         if (violation := self.running.value) is not None:

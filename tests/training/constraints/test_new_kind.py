@@ -1,6 +1,7 @@
 """A kind of constraint that only this file and one line in the registry know of, from the settings to the page."""
 
 import sys
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.usefixtures("registered")
 def test_a_kind_is_one_file_and_one_line(saved_llama: Path, text: Path, tmp_path: Path, command) -> None:
-    settings = config(validate_every=2, precision="fp32", validation_tokens=64, held_out_tokens=128)
+    settings = config(validations=3, precision="fp32", validation_tokens=64, held_out_tokens=128)
     line = ["--text", text, "--tokens", 6 * 64, "--seq-len", 16, "--no-control", *settings]
     asked = ["--constraint", "surprise", "--over", 0.25, "--out", tmp_path / "run"]
     printed = command("sparsify", saved_llama, *line, *asked)
