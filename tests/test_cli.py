@@ -761,8 +761,12 @@ def test_printed_settings_are_a_file_that_sparsify_takes(
 ) -> None:
     code, printed, errors = command_here("settings")
     assert code == 0, errors
-    changed = {"learning_rate: 0.0003": "learning_rate: 5e-4", "tokens: 1000000": "tokens: 64",
-               "validation_tokens: 8192": "validation_tokens: 64", "held_out_tokens: 32768": "held_out_tokens: 64"}  # fmt: skip
+    changed = {
+        "learning_rate: 0.0003": "learning_rate: 5e-4",
+        "tokens: 1000000": "tokens: 64",
+        "validation_tokens: 8192": "validation_tokens: 64",
+        "held_out_tokens: 32768": "held_out_tokens: 64",
+    }
     for before, after in changed.items():
         assert before in printed
         printed = printed.replace(before, after)
