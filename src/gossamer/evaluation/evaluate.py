@@ -59,7 +59,7 @@ def evaluate_run(
     Raises:
         GossamerError: if the run is not finished.
     """
-    config, record = run.config(), run.record()
+    config = run.config()
     blocks = run.blocks("held_out")
     options: dict[str, Any] = {
         "precision": precision,
@@ -78,13 +78,7 @@ def evaluate_run(
         control_loss = measure_language(load_control(run), blocks, **options).loss
     progress("top-k baseline")
     metrics = {
-        "model": config.model,
-        "text": config.text,
-        "seq_len": config.seq_len,
-        "seed": config.training.seed,
-        "tokens_trained": config.tokens_trained,
-        "tokens_trained_before": record["measured"].get("tokens_before") or None,
-        "selected_step": record["measured"].get("selected", {}).get("step"),
+        **_training_facts(run),
         "blocks_evaluated": len(blocks),
         "tokens_evaluated": sparse_figures.tokens,
         "precision_evaluated": precision,
@@ -92,13 +86,28 @@ def evaluate_run(
         **_constraint_figures(config.training.constraint, sparse_figures, dense_figures),
         **_link_figures(sparse_figures.links),
         **_topk_figures(dense, blocks, topk, options),
-        "versions_trained": record["versions"],
         "versions_evaluated": versions(),
     }
     before = json.loads(run.metrics.read_text()) if run.metrics.exists() else {}
     metrics = {**metrics, **{key: value for key, value in before.items() if key not in metrics}}
     write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
+
+
+def _training_facts(run: Run) -> dict[str, Any]:
+    config, record = run.config(), run.record()
+    selected = record["measured"].get("selected", {})
+    return {
+        "model": config.model,
+        "text": config.text,
+        "seq_len": config.seq_len,
+        "seed": config.training.seed,
+        "tokens_trained": config.tokens_trained,
+        "tokens_trained_before": record["measured"].get("tokens_before") or None,
+        "selected_step": selected.get("step"),
+        "gate_bias_shift": selected.get("calibration"),
+        "versions_trained": record["versions"],
+    }
 
 
 def _loss_figures(sparse: LanguageFigures, dense: LanguageFigures, control_loss: float | None) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Post-training under a constraint: text, objective, trainer, the run as a whole."""
+"""Post-training under a constraint: text, constraints, multiplier, trainer."""
