@@ -102,8 +102,9 @@ def test_a_run_in_bf16_follows_that_in_fp32(part: str, hard_fraction: float, tmp
     """bfloat16 keeps 8 bits: after 20 steps figures agree to 5 %, open links to 2 %, and weights moved the same way."""
     start = moved(trained(tmp_path, part=part, steps=1, learning_rate=0.0, gate_learning_rate=0.0))
     # A low and steady lambda: the gates leave the neighbourhood of 0, where rounding alone would decide about links.
+    steady = MultiplierConfig(0.02, proportional=0.0, integral=0.0)
     settings = {"part": part, "steps": 20, "validations": 4, "hard_fraction": hard_fraction, "learning_rate": 3e-4,
-                "gate_learning_rate": 0.03, "multiplier": MultiplierConfig(0.02, proportional=0.0, integral=0.0)}  # fmt: skip
+                "gate_learning_rate": 0.03, "multiplier": steady}  # fmt: skip
     exact, rounded = (trained(tmp_path, precision=precision, **settings) for precision in ("fp32", "bf16"))
     for key, tolerance in (("constrained", 0.05), ("constrained_held_out", 0.05), ("open_fraction", 0.02),
                            ("expected_open_fraction", 0.02), ("multiplier", 0.02)):  # fmt: skip

@@ -108,7 +108,7 @@ class RunningViolation:
         self.slow_mean = self._averaged(self.slow_mean, violation, math.sqrt(self.decay))
 
     def add_validation(self, violation: float, *, alone: bool = False) -> None:
-        """Take in a measurement on the validation blocks; ``alone`` where batches say nothing, as with sampled gates."""
+        """Take in a measurement on the validation blocks; ``alone`` where batches, with sampled gates, say nothing."""
         if alone or self.slow_mean is None:
             self.mean, self.slow_mean, self.offset = violation, violation, 0.0
         else:

@@ -1,7 +1,7 @@
 """A kind of constraint that only this file and one line in the registry know of, from the settings to the page."""
 
-import sys
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
