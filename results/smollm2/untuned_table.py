@@ -32,9 +32,8 @@ def main() -> None:
     )
     for line, _ in rows:
         print(line)
-    print(
-        f"\n{sum(held for _, held in rows)} of {len(rows)} held their bound or missed it by less than one standard error."
-    )
+    count = sum(held for _, held in rows)
+    print(f"\n{count} of {len(rows)} held their bound, or missed it by less than one standard error.")
 
 
 if __name__ == "__main__":
