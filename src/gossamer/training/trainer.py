@@ -49,7 +49,7 @@ from gossamer.training.stream import BlockStream
 TrainedPart = Literal["all", "attention", "lora"]
 Precision = Literal["fp32", "bf16"]
 
-GATE_RATE, GATE_RATE_STEPS = 0.1, 60
+GATE_RATE, GATE_RATE_STEPS = 0.15, 60
 """Learning rate of the gate biases in runs of so many steps and fewer."""
 
 
@@ -76,7 +76,7 @@ class TrainingConfig:
     )
     learning_rate: float = setting("Of the weights, between warm-up and decay.", 1e-4, least=0.0, most=1e30)
     gate_learning_rate: float | None = setting(
-        "Of the gate biases, on the same schedule; 0.1 for 60 steps and less for more, by the root of their number, if "
+        "Of the gate biases, on the same schedule; 0.15 for 60 steps and less for more, by the root of their number, if "
         "it is not given.",
         None,
         least=0.0,
