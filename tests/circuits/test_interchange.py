@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import networkx
@@ -295,6 +296,8 @@ def test_scores_alone_say_what_to_choose(suffix: str, tmp_path: Path) -> None:
     assert torch.equal(again.neuron_scores.isnan(), neurons.isnan())
     with pytest.raises(GossamerError, match="no place for neurons"):
         write_circuit(tmp_path / "chosen.graphml", chosen)
+    assert torch.equal(choose(again, "edges", 1).neurons, wanted)  # chosen before, so they count
+    assert choose(replace(found, neurons=nothing.bool()), "edges", 1).neurons is None  # none were
     only = Circuit(graph, 8, nothing, nothing.bool(), nodes)
     with pytest.raises(GossamerError, match=r"c\.pt has scores of nodes, none of edges to choose 3 by"):
         choose(only, "edges", 3, name="c.pt")

@@ -112,7 +112,8 @@ def choose(
     """The circuit of the ``count`` units with the largest absolute scores, or of those that help most, as in EAP-IG.
 
     A chosen node keeps all its edges, and so does one of which a neuron is chosen, and they carry the chosen neurons.
-    Nodes and neurons without a score always stay. ``name`` is what the circuit is called in errors.
+    Where edges or nodes are chosen, neurons that were chosen before stay so. Nodes and neurons without a score stay as
+    well. ``name`` is what the circuit is called in errors.
 
     Raises:
         GossamerError: if there are no scores of that kind, or they are no numbers.
@@ -122,7 +123,7 @@ def choose(
         raise GossamerError(f"{name} {there} to choose {count:,} by")
     if level == "edges" and circuit.scores[circuit.graph.possible()].isnan().any():
         raise GossamerError(f"{name} has scores of edges that are no numbers (nan)")
-    graph, neurons = circuit.graph, None
+    graph, neurons = circuit.graph, circuit.neurons if circuit.neurons is not None and circuit.neurons.any() else None
     if level == "edges":
         kept = top_edges(graph, circuit.scores, count, absolute=absolute)
     else:
@@ -132,8 +133,8 @@ def choose(
         chosen = unscored.flatten()
         chosen[torch.argsort(ranked, descending=True, stable=True)[:count]] = True
         chosen = chosen.view_as(scores)
-        neurons = chosen if level == "neurons" else None
-        kept = graph.possible() & (chosen if neurons is None else chosen.any(1))[:, None]
+        neurons = chosen if level == "neurons" else neurons
+        kept = graph.possible() & (chosen.any(1) if level == "neurons" else chosen)[:, None]
     return replace(circuit, kept=kept, neurons=neurons)
 
 
