@@ -81,6 +81,18 @@ def test_a_step_minimises_the_lagrangian(weighting: str, tmp_path: Path) -> None
     assert measured["batch_violation"] == pytest.approx(beside_dense / 0.05, rel=1e-4)
 
 
+def test_a_model_with_every_gate_shut_trains_on(tmp_path: Path) -> None:
+    """The expected links underflow to 0, of which there is no logarithm."""
+    trainer = make_trainer(tmp_path, steps=2, checkpoint_every=0)
+    with torch.no_grad():
+        for module in attention_modules(trainer.model):
+            module.gate_bias.fill_(-1e4)
+    trainer.prepare(open_gates=False)
+    trainer.train()
+    assert trainer.last["expected_open_fraction"] == 0
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
 def test_the_teacher_pulls_where_it_is_asked_to(tmp_path: Path) -> None:
     plain = make_trainer(tmp_path / "plain")
     taught = make_trainer(tmp_path / "taught", CrossEntropy(distillation=0.25))

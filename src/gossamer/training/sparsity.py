@@ -38,6 +38,9 @@ START_TOKENS = 2_048
 START_UNITS = 1.0
 """How far outside the bound the start may be, in units of the constraint: training wins that back."""
 
+SMALLEST_FRACTION = 1e-12
+"""Where fewer links are expected open than this, nothing is left to close, and the logarithm has no end."""
+
 LARGEST_MARGIN = 0.25
 """Of the margin that a measurement's standard error asks for, in units of the constraint."""
 
@@ -165,7 +168,7 @@ class SparsityTrainer(PostTrainer):
             "sampled": float(not self.hard),
         }
         assert self.reference_fraction is not None
-        objective = expected / self.reference_fraction
+        objective = expected / max(self.reference_fraction, SMALLEST_FRACTION)
         return lagrangian(objective, pull, self.multiplier.value, self.unit), measured
 
     def _excess(
