@@ -1,12 +1,17 @@
 """The gated attention op behind transformers' attention and mask interfaces, and the state of the gates.
 
 Both interfaces are needed: with the attention function alone, transformers builds no causal mask.
+
+The backward pass may run a layer again, to save memory (activation checkpointing), and by then the state of the gates
+may be another one. So each forward pass takes its state along: a hook on the module that holds the layers adds it to
+the keyword arguments, which the layers hand on to the attention function, and which checkpointing keeps for the second
+run. What is recomputed in a way that does not keep them is found out by :class:`_SameGates`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +37,30 @@ class LinkCounts:
     log_sum_exp: Float[Tensor, "batch heads queries"]
 
 
+@dataclass(frozen=True)
+class GatePass:
+    """How the gates act in one forward pass, in the layers that are run a second time too.
+
+    Attributes:
+        sampled, seed, first_row, forced_open, counts: as in :class:`GateState` when it began.
+        graded: whether it was to be differentiated.
+        counted: layers whose links were counted; the second run of a layer does not count them again.
+    """
+
+    sampled: bool
+    seed: int
+    first_row: int
+    forced_open: bool
+    counts: dict[int, LinkCounts] | None = field(repr=False)
+    graded: bool
+    counted: set[int] = field(default_factory=set)
+
+    @property
+    def key(self) -> int:
+        """A 64-bit number that tells passes with other gates apart."""
+        return hash((self.sampled, self.seed, self.first_row, self.forced_open))
+
+
 @dataclass
 class GateState:
     """How the gates of one model act at the moment; shared by all its attention modules.
@@ -51,6 +80,63 @@ class GateState:
     first_row: int = 0
     forced_open: bool = False
     counts: dict[int, LinkCounts] | None = field(default=None, repr=False)
+
+    def new_pass(self) -> GatePass:
+        """The state for a forward pass that begins now."""
+        return GatePass(self.sampled, self.seed, self.first_row, self.forced_open, self.counts, torch.is_grad_enabled())
+
+
+class KeepGates:
+    """The forward pre-hook that gives each forward pass its :class:`GatePass`."""
+
+    def __init__(self, state: GateState) -> None:
+        self.state = state
+
+    def __call__(
+        self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments with the pass; not for compiled code, which recomputes what it traced."""
+        if torch.compiler.is_compiling() or module.config._attn_implementation != IMPLEMENTATION:
+            return None
+        return args, {**kwargs, "gate_pass": self.state.new_pass()}
+
+
+class _SameGates(torch.autograd.Function):
+    """Identity that finds out, on the way back, whether activations were recomputed under other gates.
+
+    A tensor that is saved for the backward pass comes from the second run of a checkpointed layer, ``ctx.key`` from the
+    first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, key: int) -> Tensor:
+        ctx.key = key
+        ctx.save_for_backward(torch.tensor(key))
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, None]:
+        if int(ctx.saved_tensors[0]) != ctx.key:
+            raise GossamerError(
+                "activations were recomputed under other gates than those of the forward pass; call backward() within "
+                "the same sampled_gates or forced_open"
+            )
+        return d_output, None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Identity for expected links whose gradient is lost, so that nobody takes it for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, expected: Tensor, _: Tensor) -> Tensor:
+        return expected.view_as(expected)
+
+    @staticmethod
+    def backward(ctx: Any, d_expected: Tensor) -> NoReturn:
+        raise GossamerError(
+            "expected links have no gradient under reentrant activation checkpointing; enable it with "
+            "use_reentrant=False"
+        )
 
 
 def gate_state(model: PreTrainedModel) -> GateState:
@@ -82,6 +168,7 @@ def _set(state: GateState, **values: Any) -> Iterator[None]:
 def sampled_gates(model: PreTrainedModel, seed: int, first_row: int = 0) -> Iterator[None]:
     """Within it, gates are sampled with the noise of ``seed``; outside, they are hard.
 
+    A forward pass keeps its gates: ``backward()`` may be called afterwards, activation checkpointing or not.
     Forward passes over parts of a batch draw what one over the whole of it would, if each is given the index
     ``first_row`` at which its part begins.
     """
@@ -114,6 +201,7 @@ def gated_attention_forward(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    gate_pass: GatePass | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "batch queries heads d_value"], None]:
     """transformers' attention function: gates, counts, and the output as transformers lays it out.
@@ -126,28 +214,36 @@ def gated_attention_forward(
     state = module.gate_state
     if not isinstance(state, GateState):
         raise GossamerError("this attention module has no gates; gossamer.sparsify(model) puts them in")
+    gates = state.new_pass() if gate_pass is None else gate_pass
     bias = module.gate_bias
     layer = int(module.gate_layer)  # type: ignore[arg-type]
+    counted = gates.counts is not None and layer not in gates.counted
     result = gated_attention(
         query,
         key,
         value,
-        torch.full_like(bias, torch.inf) if state.forced_open else bias,  # type: ignore[arg-type]
+        torch.full_like(bias, torch.inf) if gates.forced_open else bias,  # type: ignore[arg-type]
         scale=scaling,
         causal=attention_mask is None,
         mask=None if attention_mask is None else _as_bool(attention_mask, query.shape[0]),
         softcap=softcap,
-        sample=state.sampled,
-        seed=fold_seed(state.seed, layer),
-        first_row=state.first_row,
-        expect=state.counts is not None,
+        sample=gates.sampled,
+        seed=fold_seed(gates.seed, layer),
+        first_row=gates.first_row,
+        expect=counted,
     )
-    if state.counts is not None:
-        assert result.expected_open is not None
-        state.counts[layer] = LinkCounts(
-            result.expected_open, result.open_links, result.allowed_links, result.log_sum_exp
-        )
-    return result.output.transpose(1, 2), None
+    if gates.counts is not None and counted:
+        expected = result.expected_open
+        assert expected is not None
+        if gates.graded and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                expected = _NoGradient.apply(expected, torch.zeros((), requires_grad=True))
+        gates.counts[layer] = LinkCounts(expected, result.open_links, result.allowed_links, result.log_sum_exp)
+        gates.counted.add(layer)
+    output = result.output
+    if output.requires_grad and not torch.compiler.is_compiling():
+        output = _SameGates.apply(output, gates.key)
+    return output.transpose(1, 2), None
 
 
 def _as_bool(mask: Tensor, batch: int) -> Bool[Tensor, "batch 1 queries keys"]:

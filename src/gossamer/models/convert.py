@@ -8,12 +8,17 @@ from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import architecture_of, attention_modules, refuse_offloaded
-from gossamer.models.attention import IMPLEMENTATION, GateState, gate_state, register
+from gossamer.models.attention import IMPLEMENTATION, GateState, KeepGates, gate_state, register
 
 
 def is_gated(model: PreTrainedModel) -> bool:
     """Whether the model has gates."""
     return getattr(model.config, "_attn_implementation", None) == IMPLEMENTATION
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the layers one after another."""
+    return model.get_submodule(architecture_of(model).layers.rpartition(".")[0])
 
 
 def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = False) -> PreTrainedModel:
@@ -41,6 +46,8 @@ def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = 
     if not inplace:
         model = copy.deepcopy(model)
     state = GateState(dense_implementation=model.config._attn_implementation)
+    decoder = _decoder(model)
+    decoder.gate_hook = decoder.register_forward_pre_hook(KeepGates(state), with_kwargs=True)  # type: ignore[assignment]
     heads = model.config.num_attention_heads
     for layer, module in enumerate(attention_modules(model)):
         weight = next(module.parameters())
@@ -63,6 +70,9 @@ def densify(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel
     if not inplace:
         model = copy.deepcopy(model)
     implementation = gate_state(model).dense_implementation
+    decoder = _decoder(model)
+    decoder.gate_hook.remove()  # type: ignore[operator, union-attr]
+    del decoder.gate_hook
     for module in attention_modules(model):
         del module.gate_bias, module.gate_state, module.gate_layer
     model.set_attn_implementation(implementation)
