@@ -76,7 +76,7 @@ class TrainingConfig:
     )
     learning_rate: float = setting("Of the weights, between warm-up and decay.", 1e-4, least=0.0, most=1e30)
     gate_learning_rate: float | None = setting(
-        "Of the gate biases, on the same schedule; 0.15 for 60 steps and less for more, by the root of their number, if "
+        "Of the gate biases, on the same schedule; 0.15 for 60 steps, less for more by the root of their number, if "
         "it is not given.",
         None,
         least=0.0,
