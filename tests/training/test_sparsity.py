@@ -319,3 +319,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         trainer.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
     assert fault(tmp_path / "checkpoint-2") is None
+
+
+def test_a_sparser_checkpoint_that_held_the_bound_is_taken(tmp_path: Path) -> None:
+    """The checkpoints at steps 8 and 16 are said to hold the bound, the last weights to miss it."""
+    settings = {"steps": 24, "checkpoint_every": 4, "validations": 6, "gate_learning_rate": 0.5}
+    trainer = make_trainer(tmp_path, CrossEntropy(tau=100.0), **settings)
+    trainer.violation = lambda result: -1.0 if result.step in (8, 16) else 1.0
+    seen, validate = [], trainer.validate
+    trainer.validate = lambda: seen.append(validate()) or seen[-1]
+    trainer.train()
+    best = min((result for result in seen if result.step in (8, 16)), key=lambda result: result.open_fraction)
+    kept = {path.name for path in checkpoints(tmp_path)}
+    assert kept == {f"checkpoint-{best.step}", "checkpoint-20", "checkpoint-24"}
+    final = trainer.select_weights()
+    assert (final.step, final.constrained, final.calibration) == (best.step, best.constrained, 0.0)
+    assert validate().constrained == pytest.approx(best.constrained, rel=1e-6)
+
+
+def test_the_last_weights_stay_where_no_sparser_ones_held_the_bound(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CrossEntropy(tau=100.0), checkpoint_every=3)
+    trainer.train()
+    before = weights(trainer)
+    assert trainer.select_weights().step == 6
+    assert same(before, weights(trainer))

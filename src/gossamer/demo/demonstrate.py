@@ -46,6 +46,7 @@ from gossamer.runs.settings import RunConfig
 from gossamer.tables import Table
 from gossamer.training.constraints import CrossEntropy
 from gossamer.training.data import BlockDataset, Blocks
+from gossamer.training.multiplier import MultiplierConfig
 from gossamer.training.trainer import PostTrainer, TrainingConfig
 
 _BATCH = 256
@@ -87,12 +88,17 @@ class DemoConfig:
             batch_size=_BATCH,
             learning_rate=1e-3,
             gate_learning_rate=0.05,
+            decay=0.9,
             hard_fraction=0.4,
             fused_optimizer=False,
             prompt_tokens=PROMPT_TOKENS,
             precision="fp32",
             constraint=CrossEntropy(slack=0.0),
-            checkpoint_every=0,
+            # The bound is the dense model's loss on a task that it has solved: far below what training costs on the
+            # way there, so that lambda has to begin low and rise over the whole run.
+            multiplier=MultiplierConfig(initial=5e-4, proportional=0.0, integral=14.0),
+            validations=75,
+            checkpoint_every=20,
         )
     )
     sparse_steps: int = 1_500

@@ -146,7 +146,7 @@ class Job:
             begun = last_sound(trainer.folder)[0]
             watch(trainer, self.report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1)
         self.fit(trainer, "sparse", "training.jsonl", trainer.bound)
-        final = trainer.calibrate()
+        final = trainer.select_weights()
         whole = trainer.whole_weights()
         with together():
             if processes().is_main_process:

@@ -5,7 +5,8 @@
    batch is unseen text, so what it measures is the step's violation; a few measurements on validation blocks say how
    far batches are off. The dual step answers both.
 3. End: rates have fallen to 0. If the bound is missed on the validation blocks, the gate biases are shifted by the
-   smallest common amount that brings it back.
+   smallest common amount that brings it back. A checkpoint on the way that held the bound with fewer links is taken
+   instead.
 
 Results are reported on yet other blocks.
 """
@@ -27,9 +28,11 @@ from gossamer.measures.losses import cross_entropy
 from gossamer.models.attention import counted_links, sampled_gates
 from gossamer.models.lora import as_dense
 from gossamer.ops import fold_seed
+from gossamer.training.checkpoints import checkpoints, fault
 from gossamer.training.gates import Calibration, calibrate, open_to
 from gossamer.training.multiplier import Multiplier, RunningViolation, lagrangian
 from gossamer.training.objective import expected_open_fraction
+from gossamer.training.processes import by_first
 from gossamer.training.trainer import PostTrainer, TrainingConfig
 
 START_TOKENS = 2_048
@@ -246,8 +249,32 @@ class SparsityTrainer(PostTrainer):
         margin = min(result.stderr, LARGEST_MARGIN * self.unit) if self.margin is None else self.margin
         return (result.constrained - self.bound + margin) / self.unit
 
+    def best_checkpoint(self) -> tuple[Path, Validation] | None:
+        """The sparsest whole checkpoint that was measured at its own step and held the bound."""
+        held = []
+        for path in checkpoints(self.folder):
+            result = None if fault(path) else _validation(_read_state(path))
+            if result is not None and self.violation(result) <= 0 and path.name == f"checkpoint-{result.step}":
+                held.append((path, result))
+        return min(held, key=lambda pair: pair[1].open_fraction, default=None)
+
+    def superfluous_checkpoints(self) -> list[Path]:
+        """Checkpoints that are neither among the last two nor the best."""
+        best = self.best_checkpoint()
+        return [path for path in super().superfluous_checkpoints() if best is None or path != best[0]]
+
+    def select_weights(self) -> Validation:
+        """After training: calibrate the last weights, or take the best checkpoint's where those are sparser inside."""
+        best = by_first(self.best_checkpoint)
+        final = self.calibrate()
+        if best is None or (self.violation(final) <= 0 and final.open_fraction <= best[1].open_fraction):
+            return final
+        self._load_from_checkpoint(str(best[0]))
+        self.validation_result = replace(best[1], calibration=0.0)
+        return self.validation_result
+
     def calibrate(self) -> Validation:
-        """After training: shift the gate biases if that is what the bound needs, and measure what the model is now."""
+        """Shift the gate biases if that is what the bound needs, and measure what the model is now."""
         results: list[Validation] = []
 
         def violation() -> float:
@@ -273,11 +300,19 @@ class SparsityTrainer(PostTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = json.loads((Path(checkpoint) / _STATE).read_text())
+            state = _read_state(Path(checkpoint))
             self.multiplier.load_state_dict(state["multiplier"])
             self.running.load_state_dict(state["running"])
             self.reference_fraction = state["reference_fraction"]
-            self.validation_result = Validation(**state["validation"]) if state["validation"] else None
+            self.validation_result = _validation(state)
 
 
 _STATE = "multiplier.json"
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / _STATE).read_text()))
+
+
+def _validation(state: dict[str, Any]) -> Validation | None:
+    return Validation(**state["validation"]) if state["validation"] else None
