@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import gossamer
 from families import tiny_model, tokens
@@ -194,17 +195,26 @@ def test_link_scores_are_derivatives_of_interpolating_each_link(family: str, gat
         torch.testing.assert_close(scores[place], slope, rtol=1e-3, atol=1e-4 * scores.abs().max().item())
 
 
+def hooks_of(model: PreTrainedModel) -> list[object]:
+    modules = model.modules()
+    return [
+        hook for module in modules for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+
+
 def test_a_model_is_as_before_after_a_visit() -> None:
     for gated in (False, True):
         model, batch = model_of("llama", gated), batch_of()
         model.requires_grad_(True)
         before = metric(model, batch, batch.clean)
         implementation = model.config._attn_implementation
+        hooks = hooks_of(model)
         with pytest.raises(RuntimeError), visited(model, Visitor()):
             raise RuntimeError
         edge_scores(model, batch)
         assert model.config._attn_implementation == implementation
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert hooks_of(model) == hooks
+        assert gated or not hooks
         assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
         assert torch.equal(metric(model, batch, batch.clean), before)
 
