@@ -21,6 +21,7 @@ from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.runs.job import post_train
 from gossamer.runs.settings import RunConfig
 from gossamer.training.trainer import TrainingConfig
+from settings_files import config
 
 
 def call(*arguments: object) -> None:
@@ -276,7 +277,7 @@ def test_output_that_does_not_hold_every_character(encoding: str, run: Path, tmp
 def test_training_shows_its_bound_in_plain_characters(
     saved_llama: Path, text: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    line = ("--tokens", 128, "--seq-len", 16, "--held-out-tokens", 64, "--precision", "fp32", "--no-control")
+    line = ("--tokens", 128, "--seq-len", 16, "--no-control", *config(held_out_tokens=64, precision="fp32"))
     said, code = output("ascii", monkeypatch, "sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *line)
     assert code == 0
     assert re.search(r"tau \d+\.\d+  lambda \d", said)
