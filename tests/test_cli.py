@@ -750,8 +750,8 @@ def test_help_shows_what_a_user_decides_on_two_screens(command_here) -> None:
     options = {word for line in lines for word in re.findall(r"^│ [ *]+(--[a-z-]+)", line)}
     assert options == {
         "--text", "--out", "--preset", "--config", "--tokens", "--seq-len", "--constraint", "--slack", "--tau",
-        "--epsilon", "--distillation", "--train", "--seed", "--resume", "--control", "--batch-size", "--report-to", "--stream",
-        "--start-from", "--help",
+        "--epsilon", "--distillation", "--train", "--seed", "--resume", "--control", "--batch-size", "--report-to",
+        "--stream", "--start-from", "--help",
     }  # fmt: skip
 
 
