@@ -190,9 +190,9 @@ def verdict(metrics: dict[str, Any]) -> str:
 
 
 def _losses(metrics: dict[str, Any]) -> Table:
-    table = Table(title=f"Held-out loss, T = {metrics['seq_len']}, {metrics['tokens_evaluated']:,} predictions")
     label, symbol, bound = (metrics[f"constraint_{key}"] for key in ("label", "symbol", "bound"))
-    table.caption = f"bound on the {label}: {symbol} = {bound:.4f}"
+    where = f"Held-out loss, T = {metrics['seq_len']}, {metrics['tokens_evaluated']:,} predictions"
+    table = Table(title=f"{where}; bound on the {label}: {symbol} = {bound:.4f}")
     for heading in ("model", "loss (nat)", "minus dense", "KL from dense (nat)"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     dense = metrics["loss_dense"]
