@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,7 +62,7 @@ def difference(a: Path, b: Path, part: str = "model/gossamer.safetensors") -> fl
 def pair(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
     """A run of two processes that nothing interrupted, and its arguments but --out."""
     out = tmp_path_factory.mktemp("pair") / "run"
-    arguments = [saved_llama, "--text", text, *small(), "--batch-size", 4]
+    arguments = [saved_llama, "--text", text, *small(hard_fraction=0.5), "--batch-size", 4]
     result = train(TWO, *arguments, "--out", out)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Constraint met") == 1
@@ -172,7 +173,7 @@ def test_what_ends_one_process_is_said_once(pair, saved_llama: Path, text: Path,
         assert result.returncode != 0
         assert len(said) == 1, result.stderr
         assert words in said[0]
-        assert "gossamer/" not in result.stderr.split("torch.distributed.elastic", 1)[0], result.stderr
+        assert not re.search(r"gossamer/\w+/\w+\.py\"", result.stderr), result.stderr  # the launcher has a traceback
     assert not (tmp_path / "none").exists()
 
 

@@ -37,9 +37,14 @@ class LinkCounts:
     log_sum_exp: Float[Tensor, "batch heads queries"]
 
 
-@dataclass(frozen=True)
 class GatePass:
     """How the gates act in one forward pass, in the layers that are run a second time too.
+
+    It is passed to the layers as an argument. Not a dataclass: FSDP2 copies dataclasses among a layer's arguments, and
+    counts noted in a copy are lost.
+
+    Args:
+        state: how the gates act when the pass begins.
 
     Attributes:
         sampled, seed, first_row, forced_open, counts: as in :class:`GateState` when it began.
@@ -47,13 +52,11 @@ class GatePass:
         counted: layers whose links were counted; the second run of a layer does not count them again.
     """
 
-    sampled: bool
-    seed: int
-    first_row: int
-    forced_open: bool
-    counts: dict[int, LinkCounts] | None = field(repr=False)
-    graded: bool
-    counted: set[int] = field(default_factory=set)
+    def __init__(self, state: "GateState") -> None:
+        self.sampled, self.seed, self.first_row = state.sampled, state.seed, state.first_row
+        self.forced_open, self.counts = state.forced_open, state.counts
+        self.graded = torch.is_grad_enabled()
+        self.counted: set[int] = set()
 
     @property
     def key(self) -> int:
@@ -83,7 +86,7 @@ class GateState:
 
     def new_pass(self) -> GatePass:
         """The state for a forward pass that begins now."""
-        return GatePass(self.sampled, self.seed, self.first_row, self.forced_open, self.counts, torch.is_grad_enabled())
+        return GatePass(self)
 
 
 class KeepGates:

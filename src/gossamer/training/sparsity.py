@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import AutocastKwargs
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -128,7 +129,8 @@ class SparsityTrainer(PostTrainer):
         model = cast(PreTrainedModel, self.model).eval()
         device = next(model.parameters()).device
         some = self.validation[: max(1, START_TOKENS // self.validation.shape[1])].to(device)
-        with self.compute_loss_context_manager():
+        # accelerate has not wrapped the model yet, so that nothing else brings the precision of training.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             if open_gates:
                 dense_logits = self._dense_logits(some) if self.constraint.needs_dense else None
 

@@ -20,6 +20,7 @@ from accelerate.utils import AutocastKwargs, gather_object
 from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
@@ -410,6 +411,9 @@ class PostTrainer(Trainer):
         elif is_gated(self.model) and not self.is_fsdp_enabled:
             self.model.load_state_dict(read_weights(Path(resume_from_checkpoint)), strict=False)
         else:
+            for module in self.model_wrapped.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # the root stays whole after a forward pass, and whole weights load nothing
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
