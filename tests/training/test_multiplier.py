@@ -19,15 +19,16 @@ def test_the_proportional_part_answers_at_once_and_leaves_nothing_behind() -> No
     assert multiplier.value == pytest.approx(2.0)
 
 
-def test_the_integral_part_adds_up_over_a_share_of_the_run_and_hardly_inside_the_bound() -> None:
-    multiplier = Multiplier(MultiplierConfig(proportional=0.0, integral=10.0), steps=100)
+def test_the_integral_part_adds_up_over_a_share_of_the_run() -> None:
+    multiplier = Multiplier(MultiplierConfig(initial=1.0, proportional=0.0, integral=10.0), steps=100)
     multiplier.dual_step(0.2)
     multiplier.dual_step(-0.1)
     assert multiplier.value == pytest.approx(math.exp(0.01))
-    multiplier.dual_step(7.0)  # counts as 1/2
-    assert multiplier.value == pytest.approx(math.exp(0.06))
-    multiplier.dual_step(-7.0)  # as -1/10
-    assert multiplier.value == pytest.approx(math.exp(0.05))
+    multiplier.dual_step(7.0)  # counts as 1
+    assert multiplier.value == pytest.approx(math.exp(0.11))
+    multiplier.dual_step(-0.5)
+    multiplier.dual_step(-7.0)  # as -1
+    assert multiplier.value == pytest.approx(math.exp(-0.04))
 
 
 def steps_outside(proportional: float) -> int:

@@ -64,7 +64,7 @@ def test_training_closes_links(tmp_path: Path) -> None:
 def test_a_bound_out_of_reach_raises_the_multiplier(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, CrossEntropy(tau=-10.0), steps=10, checkpoint_every=0)
     trainer.train()
-    assert trainer.multiplier.value == pytest.approx(math.exp(2.5 + 10.0 * 0.5))
+    assert trainer.multiplier.value == pytest.approx(0.3 * math.exp(0.5 + 6.0))
 
 
 @pytest.mark.parametrize("weighting", ["links", "queries"])

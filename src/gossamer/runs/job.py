@@ -280,7 +280,7 @@ class Job:
         """Record what the weights that are kept measure, and warn where no shift of the gates holds the bound."""
         if final.calibration is None:
             measured = f"{trainer.label} {final.constrained:.4f} ± {final.stderr:.4f}"
-            over = trainer.violation(final) * trainer.unit
+            over = trainer.violation(final) * trainer.tolerance
             self.warn(
                 f"{measured} on the validation text is {over:.4f} nat over {trainer.constraint.symbol} "
                 f"{trainer.bound:.4f} less its margin, and no common shift of the gate biases brings it inside; give "

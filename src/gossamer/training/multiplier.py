@@ -5,16 +5,16 @@
     dual       log lambda = I + proportional * v,   I += integral / steps * v
 
 with f the open fraction (:mod:`gossamer.training.objective`), c what the constraint measures, ``unit`` the
-constraint's own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) / unit,
-clipped. lambda says how many per cent of the links one per cent of the unit is worth.
-On trained models that is near 1, whatever the bound (docs/LOG.md), so lambda starts at 1 and is not a setting that a
-user has to find.
+constraint's own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) /
+tolerance, clipped to one either way; the tolerance is the unit, or the bound where that is less. lambda says how many
+per cent of the links one per cent of the unit is worth. On trained models that is near 1 in the end, whatever the bound
+(docs/LOG.md), so it is not a setting that a user has to find. It starts lower: weights make good for links that closed
+early.
 
-The proportional part answers at once and forgets at once. I finds the lambda that the run at hand needs, in a share of
-its steps. It would wind up while the gates are inside the bound and close as fast as they can, so there it sees no more
-than a tenth of a unit. The dual step is
-multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the controller that of Sohrabi et al. 2024 (arXiv
-2406.04558), and dividing by 1 + lambda keeps the size of the gradient steady.
+The proportional part answers at once and forgets at once; I finds the lambda that the run at hand needs, in a share of
+its steps. Both are small: what a step measures is noisy, and gates that a high lambda opens again have been closed in
+vain. The dual step is multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the controller that of
+Sohrabi et al. 2024 (arXiv 2406.04558), and dividing by 1 + lambda keeps the size of the gradient steady.
 """
 
 import math
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from gossamer.fields import documented, setting
 
-PROPORTIONAL_RANGE, INTEGRAL_RANGE = (-1.0, 1.0), (-0.1, 0.5)
-"""What either part sees of the violation, in units of the constraint."""
+LARGEST_VIOLATION = 1.0
+"""What the controller sees of a violation at most, either way."""
 
 
 @documented
@@ -35,14 +35,16 @@ PROPORTIONAL_RANGE, INTEGRAL_RANGE = (-1.0, 1.0), (-0.1, 0.5)
 class MultiplierConfig:
     """How the multiplier moves."""
 
-    initial: float = setting("lambda before the first step.", 1.0, least=1e-4, most=1e4)
-    proportional: float = setting("How much log lambda answers at once to a violation of one unit.", 2.5, least=0.0)
-    integral: float = setting("Change of log lambda over a whole run a unit outside the bound.", 10.0, least=0.0)
+    initial: float = setting("lambda before the first step.", 0.3, least=1e-4, most=1e4)
+    proportional: float = setting(
+        "How much log lambda answers at once to a violation of one tolerance.", 0.5, least=0.0
+    )
+    integral: float = setting("Change of log lambda over a whole run a tolerance outside the bound.", 6.0, least=0.0)
     decay: float = setting("Of the running means of what the batches measure, per step.", 0.8, least=0.0, most=1.0)
 
 
 class Multiplier:
-    """lambda: ``log_value`` (I) and the violation that it answers, in units of the constraint.
+    """lambda: ``log_value`` (I) and the violation that it answers, in tolerances of the constraint.
 
     Args:
         config: how it moves.
@@ -57,12 +59,12 @@ class Multiplier:
     @property
     def value(self) -> float:
         """lambda."""
-        return math.exp(self.log_value + self.config.proportional * _clipped(self.violation, PROPORTIONAL_RANGE))
+        return math.exp(self.log_value + self.config.proportional * self.violation)
 
     def dual_step(self, violation: float) -> None:
-        """Answer the running violation (c - bound) / unit."""
-        self.violation = violation
-        self.log_value += self.config.integral / self.steps * _clipped(violation, INTEGRAL_RANGE)
+        """Answer the running violation (c - bound) / tolerance."""
+        self.violation = min(max(violation, -LARGEST_VIOLATION), LARGEST_VIOLATION)
+        self.log_value += self.config.integral / self.steps * self.violation
 
     def state_dict(self) -> dict[str, float]:
         """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
@@ -76,12 +78,8 @@ class Multiplier:
         return f"Multiplier({self.value:.4g}, {asdict(self.config)})"
 
 
-def _clipped(value: float, limits: tuple[float, float]) -> float:
-    return min(max(value, limits[0]), limits[1])
-
-
 class RunningViolation:
-    """The violation on unseen text, step by step, in units of the constraint.
+    """The violation on unseen text, step by step, in tolerances of the constraint.
 
     A training batch is unseen text until its update, and costs nothing to measure; but one batch is little text, and it
     comes from the documents that the model trains on. So the running mean over batches says how the violation moves,

@@ -1,6 +1,7 @@
 """Post-training under the constraint: few open links, what is bounded inside its bound.
 
-1. Start: gates open where attention weights exceed a threshold, the largest that is at most a unit outside the bound.
+1. Start: gates open where attention weights exceed a threshold, the largest that is at most a tolerance outside the
+   bound.
 2. Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch. Before the weights move, the
    batch is unseen text, so what it measures is the step's violation; a few measurements on validation blocks say how
    far batches are off. The dual step answers both.
@@ -39,14 +40,14 @@ from gossamer.training.trainer import PostTrainer, TrainingConfig
 START_TOKENS = 2_048
 """Of the validation text, on which the gates' start is found."""
 
-START_UNITS = 1.0
-"""How far outside the bound the start may be, in units of the constraint: training wins that back."""
+START_TOLERANCES = 1.0
+"""How far outside the bound the start may be, in tolerances of the constraint: training wins that back."""
 
 SMALLEST_FRACTION = 1e-12
 """Where fewer links are expected open than this, nothing is left to close, and the logarithm has no end."""
 
 LARGEST_MARGIN = 0.25
-"""Of the margin that a measurement's standard error asks for, in units of the constraint."""
+"""Of the margin that a measurement's standard error asks for, in tolerances of the constraint."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class SparsityTrainer(PostTrainer):
         self.reference = None if reference is None else reference.eval().requires_grad_(False)
         self.constraint = config.constraint
         self.bound = self.constraint.bound(dense_loss)
-        self.unit = self.constraint.unit(dense_loss)
+        self.unit = self.constraint.unit
+        self.tolerance = self.constraint.tolerance(dense_loss)
         self.dense_loss = dense_loss
         self.margin = margin
         self.validation = validation
@@ -136,7 +138,7 @@ class SparsityTrainer(PostTrainer):
 
                 def violation() -> float:
                     logits = model(input_ids=some, use_cache=False).logits
-                    return self._excess(logits, dense_logits, some) - START_UNITS
+                    return self._excess(logits, dense_logits, some) - START_TOLERANCES
 
                 open_to(model, some, violation)
             with counted_links(model) as counts:
@@ -179,14 +181,14 @@ class SparsityTrainer(PostTrainer):
     def _excess(
         self, logits: Tensor, dense_logits: Tensor | None, input_ids: Tensor, constrained: float | None = None
     ) -> float:
-        """The violation on some text, in units of the constraint, beside the dense model on the same text."""
+        """The violation on some text, in tolerances of the constraint, beside the dense model on the same text."""
         prompt_tokens = self.config.prompt_tokens
         if constrained is None:
             constrained = self.constraint.measure(logits, dense_logits, input_ids, prompt_tokens).item()
         easier = 0.0
         if self.constraint.relative_to_dense and dense_logits is not None:
             easier = self.dense_loss - cross_entropy(dense_logits, input_ids, prompt_tokens).item()
-        return (constrained + easier - self.bound) / self.unit
+        return (constrained + easier - self.bound) / self.tolerance
 
     @torch.no_grad()
     def _dense_logits(self, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch tokens vocab"]:
@@ -212,7 +214,7 @@ class SparsityTrainer(PostTrainer):
                 one = slice(row, row + 1)
                 dense = None if dense_logits is None else dense_logits[one]
                 value = constraint.measure(logits[one], dense, ids[one], prompt_tokens).item()
-                found.append((value, self._excess(logits[one], dense, ids[one], value) * self.unit))
+                found.append((value, self._excess(logits[one], dense, ids[one], value) * self.tolerance))
             return found
 
         with self.compute_loss_context_manager():
@@ -247,9 +249,9 @@ class SparsityTrainer(PostTrainer):
             self.multiplier.dual_step(violation)
 
     def violation(self, result: Validation) -> float:
-        """How far weights that were measured so are over the bound less its margin, in units of the constraint."""
-        margin = min(result.stderr, LARGEST_MARGIN * self.unit) if self.margin is None else self.margin
-        return (result.constrained - self.bound + margin) / self.unit
+        """How far weights that were measured so are over the bound less its margin, in tolerances of the constraint."""
+        margin = min(result.stderr, LARGEST_MARGIN * self.tolerance) if self.margin is None else self.margin
+        return (result.constrained - self.bound + margin) / self.tolerance
 
     def best_checkpoint(self) -> tuple[Path, Validation] | None:
         """The sparsest whole checkpoint that was measured at its own step and held the bound."""

@@ -42,10 +42,10 @@ def test_bounds_are_what_was_given_or_follow_from_the_dense_model() -> None:
 
 
 def test_violations_are_measured_in_the_bound_or_a_tenth_of_a_nat() -> None:
-    assert CrossEntropy(slack=0.01).unit(3.0) == 0.1
-    assert CrossEntropy(slack=0.0).unit(2e-4) == 2e-4
-    assert CrossEntropy(tau=-1.0).unit(3.0) > 0
-    assert KLDivergence(epsilon=0.3).unit(3.0) == 0.3
+    assert CrossEntropy(slack=0.01).unit == CrossEntropy(slack=0.01).tolerance(3.0) == 0.1
+    assert CrossEntropy(slack=0.0).tolerance(2e-4) == 2e-4
+    assert CrossEntropy(tau=-1.0).tolerance(3.0) > 0
+    assert KLDivergence(epsilon=0.3).unit == KLDivergence(epsilon=0.3).tolerance(3.0) == 0.3
 
 
 def test_what_pulls_is_a_mixture_of_the_text_and_the_teacher() -> None:

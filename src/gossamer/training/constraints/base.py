@@ -13,9 +13,8 @@ from torch import Tensor
 
 from gossamer.measures.language import LanguageFigures
 
-LARGEST_UNIT, SMALLEST_UNIT = 0.1, 1e-5
-"""Nats. A tenth of a nat is a lot of a language model's loss; where the dense model is almost always right, the bound
-itself is less."""
+SMALLEST_TOLERANCE = 1e-5
+"""Nats."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,21 @@ class Constraint(ABC):
             prompt_tokens: tokens at the start of each row that are given, not predicted.
         """
 
-    def unit(self, dense_loss: float) -> float:
-        """A violation that counts as 1, nats: the multiplier and its steps are measured in it.
+    @property
+    def unit(self) -> float:
+        """Nats of the measurement that are worth as much as all links, at a multiplier of 1."""
+        return 0.1
+
+    def tolerance(self, dense_loss: float) -> float:
+        """A violation that counts as 1 in dual steps, nats.
+
+        A unit is a lot of a language model's loss; where the dense model is almost always right, the bound itself is
+        less.
 
         Args:
             dense_loss: as that of :meth:`bound`.
         """
-        return min(LARGEST_UNIT, max(self.bound(dense_loss), SMALLEST_UNIT))
+        return min(self.unit, max(self.bound(dense_loss), SMALLEST_TOLERANCE))
 
     def training_loss(
         self,

@@ -34,7 +34,8 @@ class KLDivergence(Constraint):
     def bound(self, dense_loss: float) -> float:
         return self.epsilon
 
-    def unit(self, dense_loss: float) -> float:
+    @property
+    def unit(self) -> float:
         return self.epsilon
 
     def measure(
