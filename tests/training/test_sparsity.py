@@ -73,7 +73,7 @@ def test_a_step_minimises_the_lagrangian(weighting: str, tmp_path: Path) -> None
     value, measured = trainer.batch_objective(trainer.model, BLOCKS[:4])
     fraction, multiplier = measured["expected_open_fraction"], trainer.multiplier.value
     assert trainer.reference_fraction == pytest.approx(fraction, rel=0.2)
-    wanted = (fraction / trainer.reference_fraction + multiplier * measured["constrained"] / 0.05) / (1 + multiplier)
+    wanted = (fraction / trainer.reference_fraction + multiplier * measured["constrained"] / 0.1) / (1 + multiplier)
     assert value.item() == pytest.approx(wanted, rel=1e-5)
     with torch.no_grad():
         dense = cross_entropy(tiny_model("llama")(input_ids=BLOCKS[:4]).logits, BLOCKS[:4]).item()
@@ -101,7 +101,8 @@ def test_the_teacher_pulls_where_it_is_asked_to(tmp_path: Path) -> None:
         logits = plain.model(input_ids=BLOCKS[:4]).logits
         kl = kl_divergence(tiny_model("llama")(input_ids=BLOCKS[:4]).logits, logits).item()
         difference = 0.25 * (kl - cross_entropy(logits, BLOCKS[:4]).item())
-    assert values[1] - values[0] == pytest.approx(difference / 0.1 / 2, rel=1e-3)
+    share = plain.multiplier.value / plain.unit / (1 + plain.multiplier.value)
+    assert values[1] - values[0] == pytest.approx(difference * share, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["ce", "kl"])
