@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from gossamer import gated_attention
-from gossamer.training.memory import keep_freed_memory
+from gossamer.training.malloc import keep_freed_memory
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

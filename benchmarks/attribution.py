@@ -25,14 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from attention import record
 
 from gossamer.circuits.attribution import edge_scores
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks import find_task
 from gossamer.circuits.tasks.base import Batch
 from gossamer.models.pretrained import load_dense
-from gossamer.training.memory import keep_freed_memory
+from gossamer.training.malloc import keep_freed_memory
 
 
 def both_ways(model: torch.nn.Module, batch: Batch, *, weights: bool) -> None:

@@ -21,16 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gossamer import sparsify
+from gossamer import add_gates
 from gossamer.models.lora import add_adapters
 from gossamer.runs.plan import plan_run
 from gossamer.runs.presets import presets
 from gossamer.runs.settings import RunConfig
 from gossamer.training.sparsity import SparsityTrainer
-from gossamer.training.trainer import choose_trained, without_dropout
+from gossamer.training.trainer import freeze_except, no_dropout
 from training import Blocks
 
 SMOL = presets()["smollm2"].config
@@ -68,7 +67,7 @@ CASES |= {name: (SMALL, run(seq_len=tokens, batch_size=1)) for name, tokens in L
 def train(config: dict[str, Any], settings: RunConfig, *, copy: bool = False) -> None:
     fields = dict(config)
     with torch.random.fork_rng():
-        model = sparsify(AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)),
+        model = add_gates(AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)),
                          inplace=True)  # fmt: skip
     training = replace(settings.training, checkpoint_every=0, validations=1)
     reference = None
@@ -78,11 +77,11 @@ def train(config: dict[str, Any], settings: RunConfig, *, copy: bool = False) ->
     if training.train == "lora":
         add_adapters(model, rank=settings.lora_rank, alpha=1.0)
     else:
-        choose_trained(model, training.train)
+        freeze_except(model, training.train)
     blocks = Blocks(3 * training.blocks_per_step, settings.seq_len, config["vocab_size"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = SparsityTrainer(model, reference, 3.0, training, blocks, blocks.rows[:1, :16], Path(folder), steps=3)
-        with without_dropout(model):
+        with no_dropout(model):
             trainer.prepare(open_gates=False)
             trainer.train()
 

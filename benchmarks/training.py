@@ -17,14 +17,14 @@ import time
 from pathlib import Path
 
 import torch
-from attention import GPU, record
+from attention import GPU
 from transformers import TrainerCallback
 
-from gossamer import sparsify
+from gossamer import add_gates
 from gossamer.models.pretrained import load_dense
-from gossamer.training.memory import keep_freed_memory
+from gossamer.training.malloc import keep_freed_memory
 from gossamer.training.sparsity import SparsityTrainer
-from gossamer.training.trainer import PostTrainer, TrainingConfig, choose_trained, without_dropout
+from gossamer.training.trainer import PostTrainer, TrainingConfig, freeze_except, no_dropout
 
 KINDS = ("dense", "sampled", "hard")
 
@@ -71,11 +71,11 @@ def train(arguments: argparse.Namespace) -> None:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.kind == "dense":
-            choose_trained(model, arguments.train)
+            freeze_except(model, arguments.train)
             trainer = PostTrainer(model, config, blocks, Path(folder), steps=arguments.steps, callbacks=[clock])
         else:
-            gated = sparsify(model)
-            choose_trained(gated, arguments.train)
+            gated = add_gates(model)
+            freeze_except(gated, arguments.train)
             trainer = SparsityTrainer(
                 gated,
                 model.to(torch.bfloat16) if arguments.precision == "bf16" else model,
@@ -88,7 +88,7 @@ def train(arguments: argparse.Namespace) -> None:
                 callbacks=[clock],
             )
             trainer.prepare(open_gates=True)
-        with without_dropout(trainer.model):
+        with no_dropout(trainer.model):
             trainer.train()
     # The last step of sparse training ends with a validation.
     counted = clock.seconds[arguments.warm_up : -1]

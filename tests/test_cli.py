@@ -28,7 +28,7 @@ from transformers import (
 import gossamer
 from families import tiny_model
 from gossamer.cli import app, main
-from gossamer.training.checkpoints import checkpoints, fault
+from gossamer.training.checkpoints import checkpoint_error, checkpoints
 from settings_files import config
 
 COMMAND = [sys.executable, "-m", "gossamer.cli"]
@@ -211,17 +211,17 @@ def begun(saved_llama: Path, text: Path, tmp_path: Path):
 def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_alone(begun) -> None:
     """Files over 20 kB cannot be written, as on a disk that fills up in the middle of one."""
     out, line = begun
-    good = [path for path in checkpoints(out / "checkpoints") if fault(path) is None][-1]
+    good = [path for path in checkpoints(out / "checkpoints") if checkpoint_error(path) is None][-1]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
     result = gossamer_command(*line, preexec_fn=limit)
     assert_refused(result, "cannot write", "checkpoint-", "untouched")
-    assert fault(good) is None
+    assert checkpoint_error(good) is None
     assert not list((out / "checkpoints").glob(".*"))
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(begun, saved_llama: Path, text: Path) -> None:
     out, line = begun
-    older, newest = [path for path in checkpoints(out / "checkpoints") if fault(path) is None][-2:]
+    older, newest = [path for path in checkpoints(out / "checkpoints") if checkpoint_error(path) is None][-2:]
     file = newest / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:1000])
     process = subprocess.Popen([*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
@@ -336,7 +336,7 @@ def bad_folder(saved_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     bad_models(folder)
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("one two")
-    gossamer.save(gossamer.sparsify(tiny_model("llama")), folder / "gated")
+    gossamer.save(gossamer.add_gates(tiny_model("llama")), folder / "gated")
     for name in ("cut", "lossy"):
         shutil.copytree(saved_llama, folder / name)
     file = folder / "cut" / "model.safetensors"
@@ -553,7 +553,9 @@ def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: P
         result = gossamer_command("export", out, "--task", own_task, "--out", file,
                                   "--edges", everything, "--ablation", "zero")  # fmt: skip
         assert result.returncode == 0, result.stderr
-        result = gossamer_command("prove", file, "--model", out, "--task", own_task, "--examples", 4, "--force")
+        result = gossamer_command(
+            "evaluate-circuit", file, "--model", out, "--task", own_task, "--examples", 4, "--force"
+        )
         assert result.returncode == 0, result.stderr
         assert re.search(r"faithfulness\s+│\s+1\.000", result.stdout)
     few = record["models"]["sparse"]["levels"]["edges"]["shares"][-3]
@@ -561,10 +563,10 @@ def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: P
         point["metric"] for point in record["models"]["sparse"]["levels"]["edges"]["points"] if point["size"] == few
     )
     gossamer_command("export", out, "--task", own_task, "--out", file, "--edges", few, "--ablation", "zero")
-    result = gossamer_command("prove", file, "--model", out, "--task", own_task, "--examples", 4, "--ablation", "zero",
-                              "--force")  # fmt: skip
+    proof = ("--model", out, "--task", own_task, "--examples", 4, "--ablation", "zero", "--force")
+    result = gossamer_command("evaluate-circuit", file, *proof)
     assert re.search(rf"mean logit difference\s+│\s+{measured:.3f}".replace("-", r"\-"), result.stdout), result.stdout
-    another = gossamer_command("prove", file, "--model", "smollm2", "--task", "ioi")
+    another = gossamer_command("evaluate-circuit", file, "--model", "smollm2", "--task", "ioi")
     assert_refused(another, "circuit.graphml is a circuit of another model", "30 layers of 9 heads")
     assert_refused(gossamer_command("export", out, "--task", "ioi", "--out", file), "has no circuits of ioi")
     wrong = gossamer_command("export", out, "--task", own_task, "--out", tmp_path / "circuit.xml",
@@ -593,7 +595,7 @@ def test_what_circuits_cannot_use_is_refused(finished, own_task: Path, tmp_path:
 
 
 def test_a_model_without_a_tokenizer_is_named(saved_llama: Path, own_task: Path, tmp_path: Path) -> None:
-    gossamer.save(gossamer.sparsify(tiny_model("llama")), tmp_path / "gated")
+    gossamer.save(gossamer.add_gates(tiny_model("llama")), tmp_path / "gated")
     result = gossamer_command("task", own_task, "--model", tmp_path / "gated")
     assert_refused(result, str(tmp_path / "gated"), "has no tokenizer")
 
@@ -627,7 +629,7 @@ def test_import_leaves_a_sparse_model_or_nothing(saved_llama: Path, tmp_path: Pa
     assert result.returncode == 0, result.stderr
     assert "gate bias" in result.stdout
     ids = torch.arange(3, 12)[None]
-    wanted = gossamer.sparsify(model)(input_ids=ids).logits
+    wanted = gossamer.add_gates(model)(input_ids=ids).logits
     assert torch.equal(gossamer.load(tmp_path / "model")(input_ids=ids).logits, wanted)
     assert (tmp_path / "model" / "tokenizer.json").exists()
     assert_refused(gossamer_command("import", tmp_path / "ckpt.pt", *options), "exists already")

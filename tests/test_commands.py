@@ -161,33 +161,33 @@ def test_a_file_of_scores_alone_is_measured_when_it_is_said_how_many(run: Path, 
     content = json.loads((tmp_path / "circuit.json").read_text())
     kept = sum(edge["in_graph"] for edge in content["edges"].values())
     assert 0 < kept <= 30
-    prove = ("prove", tmp_path / "scores.json", "--model", run, *line)
+    evaluation = ("evaluate-circuit", tmp_path / "scores.json", "--model", run, *line)
     for edge in content["edges"].values():
         edge["in_graph"] = False
     (tmp_path / "scores.json").write_text(json.dumps(content))
     with pytest.raises(GossamerError, match=r"scores\.json keeps no edge: it holds scores alone; .*by --edges$"):
-        call(*prove)
+        call(*evaluation)
     with pytest.raises(GossamerError, match=r"scores\.json has scores of edges, none of nodes to choose 3 by"):
-        call(*prove, "--nodes", 3)
+        call(*evaluation, "--nodes", 3)
     with pytest.raises(GossamerError, match="give one of them"):
-        call(*prove, "--nodes", 3, "--edges", 3)
+        call(*evaluation, "--nodes", 3, "--edges", 3)
     with pytest.raises(GossamerError, match="--signed says how to choose"):
-        call(*prove, "--signed")
+        call(*evaluation, "--signed")
     capsys.readouterr()
-    call("prove", tmp_path / "circuit.json", "--model", run, *line)
+    call("evaluate-circuit", tmp_path / "circuit.json", "--model", run, *line)
     wanted = re.findall(r"faithfulness.*|mean.*", capsys.readouterr().out)
-    call(*prove, "--edges", 30)
+    call(*evaluation, "--edges", 30)
     shown = capsys.readouterr().out
     assert re.findall(r"faithfulness.*|mean.*", shown) == wanted
     assert re.search(rf"edges\s+│\s+{kept} of {len(content['edges'])}\s", shown)
     assert ("cut off" in shown) == (kept < 30)
     with pytest.raises(GossamerError, match=rf"circuit\.graphml holds {kept} edges and nothing of others; --edges 40"):
-        call("prove", tmp_path / "circuit.graphml", "--model", run, *line, "--edges", 40)
+        call("evaluate-circuit", tmp_path / "circuit.graphml", "--model", run, *line, "--edges", 40)
     for edge in content["edges"].values():
         del edge["score"]
     (tmp_path / "scores.json").write_text(json.dumps(content))
     with pytest.raises(GossamerError, match=r"scores\.json keeps no edge: nor has it scores"):
-        call(*prove)
+        call(*evaluation)
 
 
 def test_neurons_of_a_file_count(run: Path, tmp_path: Path, capsys) -> None:
@@ -200,11 +200,11 @@ def test_neurons_of_a_file_count(run: Path, tmp_path: Path, capsys) -> None:
     sources = [node for name, node in content["nodes"].items() if name != "logits"]
     for node in sources:
         node["neurons"] = [True, *[False] * 31]
-    prove = ("prove", tmp_path / "circuit.json", "--model", run, *line)
+    evaluation = ("evaluate-circuit", tmp_path / "circuit.json", "--model", run, *line)
     capsys.readouterr()
     shown = []
     for _ in range(2):
-        call(*prove)
+        call(*evaluation)
         shown.append(capsys.readouterr().out)
         (tmp_path / "circuit.json").write_text(json.dumps(content))
     assert re.search(r"faithfulness\s+│\s+1\.000", shown[0])
@@ -213,7 +213,7 @@ def test_neurons_of_a_file_count(run: Path, tmp_path: Path, capsys) -> None:
     assert "EAP-IG" not in shown[1].replace("circuit.json", "")
     content["edges"]["input->logits"]["in_graph"] = False
     (tmp_path / "circuit.json").write_text(json.dumps(content))
-    call(*prove)
+    call(*evaluation)
     assert "faithfulness in EAP-IG" in capsys.readouterr().out
 
 

@@ -11,8 +11,8 @@ from torch import zeros
 
 import gossamer
 from families import tiny_model
-from gossamer.files import file_beside, write_text, written_beside
-from gossamer.training.checkpoints import fault, seal
+from gossamer.files import atomic_directory, atomic_file, atomic_write_text
+from gossamer.training.checkpoints import checkpoint_error, write_checksums
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
@@ -28,18 +28,18 @@ def mode(path: Path) -> int:
 
 def test_a_saved_model_has_the_modes_of_new_files(umask: int, tmp_path: Path) -> None:
     for _ in range(2):  # the second replaces the first
-        gossamer.save(gossamer.sparsify(tiny_model("llama")), tmp_path / "model")
+        gossamer.save(gossamer.add_gates(tiny_model("llama")), tmp_path / "model")
         assert mode(tmp_path / "model") == 0o777 & ~umask
         assert {mode(file) for file in (tmp_path / "model").iterdir()} == {0o666 & ~umask}
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_folders_within_and_files_by_themselves_too(umask: int, tmp_path: Path) -> None:
-    with written_beside(tmp_path / "run") as staging:
+    with atomic_directory(tmp_path / "run") as staging:
         (staging / "control").mkdir()
         save_file({"a": zeros(2)}, staging / "control" / "model.safetensors")
-        write_text(staging / "config.json", "{}")
-    with file_beside(tmp_path / "run" / "blocks.safetensors") as file:
+        atomic_write_text(staging / "config.json", "{}")
+    with atomic_file(tmp_path / "run" / "blocks.safetensors") as file:
         save_file({"a": zeros(2)}, file)
     for path in (tmp_path / "run").rglob("*"):
         assert mode(path) == (0o777 if path.is_dir() else 0o666) & ~umask, path
@@ -47,21 +47,21 @@ def test_folders_within_and_files_by_themselves_too(umask: int, tmp_path: Path) 
 
 def test_a_sealed_checkpoint_too(umask: int, tmp_path: Path) -> None:
     save_file({"a": zeros(2)}, tmp_path / "model.safetensors")
-    seal(tmp_path)
-    assert fault(tmp_path) is None
+    write_checksums(tmp_path)
+    assert checkpoint_error(tmp_path) is None
     assert {mode(file) for file in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the bit has another meaning")
 def test_what_is_written_goes_to_the_group_of_a_shared_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o2775)
-    with written_beside(tmp_path / "run") as staging:
+    with atomic_directory(tmp_path / "run") as staging:
         (staging / "config.json").touch()
     assert mode(tmp_path / "run") & 0o2000
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
-    for write in (written_beside, file_beside):
+    for write in (atomic_directory, atomic_file):
         with pytest.raises(RuntimeError, match="stop"), write(tmp_path / "run"):
             raise RuntimeError("stop")
     assert not list(tmp_path.iterdir())

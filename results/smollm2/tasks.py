@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from gossamer.files import written_beside
+from gossamer.files import atomic_directory
 from gossamer.training.data import read_documents, split, text_files
 
 EXAMPLES = 400
@@ -95,7 +95,7 @@ def main() -> None:
     source = random.Random(0)
     paragraphs = list(passages(arguments.text))
     tasks = {"last_word": list(last_words(paragraphs)), "continuation": list(continuations(paragraphs, source))}
-    with written_beside(arguments.out) as staging:
+    with atomic_directory(arguments.out) as staging:
         for name, rows in tasks.items():
             chosen = source.sample(rows, min(EXAMPLES, len(rows)))
             (staging / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))

@@ -5,7 +5,7 @@ class GossamerError(Exception):
     """A fault the user can mend; its text is one clear line."""
 
 
-class StoppedTogether(GossamerError):
+class CollectiveError(GossamerError):
     """A fault that all processes of a run know of, and end with; the first one says it."""
 
 

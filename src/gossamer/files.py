@@ -13,7 +13,7 @@ from gossamer.errors import GossamerError
 
 
 @contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path) -> Iterator[Path]:
     """A fresh directory beside ``target`` that takes its place when the block ends well, and else vanishes.
 
     Raises:
@@ -64,7 +64,7 @@ def _cannot_write(target: Path, error: Exception) -> GossamerError:
     return GossamerError(f"cannot write {target}: {reason}; give a place that can be written and has room")
 
 
-def same_place(a: object, b: object) -> bool:
+def same_file(a: object, b: object) -> bool:
     """Whether two paths lead to the same file or directory."""
     return isinstance(a, str) and isinstance(b, str) and all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
 
@@ -76,7 +76,7 @@ def remove_staging(target: Path) -> None:
 
 
 @contextmanager
-def file_beside(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path) -> Iterator[Path]:
     """The name of a file beside ``target`` that takes its place when the block ends well, and else vanishes.
 
     Raises:
@@ -97,7 +97,7 @@ def file_beside(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(target: Path, text: str) -> None:
+def atomic_write_text(target: Path, text: str) -> None:
     """Write a file, replacing one that exists, whole or not at all."""
-    with file_beside(target) as staging:
+    with atomic_file(target) as staging:
         staging.write_text(text, encoding="utf-8")

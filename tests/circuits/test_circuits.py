@@ -6,15 +6,15 @@ from transformers import PreTrainedModel
 
 import gossamer
 from families import tiny_model, tokens
+from gossamer.circuits.activation_cache import run_with_cache
 from gossamer.circuits.attribution import edge_scores, link_scores
 from gossamer.circuits.exact import exact_scores
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
-from gossamer.circuits.intervention import _PatchedEdges, keep_edges, keep_links, keep_nodes
+from gossamer.circuits.intervention import _PatchedEdges, run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.projections import projections_of
-from gossamer.circuits.recording import record
-from gossamer.circuits.search import faithfulness_of, find_circuits, mean_written
-from gossamer.circuits.streams import Visitor, graph_of, visited
-from gossamer.circuits.tasks.base import Batch, Example, Prompts, Tokens
+from gossamer.circuits.search import faithfulness_of, find_circuits, mean_source_outputs
+from gossamer.circuits.streams import StreamHooks, graph_of, stream_hooks
+from gossamer.circuits.tasks.base import Batch, Example, Prompts, TokenizedExample
 
 FAMILIES = (
     "gpt2", "llama", "gpt_neox", "gpt_neox serial", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "phi3",
@@ -27,7 +27,7 @@ def model_of(family: str, gated: bool = False):
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(0.5)
-    return gossamer.sparsify(model, gate_bias=0.3).double().eval() if gated else model
+    return gossamer.add_gates(model, gate_bias=0.3).double().eval() if gated else model
 
 
 def batch_of(prompts: int = 3, length: int = 7) -> Batch:
@@ -60,10 +60,10 @@ def test_eap_is_the_derivative_of_interpolating_each_edge(family: str, gated: bo
     model, batch = model_of(family, gated), batch_of()
     graph = graph_of(model)
     scores = edge_scores(model, batch)
-    other = record(model, batch.corrupted)
+    other = run_with_cache(model, batch.corrupted)
     kept = graph.possible().double().requires_grad_()
-    visitor = Interpolated(graph, projections_of(model), kept[None], other, "patch")
-    with visited(model, visitor):
+    hooks = Interpolated(graph, projections_of(model), kept[None], other, "patch")
+    with stream_hooks(model, hooks):
         batch.measure(model(input_ids=batch.clean).logits[:, -1]).sum().backward()
     near(scores, -kept.grad)
     assert not scores[~graph.possible()].any()
@@ -74,8 +74,10 @@ def test_eap_is_the_derivative_of_interpolating_each_edge(family: str, gated: bo
 def test_scores_are_of_the_ablation_that_is_asked_for(family: str, ablation: str) -> None:
     model, batch = model_of(family), batch_of()
     kept = graph_of(model).possible().double().requires_grad_()
-    visitor = Interpolated(graph_of(model), projections_of(model), kept[None], record(model, batch.corrupted), ablation)
-    with visited(model, visitor):
+    hooks = Interpolated(
+        graph_of(model), projections_of(model), kept[None], run_with_cache(model, batch.corrupted), ablation
+    )
+    with stream_hooks(model, hooks):
         batch.measure(model(input_ids=batch.clean).logits[:, -1]).sum().backward()
     near(edge_scores(model, batch, ablation=ablation), -kept.grad)
 
@@ -101,7 +103,7 @@ def test_eap_is_the_limit_of_patching_one_edge_a_little(family: str) -> None:
         for share in (1e-4, -1e-4):
             kept = possible.double()
             kept[source, destination] -= share
-            values.append(keep_edges(model, batch, kept).sum())
+            values.append(run_with_edges(model, batch, kept).sum())
         slope = (values[0] - values[1]) / 2e-4
         torch.testing.assert_close(scores[source, destination], slope, rtol=1e-4, atol=1e-7)
 
@@ -122,8 +124,8 @@ def test_all_edges_kept_is_the_clean_run_and_none_the_corrupted_one(family: str,
     model, batch = model_of(family, gated), batch_of()
     possible = graph_of(model).possible()
     clean, corrupted = metric(model, batch, batch.clean), metric(model, batch, batch.corrupted)
-    near(keep_edges(model, batch, possible), clean, 1e-5)
-    near(keep_edges(model, batch, torch.zeros_like(possible)), corrupted, 1e-5)
+    near(run_with_edges(model, batch, possible), clean, 1e-5)
+    near(run_with_edges(model, batch, torch.zeros_like(possible)), corrupted, 1e-5)
     assert not torch.allclose(clean, corrupted)
 
 
@@ -133,24 +135,26 @@ def test_nodes_edges_and_links_agree_where_they_must(family: str) -> None:
     graph = graph_of(model)
     clean, corrupted = metric(model, batch, batch.clean), metric(model, batch, batch.corrupted)
     nodes = torch.ones(graph.sources, dtype=torch.bool)
-    near(keep_nodes(model, batch, nodes), clean, 1e-5)
-    near(keep_nodes(model, batch, ~nodes), corrupted, 1e-5)
+    near(run_with_nodes(model, batch, nodes), clean, 1e-5)
+    near(run_with_nodes(model, batch, ~nodes), corrupted, 1e-5)
     nodes[graph.head(1, 2)] = False
     edges = graph.possible()
     edges[graph.head(1, 2)] = False
     for ablation in ("patch", "zero", "mean"):
         near(
-            keep_nodes(model, batch, nodes, ablation=ablation), keep_edges(model, batch, edges, ablation=ablation), 1e-5
+            run_with_nodes(model, batch, nodes, ablation=ablation),
+            run_with_edges(model, batch, edges, ablation=ablation),
+            1e-5,
         )
     shape = (len(batch.clean), graph.layers, graph.heads, 7, 7)
     links = torch.ones(shape, dtype=torch.bool)
-    near(keep_links(model, batch, links), clean, 1e-5)
+    near(run_with_links(model, batch, links), clean, 1e-5)
     for head in range(graph.heads):
         links[:, 1, head] = False
     without_layer = graph.possible()
     without_layer[graph.head(1, 0) : graph.mlp(1)] = False
-    near(keep_links(model, batch, links), keep_edges(model, batch, without_layer), 1e-5)
-    near(keep_links(model, batch, links, ablation="zero"), _without_heads(model, batch, 1), 1e-5)
+    near(run_with_links(model, batch, links), run_with_edges(model, batch, without_layer), 1e-5)
+    near(run_with_links(model, batch, links, ablation="zero"), _without_heads(model, batch, 1), 1e-5)
 
 
 def _without_heads(model, batch: Batch, layer: int) -> torch.Tensor:
@@ -170,8 +174,8 @@ def _without_heads(model, batch: Batch, layer: int) -> torch.Tensor:
 def test_ablations_keep_everything_or_nothing(ablation: str) -> None:
     model, batch = model_of("gpt2"), batch_of()
     possible = graph_of(model).possible()
-    near(keep_edges(model, batch, possible, ablation=ablation), metric(model, batch, batch.clean), 1e-6)
-    nothing = keep_edges(model, batch, torch.zeros_like(possible), ablation=ablation)
+    near(run_with_edges(model, batch, possible, ablation=ablation), metric(model, batch, batch.clean), 1e-6)
+    nothing = run_with_edges(model, batch, torch.zeros_like(possible), ablation=ablation)
     # All prompts are the same when nothing of them is left; only their answers differ.
     assert nothing.isfinite().all()
     assert not torch.allclose(nothing, metric(model, batch, batch.corrupted))
@@ -190,7 +194,7 @@ def test_link_scores_are_derivatives_of_interpolating_each_link(family: str, gat
         for share in (1e-2, -1e-2):  # Gemma's norms round to float32: of a smaller step, that would be what is seen
             kept = links.clone()
             kept[place] -= share
-            values.append(keep_links(model, batch, kept, ablation=ablation).sum())
+            values.append(run_with_links(model, batch, kept, ablation=ablation).sum())
         slope = (values[0] - values[1]) / 2e-2
         torch.testing.assert_close(scores[place], slope, rtol=1e-3, atol=1e-4 * scores.abs().max().item())
 
@@ -209,7 +213,7 @@ def test_a_model_is_as_before_after_a_visit() -> None:
         before = metric(model, batch, batch.clean)
         implementation = model.config._attn_implementation
         hooks = hooks_of(model)
-        with pytest.raises(RuntimeError), visited(model, Visitor()):
+        with pytest.raises(RuntimeError), stream_hooks(model, StreamHooks()):
             raise RuntimeError
         edge_scores(model, batch)
         assert model.config._attn_implementation == implementation
@@ -260,17 +264,17 @@ def test_several_circuits_in_one_pass_are_each_alone() -> None:
         graph = graph_of(model)
         torch.manual_seed(0)
         edges = (torch.rand(3, graph.sources, graph.destinations) < 0.5) & graph.possible()
-        together = keep_edges(model, batch, edges)
+        together = run_with_edges(model, batch, edges)
         assert together.shape == (3, 3)
-        assert not any(result.requires_grad for result in (together, keep_nodes(model, batch, edges[0].any(1))))
-        torch.testing.assert_close(together, torch.stack([keep_edges(model, batch, each) for each in edges]))
+        assert not any(result.requires_grad for result in (together, run_with_nodes(model, batch, edges[0].any(1))))
+        torch.testing.assert_close(together, torch.stack([run_with_edges(model, batch, each) for each in edges]))
         links = torch.rand(2, 3, graph.layers, graph.heads, 7, 7) < 0.5
         torch.testing.assert_close(
-            keep_links(model, batch, links), torch.stack([keep_links(model, batch, each) for each in links])
+            run_with_links(model, batch, links), torch.stack([run_with_links(model, batch, each) for each in links])
         )
         nodes = torch.rand(2, graph.sources) < 0.5
         torch.testing.assert_close(
-            keep_nodes(model, batch, nodes), torch.stack([keep_nodes(model, batch, each) for each in nodes])
+            run_with_nodes(model, batch, nodes), torch.stack([run_with_nodes(model, batch, each) for each in nodes])
         )
 
 
@@ -304,7 +308,7 @@ def test_top_edges_are_the_largest_possible_ones() -> None:
 def prompts_of_two_lengths() -> Prompts:
     example = Example("", "", ("",), ("",))
     kept = [
-        Tokens(example, clean, corrupted, answers, wrong)
+        TokenizedExample(example, clean, corrupted, answers, wrong)
         for batch in (batch_of(4, 6), batch_of(3, 7))
         for clean, corrupted, answers, wrong in zip(
             batch.clean, batch.corrupted, batch.answers, batch.wrong, strict=True
@@ -336,13 +340,13 @@ def test_the_mean_is_that_of_all_prompts_of_a_length() -> None:
         wanted = torch.tensor([point.metric for point in curve.points])
         torch.testing.assert_close(torch.tensor([p.metric for p in alone.curves[level].points]), wanted)
     corrupted = torch.stack([tokens.corrupted for tokens in prompts.kept[:4]])
-    written = record(model, corrupted).written
-    means = mean_written(model, together.batches)
+    written = run_with_cache(model, corrupted).written
+    means = mean_source_outputs(model, together.batches)
     torch.testing.assert_close(means[6], written.mean(1))
     assert set(means) == {6, 7}
 
 
-class Inner(Visitor):
+class Inner(StreamHooks):
     """Keeps what attention gets in layer 1."""
 
     def attend(self, layer, q, k, v, pattern):
@@ -358,10 +362,10 @@ def test_places_are_where_the_heads_come_from(family: str) -> None:
     model, ids = model_of(family), tokens(2, 6)
 
     def inner() -> dict[str, torch.Tensor]:
-        visitor = Inner()
-        with visited(model, visitor):
+        hooks = Inner()
+        with stream_hooks(model, hooks):
             model(input_ids=ids)
-        return visitor.seen
+        return hooks.seen
 
     before = inner()
     for kind, place in projections_of(model)[1].items():

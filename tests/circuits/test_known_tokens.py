@@ -32,14 +32,14 @@ ROWS = {
 
 
 @pytest.mark.parametrize("place", ROWS)
-@pytest.mark.parametrize("verb", ["task", "prove"])
+@pytest.mark.parametrize("verb", ["task", "evaluate-circuit"])
 def test_tasks_name_the_token(verb: str, place: str, larger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     larger.save_pretrained(tmp_path / "model")
     row = {"corrupted": "the link model", "wrong": [" two"], **ROWS[place]}
     (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
     line = [verb, tmp_path / "own.jsonl", "--model", tmp_path / "model", "--examples", 1]
-    if verb == "prove":
+    if verb == "evaluate-circuit":
         write_circuit_of_everything(tmp_path / "circuit.json")
         line = [verb, tmp_path / "circuit.json", "--task", *line[1:], "--force"]
     result = CliRunner().invoke(app, list(map(str, line)))
@@ -52,8 +52,8 @@ def test_tasks_name_the_token(verb: str, place: str, larger, tmp_path: Path, mon
 
 
 def write_circuit_of_everything(file: Path) -> None:
+    from gossamer.circuits.circuit_files import Circuit, write_circuit
     from gossamer.circuits.graph import Graph
-    from gossamer.circuits.interchange import Circuit, write_circuit
 
     graph = Graph(3, 4, False)
     kept = graph.possible()

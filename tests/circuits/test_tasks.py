@@ -15,7 +15,7 @@ from families import tiny_model
 from gossamer import GossamerError
 from gossamer.circuits.ability import Ability, measure_ability, require_ability
 from gossamer.circuits.tasks import TASKS, Example, Task, find_task, register
-from gossamer.circuits.tasks.base import Dropped, Prompts, Tokens, tokenize
+from gossamer.circuits.tasks.base import DroppedExample, Prompts, TokenizedExample, tokenize
 from gossamer.circuits.tasks.ioi import OTHER_TEMPLATES, TEMPLATES
 from gossamer.circuits.tasks.words import NAMES
 from gossamer.demo.addition import addition_tokenizer
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_dropped_with_the_reason(
     tokenizer: PreTrainedTokenizerFast, example: Example, reason: str
 ) -> None:
     found = tokenize(example, tokenizer)
-    assert isinstance(found, Dropped)
+    assert isinstance(found, DroppedExample)
     assert reason in found.reason
 
 
@@ -158,7 +158,7 @@ FRANCE = "The capital of France is"
 
 def test_a_tokenizer_that_ends_texts_keeps_its_ending_off_prompts() -> None:
     found = tokenize(Example(FRANCE, "The capital of Italy is", (" Paris",), (" Rome",)), ending_tokenizer())
-    assert isinstance(found, Tokens)
+    assert isinstance(found, TokenizedExample)
     assert found.clean.tolist() == [0, 3, 4, 5, 6, 8]
     assert found.corrupted.tolist() == [0, 3, 4, 5, 7, 8]
     assert (found.answers.tolist(), found.wrong.tolist()) == ([9], [10])
@@ -267,7 +267,7 @@ def test_a_registered_task_is_found(monkeypatch: pytest.MonkeyPatch, tokenizer: 
 def prompts_of(metric: str, *lengths: int) -> Prompts:
     example = Example("", "", ("",), ("",))
     answers, wrong = torch.tensor([1, 2]), torch.tensor([3])
-    kept = tuple(Tokens(example, torch.arange(n), torch.arange(n) + 1, answers, wrong) for n in lengths)
+    kept = tuple(TokenizedExample(example, torch.arange(n), torch.arange(n) + 1, answers, wrong) for n in lengths)
     return Prompts(metric, kept, ())
 
 

@@ -13,7 +13,7 @@ from gossamer.demo.addition import (
     TOKENS,
     Sums,
     addition_tokenizer,
-    instructive_sums,
+    illustrative_sums,
     split_pairs,
 )
 
@@ -69,7 +69,7 @@ def test_the_tokenizer_has_one_token_a_character_and_is_saved_with_the_model(tmp
 
 def test_instructive_sums_show_every_way_a_carry_can_go() -> None:
     held_out = split_pairs(validation=1_000, held_out=2_000, seed=0).held_out
-    shown = instructive_sums(held_out)
+    shown = illustrative_sums(held_out)
     assert len(shown) == len({each.text for each in shown}) == 8
     ways = set()
     for each in shown:

@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import gossamer
-from gossamer.circuits.intervention import exchanged_links, keep_links, logits_without
-from gossamer.circuits.recording import record
+from gossamer.circuits.activation_cache import run_with_cache
+from gossamer.circuits.intervention import run_with_interchange, run_with_links, run_without_links
 from gossamer.circuits.tasks.base import Batch
 from gossamer.demo.addition import CHARACTERS, PROMPT_TOKENS, TOKENS, Sums, split_pairs
 from gossamer.demo.findings import (
@@ -16,10 +16,10 @@ from gossamer.demo.findings import (
     Measurements,
     by_query_and_key,
     describe,
-    donors_among,
     measure_accuracy,
     model_accuracy,
     quantities_of,
+    sample_donors,
 )
 from gossamer.measures.losses import cross_entropy
 from gossamer.models.attention import counted_links
@@ -45,7 +45,7 @@ def tiny_adder(gate_bias: float = 0.3, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.5)
-    return gossamer.sparsify(model.eval(), gate_bias=gate_bias)
+    return gossamer.add_gates(model.eval(), gate_bias=gate_bias)
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +116,17 @@ def test_open_links_are_those_that_the_model_counts(sums: Sums) -> None:
 def test_a_cut_link_carries_nothing(sums: Sums) -> None:
     """The cut run equals keeping all other links, and with all links of a head cut, a head whose gates are shut."""
     model, ids = tiny_adder(), sums.blocks()[:20]
-    assert torch.equal(logits_without(model, ids, cut_of()), logits_without(model, ids, torch.zeros_like(cut_of())))
-    torch.testing.assert_close(logits_without(model, ids, cut_of()), model(input_ids=ids).logits)
+    assert torch.equal(
+        run_without_links(model, ids, cut_of()), run_without_links(model, ids, torch.zeros_like(cut_of()))
+    )
+    torch.testing.assert_close(run_without_links(model, ids, cut_of()), model(input_ids=ids).logits)
 
     links = [(0, 1, 6, 3), (1, 0, 8, 2)]
-    cut = logits_without(model, ids, cut_of(*links))
+    cut = run_without_links(model, ids, cut_of(*links))
     digits = torch.zeros(1, dtype=torch.long)
     batch = Batch(ids, ids, (digits,) * 20, (digits + 1,) * 20, "logit_difference")
     kept = ~cut_of(*links).expand(20, *cut_of().shape)
-    torch.testing.assert_close(keep_links(model, batch, kept, ablation="zero"), cut[:, -1, 0] - cut[:, -1, 1])
+    torch.testing.assert_close(run_with_links(model, batch, kept, ablation="zero"), cut[:, -1, 0] - cut[:, -1, 1])
     assert (cut[:, -1] - model(input_ids=ids).logits[:, -1]).abs().max() > 1e-3
 
     whole_head = cut_of()
@@ -133,16 +135,16 @@ def test_a_cut_link_carries_nothing(sums: Sums) -> None:
         model.model.layers[1].self_attn.gate_bias[0] = -math.inf
         shut = model(input_ids=ids).logits
         model.model.layers[1].self_attn.gate_bias[0] = 0.3
-    torch.testing.assert_close(logits_without(model, ids, whole_head), shut)
+    torch.testing.assert_close(run_without_links(model, ids, whole_head), shut)
 
 
 def test_exchanged_links_carry_the_donors_message(sums: Sums) -> None:
     """All links of the first layer into the last token from a donor: its attention output there is the donor's."""
     model, ids = tiny_adder(), sums.blocks()[:20]
-    recording = record(model, ids, links=True)
+    recording = run_with_cache(model, ids, links=True)
     own = torch.arange(20)
     torch.testing.assert_close(
-        exchanged_links(model, ids, cut_of((0, 0, 7, 3)), recording, own), model(input_ids=ids).logits
+        run_with_interchange(model, ids, cut_of((0, 0, 7, 3)), recording, own), model(input_ids=ids).logits
     )
     mask = cut_of()
     mask[0, :, 8] = True
@@ -150,7 +152,7 @@ def test_exchanged_links_carry_the_donors_message(sums: Sums) -> None:
     hook = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *x: outputs.append(x[2]))
     with torch.no_grad():
         model(input_ids=ids)
-        exchanged_links(model, ids, mask, recording, own.roll(1))
+        run_with_interchange(model, ids, mask, recording, own.roll(1))
     hook.remove()
     torch.testing.assert_close(outputs[1][:, -1], outputs[0][:, -1].roll(1, 0))
     torch.testing.assert_close(outputs[1][:, :-1], outputs[0][:, :-1])
@@ -158,7 +160,7 @@ def test_exchanged_links_carry_the_donors_message(sums: Sums) -> None:
 
 def test_donors_agree_in_the_value_and_are_others() -> None:
     values = torch.tensor([0, 1, 0, 1, 2, 0, 0])
-    donors = donors_among(values, torch.Generator().manual_seed(0))
+    donors = sample_donors(values, torch.Generator().manual_seed(0))
     assert torch.equal(values[donors], values)
     assert sorted(donors.tolist()) == list(range(7))
     assert (donors != torch.arange(7)).tolist() == [True, True, True, True, False, True, True]

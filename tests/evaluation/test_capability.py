@@ -69,7 +69,7 @@ def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: s
 @pytest.fixture(scope="module")
 def models() -> dict[str, PreTrainedModel]:
     dense = tiny_model("llama")
-    sparse = gossamer.sparsify(dense, gate_bias=-0.5)
+    sparse = gossamer.add_gates(dense, gate_bias=-0.5)
     for model in (dense, sparse):
         model.generation_config.eos_token_id = None  # the same number of tokens by hand and in the harness
     return {"dense": dense, "sparse": sparse}

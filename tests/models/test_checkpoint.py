@@ -17,7 +17,7 @@ from gossamer.models.checkpoint import gate_biases, is_saved_model
 
 @pytest.fixture
 def gated():
-    model = gossamer.sparsify(tiny_model("llama"))
+    model = gossamer.add_gates(tiny_model("llama"))
     for index, parameter in enumerate(p for n, p in model.named_parameters() if n.endswith("gate_bias")):
         parameter.data.copy_(torch.arange(4) * 0.1 + index)
     return model
@@ -26,7 +26,7 @@ def gated():
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_gives_the_same_logits(name: str, tmp_path: Path) -> None:
-    model = gossamer.sparsify(tiny_model(name), gate_bias=-0.7)
+    model = gossamer.add_gates(tiny_model(name), gate_bias=-0.7)
     gossamer.save(model, tmp_path / "model")
     loaded = gossamer.load(tmp_path / "model")
     ids = tokens(2, 14)

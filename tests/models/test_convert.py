@@ -41,7 +41,7 @@ def test_open_gates_equal_eager_attention(name: str, side: str) -> None:
     dense = tiny_model(name)
     mask = padded(side)
     batch = {"input_ids": tokens(2, 14), "attention_mask": mask}
-    gated = gossamer.sparsify(dense)
+    gated = gossamer.add_gates(dense)
     with gossamer.forced_open(gated):
         found = gated(**batch).logits
     wanted = dense(**batch).logits
@@ -67,7 +67,7 @@ def test_open_gates_generate_the_same_with_a_cache(name: str, cache: str, side: 
         "output_logits": True,
     }
     wanted = dense.generate(**options)
-    gated = gossamer.sparsify(dense)
+    gated = gossamer.add_gates(dense)
     with gossamer.forced_open(gated):
         found = gated.generate(**options, cache_implementation="static" if cache == "static" else None)
     assert torch.equal(found.sequences, wanted.sequences)
@@ -78,7 +78,7 @@ def test_open_gates_generate_the_same_with_a_cache(name: str, cache: str, side: 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hard_gates_with_a_cache_equal_those_without(name: str) -> None:
-    gated = gossamer.sparsify(tiny_model(name))
+    gated = gossamer.add_gates(tiny_model(name))
     ids = tokens(2, 14)
     whole = gated(input_ids=ids).logits
     first = gated(input_ids=ids[:, :10], use_cache=True)
@@ -89,7 +89,7 @@ def test_hard_gates_with_a_cache_equal_those_without(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hard_gates_padded_and_cached_equal_those_alone_and_without_a_cache(name: str) -> None:
-    gated = gossamer.sparsify(tiny_model(name))
+    gated = gossamer.add_gates(tiny_model(name))
     alone = tokens(1, 9, seed=3)
     wanted = alone
     for _ in range(6):
@@ -110,7 +110,7 @@ def test_hard_gates_padded_and_cached_equal_those_alone_and_without_a_cache(name
 @torch.no_grad()
 @pytest.mark.parametrize("name", CONFIGS)
 def test_counts_are_those_of_causality_window_and_padding(name: str) -> None:
-    gated = gossamer.sparsify(tiny_model(name))
+    gated = gossamer.add_gates(tiny_model(name))
     mask = padded("left")
     with gossamer.counted_links(gated) as counts, gossamer.forced_open(gated):
         gated(input_ids=tokens(2, 14), attention_mask=mask)
@@ -129,11 +129,11 @@ def test_counts_are_those_of_causality_window_and_padding(name: str) -> None:
 def test_gates_do_something_and_closed_ones_silence_attention() -> None:
     dense = tiny_model("llama")
     batch = {"input_ids": tokens(1, 12)}
-    half = gossamer.sparsify(dense)
+    half = gossamer.add_gates(dense)
     with gossamer.counted_links(half) as counts:
         assert not torch.allclose(half(**batch).logits, dense(**batch).logits, atol=1e-3)
     assert 0 < counts[0].open_links.sum() < counts[0].allowed_links.sum()
-    closed = gossamer.sparsify(dense, gate_bias=-1e4)
+    closed = gossamer.add_gates(dense, gate_bias=-1e4)
     for module in attention_modules(dense):
         module.o_proj.weight.zero_()
     torch.testing.assert_close(closed(**batch).logits, dense(**batch).logits)
@@ -141,7 +141,7 @@ def test_gates_do_something_and_closed_ones_silence_attention() -> None:
 
 @torch.no_grad()
 def test_sampled_gates_follow_the_seed_and_end_with_their_context() -> None:
-    gated = gossamer.sparsify(tiny_model("llama")).train()
+    gated = gossamer.add_gates(tiny_model("llama")).train()
     batch = {"input_ids": tokens(1, 12)}
     hard = gated(**batch).logits
     with gossamer.sampled_gates(gated, seed=1):
@@ -155,7 +155,7 @@ def test_sampled_gates_follow_the_seed_and_end_with_their_context() -> None:
 
 @torch.no_grad()
 def test_contexts_restore_after_an_error() -> None:
-    gated = gossamer.sparsify(tiny_model("llama"))
+    gated = gossamer.add_gates(tiny_model("llama"))
     before = gated(input_ids=tokens(1, 5)).logits
     with pytest.raises(RuntimeError, match="stop"), gossamer.forced_open(gated):
         raise RuntimeError("stop")
@@ -164,10 +164,10 @@ def test_contexts_restore_after_an_error() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
-def test_densify_takes_the_gates_off(name: str) -> None:
+def test_remove_gates_takes_the_gates_off(name: str) -> None:
     dense = tiny_model(name)
-    gated = gossamer.sparsify(dense)
-    back = gossamer.densify(gated)
+    gated = gossamer.add_gates(dense)
+    back = gossamer.remove_gates(gated)
     batch = {"input_ids": tokens(1, 12)}
     assert not gossamer.is_gated(back)
     assert gossamer.is_gated(gated)
@@ -176,17 +176,17 @@ def test_densify_takes_the_gates_off(name: str) -> None:
 
 
 @torch.no_grad()
-def test_sparsify_leaves_the_original_alone_unless_told() -> None:
+def test_add_gates_leaves_the_original_alone_unless_told() -> None:
     dense = tiny_model("llama")
     before = dense(input_ids=tokens(1, 5)).logits
-    gossamer.sparsify(dense)
+    gossamer.add_gates(dense)
     assert torch.equal(dense(input_ids=tokens(1, 5)).logits, before)
-    assert gossamer.sparsify(dense, inplace=True) is dense
+    assert gossamer.add_gates(dense, inplace=True) is dense
 
 
 def test_gradients_reach_bias_and_projections_with_activation_checkpointing_alike() -> None:
-    plain = gossamer.sparsify(tiny_model("llama")).train()
-    recomputed = gossamer.sparsify(tiny_model("llama")).train()
+    plain = gossamer.add_gates(tiny_model("llama")).train()
+    recomputed = gossamer.add_gates(tiny_model("llama")).train()
     recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     grads = []
     for model in (plain, recomputed):
@@ -219,7 +219,7 @@ def test_what_cannot_be_gated_is_refused_by_name_and_left_alone(case: str) -> No
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=97, **settings))
     before = (set(model.state_dict()), model.config._attn_implementation)
     with pytest.raises(GossamerError, match=message):
-        gossamer.sparsify(model, inplace=True)
+        gossamer.add_gates(model, inplace=True)
     assert before == (set(model.state_dict()), model.config._attn_implementation)
 
 
@@ -228,20 +228,20 @@ def test_encoders_and_encoder_decoders_are_refused() -> None:
         BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=97)
     )
     with pytest.raises(GossamerError, match="bert is not a supported family"):
-        gossamer.sparsify(bert)
+        gossamer.add_gates(bert)
     t5 = AutoModelForSeq2SeqLM.from_config(
         T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, vocab_size=97)
     )
     with pytest.raises(GossamerError, match="encoder-decoder"):
-        gossamer.sparsify(t5)
+        gossamer.add_gates(t5)
 
 
 def test_gating_twice_and_degating_a_dense_model_are_refused() -> None:
-    gated = gossamer.sparsify(tiny_model("llama"))
+    gated = gossamer.add_gates(tiny_model("llama"))
     with pytest.raises(GossamerError, match="has gates already"):
-        gossamer.sparsify(gated)
+        gossamer.add_gates(gated)
     with pytest.raises(GossamerError, match="no gates"):
-        gossamer.densify(tiny_model("llama"))
+        gossamer.remove_gates(tiny_model("llama"))
 
 
 def test_a_model_with_offloaded_layers_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
@@ -253,25 +253,25 @@ def test_a_model_with_offloaded_layers_is_refused_before_anything_is_changed(tmp
     )
     before = set(model.state_dict())
     with pytest.raises(GossamerError, match=r"model\.layers\.1\..* is offloaded"):
-        gossamer.sparsify(model, inplace=True)
+        gossamer.add_gates(model, inplace=True)
     assert set(model.state_dict()) == before
     gossamer.save_adapter(adapted(), tmp_path / "adapter")
     with pytest.raises(GossamerError, match=r"model\.layers\.1\..* is offloaded"):
         gossamer.load_adapter(tmp_path / "adapter", model)
-    gated = cpu_offload(gossamer.sparsify(tiny_model("llama")), torch.device("cpu"))
+    gated = cpu_offload(gossamer.add_gates(tiny_model("llama")), torch.device("cpu"))
     with pytest.raises(GossamerError, match=r"offloaded.*load it whole"):
         gossamer.save(gated, tmp_path / "gated")
     assert not (tmp_path / "gated").exists()
 
 
 def adapted() -> PreTrainedModel:
-    model = gossamer.sparsify(tiny_model("llama"))
+    model = gossamer.add_gates(tiny_model("llama"))
     add_adapters(model, rank=2, alpha=4.0)
     return model
 
 
 def test_attention_biases_in_a_mask_are_refused() -> None:
-    gated = gossamer.sparsify(tiny_model("llama"))
+    gated = gossamer.add_gates(tiny_model("llama"))
     mask = torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), torch.finfo(torch.float32).min)
     ids = tokens(1, 6)
     torch.testing.assert_close(gated(input_ids=ids, attention_mask=mask).logits, gated(input_ids=ids).logits)

@@ -108,7 +108,7 @@ def test_an_import_says_what_the_model_says_with_gates_at_bias_0(layout: str, ti
     write, options = LAYOUTS[layout]
     torch.save(write(model), tmp_path / "checkpoint.pt")
     found = import_checkpoint(tmp_path / "checkpoint.pt", **options)
-    wanted = gossamer.sparsify(model, gate_bias=0.0)
+    wanted = gossamer.add_gates(model, gate_bias=0.0)
     ids = tokens(2, 20)
     assert gate_biases(found).abs().max() == 0
     assert found.config.tie_word_embeddings == tied
@@ -124,7 +124,7 @@ def test_a_checkpoint_without_biases_has_biases_of_0(tmp_path: Path) -> None:
     torch.save(nanogpt(model, biased=False), tmp_path / "checkpoint.pt")
     found = import_checkpoint(tmp_path / "checkpoint.pt", heads=HEADS)
     ids = tokens(2, 20)
-    assert torch.equal(found(input_ids=ids).logits, gossamer.sparsify(model)(input_ids=ids).logits)
+    assert torch.equal(found(input_ids=ids).logits, gossamer.add_gates(model)(input_ids=ids).logits)
 
 
 @torch.no_grad()

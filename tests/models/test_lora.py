@@ -11,14 +11,14 @@ from families import CONFIGS, tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.models.architectures import architecture_of
 from gossamer.models.lora import adapter_targets, add_adapters, has_adapters, merge_adapters
-from gossamer.training.trainer import without_dropout
+from gossamer.training.trainer import no_dropout
 
 IDS = tokens(2, 14)
 
 
 def adapted(name: str = "llama", *, seed: int = 0, targets: tuple[str, ...] = ()) -> PreTrainedModel:
     """A gated tiny model with adapters and gates as if trained."""
-    model = gossamer.sparsify(tiny_model(name))
+    model = gossamer.add_gates(tiny_model(name))
     add_adapters(model, rank=2, alpha=4.0, targets=targets)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def adapted_maps(model: PreTrainedModel) -> set[str]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_adapters_go_on_the_attention_and_nothing_else(name: str) -> None:
-    model = gossamer.sparsify(tiny_model(name))
+    model = gossamer.add_gates(tiny_model(name))
     architecture = architecture_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -104,7 +104,7 @@ def test_merged_adapters_compute_the_same_and_leave_a_plain_gated_model(name: st
     wanted = model(input_ids=IDS).logits
     merge_adapters(model)
     torch.testing.assert_close(model(input_ids=IDS).logits, wanted, rtol=1e-3, atol=1e-3)
-    assert set(model.state_dict()) == set(gossamer.sparsify(tiny_model(name)).state_dict())
+    assert set(model.state_dict()) == set(gossamer.add_gates(tiny_model(name)).state_dict())
     assert not has_adapters(model)
     with pytest.raises(GossamerError, match="no adapters to merge"):
         merge_adapters(model)
@@ -124,7 +124,7 @@ def test_as_dense_is_the_dense_model_bit_for_bit(name: str, bf16: bool, implemen
     if implementation == "sdpa" and not dense._supports_sdpa:
         pytest.skip("transformers has no sdpa for it")
     dense.set_attn_implementation(implementation)
-    model = gossamer.sparsify(dense)
+    model = gossamer.add_gates(dense)
     add_adapters(model, rank=2, alpha=4.0)
     for key, parameter in model.named_parameters():
         if "lora_B" in key or key.endswith("gate_bias"):
@@ -133,14 +133,14 @@ def test_as_dense_is_the_dense_model_bit_for_bit(name: str, bf16: bool, implemen
     padded = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_fill_(1, torch.tensor([0, 1]), 0)}
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for batch in ({"input_ids": IDS}, padded):
-            with without_dropout(model):
+            with no_dropout(model):
                 sparse = model(**batch).logits
             with gossamer.as_dense(model) as within:
                 assert within is model
                 assert not gossamer.is_gated(model)
                 assert not model.training
                 assert torch.equal(model(**batch).logits, dense(**batch).logits)
-            with without_dropout(model):
+            with no_dropout(model):
                 assert torch.equal(model(**batch).logits, sparse)
             assert not torch.allclose(sparse, dense(**batch).logits, atol=0.05)
 

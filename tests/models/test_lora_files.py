@@ -22,7 +22,7 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "gossa
 
 def adapted(name: str = "llama", targets: tuple[str, ...] = ()) -> PreTrainedModel:
     """A gated tiny model with adapters and gates as if trained."""
-    model = gossamer.sparsify(tiny_model(name))
+    model = gossamer.add_gates(tiny_model(name))
     add_adapters(model, rank=2, alpha=4.0, targets=targets)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
@@ -83,7 +83,7 @@ def test_plain_peft_loads_the_adapters_on_the_dense_base(name: str, tmp_path: Pa
     model = adapted(name)
     gossamer.save_adapter(model, tmp_path / "adapter")
     plain = PeftModel.from_pretrained(tiny_model(name), str(tmp_path / "adapter")).eval()
-    without_gates = gossamer.densify(model)
+    without_gates = gossamer.remove_gates(model)
     assert torch.equal(plain(input_ids=IDS).logits, without_gates(input_ids=IDS).logits)
     assert not torch.allclose(plain(input_ids=IDS).logits, tiny_model(name)(input_ids=IDS).logits, atol=0.05)
 
@@ -158,8 +158,8 @@ OTHERS = {
     "heads": (lambda: another(num_attention_heads=8, head_dim=4, num_key_value_heads=4), "4 heads a layer; .* has 8"),
     "key/value heads": (lambda: another(num_key_value_heads=4), r"k_proj\.weight has shape \[16, 32\]"),
     "weights": (lambda: tiny_model("llama", seed=1), "is not the model that .* was trained on: its model.embed_tokens"),
-    "gates": (lambda: gossamer.sparsify(tiny_model("llama")), "has gates or adapters already"),
-    "adapters": (lambda: gossamer.densify(adapted()), "has gates or adapters already"),
+    "gates": (lambda: gossamer.add_gates(tiny_model("llama")), "has gates or adapters already"),
+    "adapters": (lambda: gossamer.remove_gates(adapted()), "has gates or adapters already"),
 }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_samples_are_the_ends_of_a_weight_of_any_size_and_what_is_between() -> N
 def test_only_gated_models_with_adapters_are_saved(tmp_path: Path) -> None:
     dense = tiny_model("llama")
     with pytest.raises(GossamerError, match="no adapters"):
-        gossamer.save_adapter(gossamer.sparsify(dense), tmp_path / "adapter")
+        gossamer.save_adapter(gossamer.add_gates(dense), tmp_path / "adapter")
     add_adapters(dense, rank=2, alpha=4.0)
     with pytest.raises(GossamerError, match="no gates"):
         gossamer.save_adapter(dense, tmp_path / "adapter")

@@ -21,7 +21,7 @@ needs_transformer_lens = pytest.mark.skipif(
 
 def gated_model(name: str) -> PreTrainedModel:
     """With biases of both signs."""
-    model = gossamer.sparsify(tiny_model(name))
+    model = gossamer.add_gates(tiny_model(name))
     for module in attention_modules(model):
         module.gate_bias.data = torch.tensor([0.5, -0.3, 0.0, 1.0])
     return model
@@ -36,7 +36,7 @@ def test_a_gated_bridge_says_what_the_model_says(name: str) -> None:
     ids = tokens(2, 14)
     wanted = model(input_ids=ids).logits
     found = bridge(ids, return_type="logits")
-    assert (wanted - gossamer.densify(model)(input_ids=ids).logits).abs().max() > 0.1
+    assert (wanted - gossamer.remove_gates(model)(input_ids=ids).logits).abs().max() > 0.1
     assert (found - wanted).abs().max() < 1e-5 * max(1.0, wanted.abs().max())
 
 
@@ -46,9 +46,9 @@ def test_gates_in_a_bridge_can_be_taken_out_again() -> None:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     model = gated_model("llama")
-    dense = gossamer.densify(model)
+    dense = gossamer.remove_gates(model)
     ids = tokens(2, 14)
-    bridge = build_bridge_from_module(gossamer.densify(model), "LlamaForCausalLM", hf_config=dense.config)
+    bridge = build_bridge_from_module(gossamer.remove_gates(model), "LlamaForCausalLM", hf_config=dense.config)
     sparse_logits, dense_logits = model(input_ids=ids).logits, dense(input_ids=ids).logits
 
     def says(wanted: torch.Tensor) -> bool:

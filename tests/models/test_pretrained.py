@@ -43,7 +43,7 @@ def test_smollm2_with_open_gates_is_itself(smollm2, tmp_path: Path) -> None:
     real = batch["attention_mask"].bool()
     model.set_attn_implementation("eager")
     wanted = model(**batch).logits[real]
-    gated = gossamer.sparsify(model, gate_bias=0.0)
+    gated = gossamer.add_gates(model, gate_bias=0.0)
     with gossamer.forced_open(gated), gossamer.counted_links(gated) as counts:
         found = gated(**batch).logits[real]
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -91,7 +91,7 @@ def test_an_empty_cache_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch
 def test_names_that_stand_for_nothing_are_named(tmp_path: Path) -> None:
     with pytest.raises(GossamerError, match="directory without config"):
         load_dense(str(tmp_path))
-    gossamer.save(gossamer.sparsify(tiny_model("llama")), tmp_path / "gated")
+    gossamer.save(gossamer.add_gates(tiny_model("llama")), tmp_path / "gated")
     with pytest.raises(GossamerError, match="give the dense model it was made from"):
         load_dense(str(tmp_path / "gated"))
 

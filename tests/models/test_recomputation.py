@@ -14,7 +14,7 @@ import gossamer
 from families import CONFIGS, tiny_model, tokens
 from gossamer import GossamerError
 from gossamer.models.lora import add_adapters
-from gossamer.training.trainer import without_dropout
+from gossamer.training.trainer import no_dropout
 
 IDS = tokens(2, 14)
 CONTEXTS: dict[str, Callable[[PreTrainedModel], AbstractContextManager]] = {
@@ -25,7 +25,7 @@ CONTEXTS: dict[str, Callable[[PreTrainedModel], AbstractContextManager]] = {
 
 def gated(name: str = "llama", reentrant: bool | None = None) -> PreTrainedModel:
     """In training mode; with activation checkpointing unless ``reentrant`` is None."""
-    model = gossamer.sparsify(tiny_model(name)).train()
+    model = gossamer.add_gates(tiny_model(name)).train()
     if reentrant is not None:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})
@@ -55,7 +55,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_the_gradient_after_the_context_is_that_without_recomputation(name: str, context: str, reentrant: bool) -> None:
     found = []
     for model in (gated(name), gated(name, reentrant)):
-        with without_dropout(model):
+        with no_dropout(model):
             with CONTEXTS[context](model):
                 out = logits(model)
             found.append(gradients(model, out.square().mean()))
@@ -151,9 +151,9 @@ def test_a_copy_has_gates_of_its_own_and_loses_them_alone() -> None:
     wanted = gated()
     with gossamer.sampled_gates(wanted, seed=1):
         assert_same(gradients(other, out.square().mean()), gradients(wanted, logits(wanted).square().mean()))
-    dense = gossamer.densify(model)
+    dense = gossamer.remove_gates(model)
     assert not any(module._forward_pre_hooks for module in dense.modules())
-    gossamer.densify(other, inplace=True)
+    gossamer.remove_gates(other, inplace=True)
     with gossamer.sampled_gates(model, seed=1):
         assert torch.equal(logits(model), out)
 

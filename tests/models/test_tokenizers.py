@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 import gossamer
 from families import tiny_model
 from gossamer.errors import GossamerError
-from gossamer.models.tokenizers import load_own_tokenizer, prompt_ids, without_ending
+from gossamer.models.tokenizers import load_own_tokenizer, prompt_ids, strip_end_tokens
 
 VOCABULARY = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "the": 4, "model": 5, "reads": 6}
 CLS, SEP = ("[CLS]", 1), ("[SEP]", 2)
@@ -47,7 +47,7 @@ def test_a_prompt_keeps_what_stands_before_it_and_nothing_after_it(kind: str) ->
     assert prompt_ids(tokenizer, "") == start
     # Not a token of the text itself, though it is the ending one.
     assert prompt_ids(tokenizer, "the [SEP]") == [*start, 4, 2]
-    assert without_ending(tokenizer, "the", [4]) == [4]
+    assert strip_end_tokens(tokenizer, "the", [4]) == [4]
 
 
 def test_a_start_token_stays_where_the_tokenizer_knows_no_letter() -> None:
@@ -61,14 +61,14 @@ def test_a_tokenizer_without_a_fast_form_ends_no_prompt() -> None:
 
 @pytest.mark.parametrize("tokenizer", [ByT5Tokenizer(extra_ids=0), tokenizer_of("both")], ids=["slow", "fast"])
 def test_the_tokenizer_saved_along_is_read_back(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    gossamer.save(gossamer.sparsify(tiny_model("llama")), tmp_path / "model", tokenizer)
+    gossamer.save(gossamer.add_gates(tiny_model("llama")), tmp_path / "model", tokenizer)
     found = load_own_tokenizer(tmp_path / "model")
     assert found("the model").input_ids == tokenizer("the model").input_ids
     assert found.is_fast == tokenizer.is_fast
 
 
 def test_a_tokenizer_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
-    gossamer.save(gossamer.sparsify(tiny_model("llama")), tmp_path / "model", tokenizer_of("both"))
+    gossamer.save(gossamer.add_gates(tiny_model("llama")), tmp_path / "model", tokenizer_of("both"))
     file = tmp_path / "model" / "tokenizer.json"
     file.write_text(json.dumps({"model": 1}))
     with pytest.raises(GossamerError, match=r"the tokenizer in .*model cannot be read"):

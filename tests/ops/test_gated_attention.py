@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from attention_cases import FAST, GPU, IMPLEMENTATIONS, PADDING, TRITON, inputs, place
-from gossamer import GatedAttention, gated_attention
+from gossamer import GatedAttentionOutput, gated_attention
 
 FIELDS = ("output", "expected_open", "open_links", "allowed_links", "log_sum_exp")
 
 
-def run(tensors: dict[str, torch.Tensor], **options) -> tuple[GatedAttention, list[torch.Tensor]]:
+def run(tensors: dict[str, torch.Tensor], **options) -> tuple[GatedAttentionOutput, list[torch.Tensor]]:
     """The result, and the gradients of a fixed random function of output and expected links."""
     result = gated_attention(**tensors, **options)
     generator = torch.Generator().manual_seed(0)

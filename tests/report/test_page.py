@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "<b>run"
     folder.mkdir()
     dense = tiny_model("llama")
-    sparse = gossamer.sparsify(dense, gate_bias=-0.5).eval()
+    sparse = gossamer.add_gates(dense, gate_bias=-0.5).eval()
     prompts = [
         AttentionPrompt(tuple(range(10)), "<i>hostile</i>"),
         AttentionPrompt((3, 4, 5), "short"),
@@ -239,7 +239,7 @@ def test_the_attention_of_the_record_is_the_models_own(run: Path) -> None:
     found = torch.tensor(attention_weights(record, 0, "dense"))
     torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=0.5 / 255 + 1e-6)
     sparse = torch.tensor(attention_weights(record, 0, "sparse"))
-    gated = gossamer.sparsify(tiny_model("llama"), gate_bias=-0.5).eval()
+    gated = gossamer.add_gates(tiny_model("llama"), gate_bias=-0.5).eval()
     with torch.no_grad(), gossamer.counted_links(gated) as counts:
         gated(input_ids=torch.arange(10)[None])
     opened = torch.stack([layer.open_links for layer in counts.values()]).sum()

@@ -12,10 +12,10 @@ from gossamer import GossamerError
 from gossamer.measures.losses import cross_entropy
 from gossamer.runs.plan import MARGIN, alternatives, plan_run
 from gossamer.runs.presets import find_preset, presets
-from gossamer.runs.settings import Given, RunConfig
+from gossamer.runs.settings import RunConfig, SettingsSource
 from gossamer.training.data import BlockDataset
 from gossamer.training.sparsity import SparsityTrainer
-from gossamer.training.trainer import TrainingConfig, choose_trained
+from gossamer.training.trainer import TrainingConfig, freeze_except
 
 PARAMETERS = {"gpt2": 124_439_808, "smollm2": 134_515_008, "llama-3.2-1b": 1_235_814_400, "olmo-2-7b": 7_298_617_344}
 
@@ -35,7 +35,7 @@ def test_every_preset_is_a_model_of_its_size_and_flags_that_there_are() -> None:
     assert set(presets()) == set(PARAMETERS)
     for name, preset in presets().items():
         assert plan_run(preset.config, run(batch_size=1), "cpu").parameters == PARAMETERS[name]
-        RunConfig.gathered([Given(preset.settings, name)])
+        RunConfig.from_sources([SettingsSource(preset.settings, name)])
         assert preset.settings["seq_len"] <= AutoConfig.for_model(**preset.config).max_position_embeddings
     with pytest.raises(GossamerError, match="no preset 'gpt3'; there are gpt2"):
         find_preset("gpt3")
@@ -43,8 +43,8 @@ def test_every_preset_is_a_model_of_its_size_and_flags_that_there_are() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_activations_are_those_that_a_real_forward_pass_keeps(name: str) -> None:
-    model = gossamer.sparsify(tiny_model(name))
-    choose_trained(model, "all")
+    model = gossamer.add_gates(tiny_model(name))
+    freeze_except(model, "all")
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_planned_is_named() -> None:
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = gossamer.sparsify(tiny_model("llama")).train()
+        model = gossamer.add_gates(tiny_model("llama")).train()
         config = TrainingConfig(gradient_checkpointing=checkpointing, checkpoint_every=0)
         SparsityTrainer(model, None, 3.0, config, BlockDataset(tokens(4, 16)), tokens(1, 16), tmp_path, steps=1)
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == checkpointing

@@ -9,7 +9,7 @@ import yaml
 
 from gossamer import GossamerError
 from gossamer.runs.presets import presets
-from gossamer.runs.settings import Given, RunConfig, settings
+from gossamer.runs.settings import RunConfig, SettingsSource, settings
 from gossamer.runs.settings_file import all_settings, read_settings
 from gossamer.training.constraints import CrossEntropy, KLDivergence
 from gossamer.training.multiplier import MultiplierConfig
@@ -50,9 +50,9 @@ def test_every_setting_is_explained_and_in_the_printed_file(tmp_path: Path) -> N
             assert f"\n{name}:" in f"\n{written}".replace("\n# ", "\n")
     file = tmp_path / "all.yaml"
     file.write_text(written)
-    assert RunConfig.gathered([Given(ASKED), read_settings(file)]) == RunConfig("smollm2", "self")
+    assert RunConfig.from_sources([SettingsSource(ASKED), read_settings(file)]) == RunConfig("smollm2", "self")
     file.write_text(written.replace("\nlearning_rate: 0.0001", "\nlearning_rate: 1e-5"))
-    assert RunConfig.gathered([Given(ASKED), read_settings(file)]).training.learning_rate == 1e-5
+    assert RunConfig.from_sources([SettingsSource(ASKED), read_settings(file)]).training.learning_rate == 1e-5
 
 
 def test_defaults_that_json_writes_without_a_dot_come_back_as_numbers() -> None:
@@ -74,20 +74,24 @@ def test_the_help_of_a_field_is_in_the_docstring() -> None:
 
 
 def test_the_later_place_goes_before_the_earlier_one() -> None:
-    config = RunConfig.gathered(
-        [Given(presets()["gpt2"].settings, "preset"), Given({"batch_size": 3, "seq_len": 32}), Given({"seq_len": "64"})]
+    config = RunConfig.from_sources(
+        [
+            SettingsSource(presets()["gpt2"].settings, "preset"),
+            SettingsSource({"batch_size": 3, "seq_len": 32}),
+            SettingsSource({"seq_len": "64"}),
+        ]
     )
     assert (config.model, config.seq_len) == ("openai-community/gpt2", 64)
     assert (config.training.batch_size, config.training.gradient_accumulation) == (3, 2)
 
 
 def test_another_constraint_replaces_the_settings_of_the_one_before() -> None:
-    file = Given({**ASKED, "constraint": "kl", "epsilon": 0.2}, "file.yaml")
-    assert RunConfig.gathered([file]).training.constraint == KLDivergence(0.2)
-    line = Given({"constraint": "ce", "slack": "0.1"}, options=True)
-    assert RunConfig.gathered([file, line]).training.constraint == CrossEntropy(0.1)
+    file = SettingsSource({**ASKED, "constraint": "kl", "epsilon": 0.2}, "file.yaml")
+    assert RunConfig.from_sources([file]).training.constraint == KLDivergence(0.2)
+    line = SettingsSource({"constraint": "ce", "slack": "0.1"}, options=True)
+    assert RunConfig.from_sources([file, line]).training.constraint == CrossEntropy(0.1)
     with pytest.raises(GossamerError, match=r"^--slack is a setting of the constraint ce, not of kl; leave it out, or"):
-        RunConfig.gathered([file, Given({"slack": "0.1"}, options=True)])
+        RunConfig.from_sources([file, SettingsSource({"slack": "0.1"}, options=True)])
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,7 @@ def test_what_a_file_cannot_say_is_named(written: str, said: str, tmp_path: Path
     file = tmp_path / "bad.yaml"
     file.write_text(written)
     with pytest.raises(GossamerError) as refused:
-        RunConfig.gathered([Given(ASKED), read_settings(file)])
+        RunConfig.from_sources([SettingsSource(ASKED), read_settings(file)])
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -127,7 +131,7 @@ def test_what_a_file_cannot_say_is_named(written: str, said: str, tmp_path: Path
 def test_what_has_no_default_has_to_be_given(tmp_path: Path) -> None:
     assert [name for name, one in settings().items() if one.default is MISSING] == ["model", "text"]
     with pytest.raises(GossamerError, match=r"^--text is not given: Training text: a .txt"):
-        RunConfig.gathered([Given({"model": "smollm2"}, options=True)])
+        RunConfig.from_sources([SettingsSource({"model": "smollm2"}, options=True)])
     with pytest.raises(GossamerError, match="cannot be read: No such file"):
         read_settings(tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").touch()

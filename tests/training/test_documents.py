@@ -12,7 +12,7 @@ import pytest
 
 from conftest import sentences
 from gossamer import GossamerError
-from gossamer.training.documents import kind_of, passed_over, read_documents, text_files
+from gossamer.training.documents import file_kind, read_documents, skipped_files, text_files
 
 DOCUMENTS = sentences(3)
 ROWS = [{"text": text} for text in DOCUMENTS]
@@ -71,7 +71,7 @@ def test_a_plain_file_is_one_document(ending: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_end_of_a_name_says_what_a_file_is(name: str, kind: tuple[str, str] | None) -> None:
-    assert kind_of(name) == kind
+    assert file_kind(name) == kind
 
 
 @pytest.mark.parametrize("ending", [ending for ending in PACKED if ending])
@@ -110,7 +110,7 @@ def test_hidden_files_and_folders_are_no_text(tmp_path: Path) -> None:
     (tmp_path / ".ipynb_checkpoints").mkdir()
     (tmp_path / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("older one")
     assert list(read_documents(tmp_path)) == ["one"]
-    assert passed_over(str(tmp_path)) == f"{tmp_path}; passed over: ._a.txt, .ipynb_checkpoints (hidden)"
+    assert skipped_files(str(tmp_path)) == f"{tmp_path}; passed over: ._a.txt, .ipynb_checkpoints (hidden)"
     assert list(read_documents(tmp_path / ".ipynb_checkpoints")) == ["older one"]
 
 
@@ -121,14 +121,14 @@ def test_what_is_passed_over_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text('[{"text": "two"}]')
     os.mkfifo(tmp_path / "pipe.txt")
     assert list(read_documents(tmp_path)) == ["one", "two"]
-    assert passed_over(str(tmp_path)) == (
+    assert skipped_files(str(tmp_path)) == (
         f"{tmp_path}; passed over: b.csv, c.csv, d.csv and 2 more (of another kind); config.json (without documents); "
         "pipe.txt (no file)"
     )
     (tmp_path / "h").mkdir()
     (tmp_path / "h" / "a.txt").write_text("three")
-    assert passed_over(str(tmp_path / "h")) is None
-    assert passed_over(str(tmp_path / "a.txt")) is None
+    assert skipped_files(str(tmp_path / "h")) is None
+    assert skipped_files(str(tmp_path / "a.txt")) is None
     (tmp_path / "h" / "a.txt").rename(tmp_path / "h" / "a.text")
     with pytest.raises(GossamerError, match=r"holds no text: .*passed over: a\.text \(of another kind\)"):
         text_files(tmp_path / "h")
@@ -152,7 +152,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (text / "5").symlink_to(text / "own")
     os.link(text / "own" / "a.txt", text / "own" / "z.txt")
     assert [str(file.relative_to(text)) for file in text_files(text)] == ["1/c.txt", "2/b.txt", "own/a.txt"]
-    assert passed_over(str(text)) == (
+    assert skipped_files(str(text)) == (
         f"{text}; passed over: 0.txt, 2/deep, 5 and 1 more (found already); 0 (of another kind); "
         "1/up, 3, 4 (leads back to where it lies)"
     )

@@ -15,7 +15,7 @@ IDS = tokens(2, 20)
 def test_the_denominators_are_those_of_plain_attention() -> None:
     dense = tiny_model("gpt2")
     dense.set_attn_implementation("eager")
-    found = mean_log_sum_exp(gossamer.sparsify(dense), IDS)
+    found = mean_log_sum_exp(gossamer.add_gates(dense), IDS)
     block = dense.transformer.h[0]
     qkv = block.attn.c_attn(block.ln_1(dense.transformer.wte(IDS) + dense.transformer.wpe(torch.arange(20))))
     q, k, _ = (x.view(2, 20, dense.config.n_head, -1).transpose(1, 2) for x in qkv.chunk(3, -1))
@@ -27,7 +27,7 @@ def test_the_denominators_are_those_of_plain_attention() -> None:
 @torch.no_grad()
 def test_gates_open_above_an_attention_weight() -> None:
     """With queries of 0 every row of attention is uniform, 1 / (i + 1), and has the denominator i + 1."""
-    model = gossamer.sparsify(tiny_model("gpt2"))
+    model = gossamer.add_gates(tiny_model("gpt2"))
     for block in model.transformer.h:
         width = model.config.n_embd
         block.attn.c_attn.weight[:, :width] = 0
@@ -44,7 +44,7 @@ def test_gates_open_above_an_attention_weight() -> None:
 
 @torch.no_grad()
 def test_the_start_is_the_sparsest_that_the_violation_allows() -> None:
-    model = gossamer.sparsify(tiny_model("llama")).eval()
+    model = gossamer.add_gates(tiny_model("llama")).eval()
 
     def open_fraction() -> float:
         with gossamer.counted_links(model) as counts:
@@ -60,7 +60,7 @@ def test_the_start_is_the_sparsest_that_the_violation_allows() -> None:
 
 
 def test_calibration_finds_the_smallest_shift_that_was_measured_to_hold() -> None:
-    model = gossamer.sparsify(tiny_model("llama"))
+    model = gossamer.add_gates(tiny_model("llama"))
     before = gate_biases(model)
 
     def violation() -> float:
@@ -73,7 +73,7 @@ def test_calibration_finds_the_smallest_shift_that_was_measured_to_hold() -> Non
 
 
 def test_calibration_leaves_what_holds_and_what_no_shift_helps() -> None:
-    model = gossamer.sparsify(tiny_model("llama"))
+    model = gossamer.add_gates(tiny_model("llama"))
     before = gate_biases(model)
     assert calibrate(model, lambda: -0.1) == Calibration(0.0, -0.1)
     assert calibrate(model, lambda: 0.1) == Calibration(None, 0.1)
@@ -81,7 +81,7 @@ def test_calibration_leaves_what_holds_and_what_no_shift_helps() -> None:
 
 
 def test_a_shift_is_taken_back_exactly() -> None:
-    model = gossamer.sparsify(tiny_model("llama"), gate_bias=0.1)
+    model = gossamer.add_gates(tiny_model("llama"), gate_bias=0.1)
     before = gate_biases(model)
     with shifted(model, 1e6):
         assert (gate_biases(model) > 1e5).all()

@@ -18,7 +18,7 @@ from gossamer.training.constraints import KLDivergence
 from gossamer.training.data import BlockDataset
 from gossamer.training.multiplier import MultiplierConfig
 from gossamer.training.sparsity import SparsityTrainer
-from gossamer.training.trainer import PostTrainer, TrainingConfig, choose_trained, without_dropout
+from gossamer.training.trainer import PostTrainer, TrainingConfig, freeze_except, no_dropout
 
 BLOCKS = tokens(32, 16)
 VALIDATION = tokens(5, 16, seed=1)
@@ -36,14 +36,14 @@ def trained(folder: Path, *, part: str = "lora", copied: bool = False, steps: in
             **settings,
         }
     )
-    model = gossamer.sparsify(tiny_model("llama"))
+    model = gossamer.add_gates(tiny_model("llama"))
     if part == "lora":
         add_adapters(model, rank=2, alpha=4.0, seed=config.seed)
     else:
-        choose_trained(model, part)
+        freeze_except(model, part)
     reference = tiny_model("llama") if copied or part != "lora" else None
     trainer = SparsityTrainer(model, reference, 0.0, config, BlockDataset(BLOCKS), VALIDATION, folder, steps=steps)
-    with without_dropout(model):
+    with no_dropout(model):
         trainer.prepare(open_gates=False)
         trainer.train()
     return trainer

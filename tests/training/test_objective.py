@@ -24,7 +24,7 @@ def test_each_weighting_by_hand() -> None:
 
 @pytest.mark.parametrize("weighting", ["links", "queries"])
 def test_the_gradient_of_the_logarithm_does_not_depend_on_how_a_step_is_divided(weighting: str) -> None:
-    model = gossamer.sparsify(tiny_model("llama"))
+    model = gossamer.add_gates(tiny_model("llama"))
     ids = tokens(4, 12)
     biases = [module.self_attn.gate_bias for module in model.model.layers]
 

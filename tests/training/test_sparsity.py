@@ -13,12 +13,12 @@ from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.models.architectures import attention_modules
 from gossamer.models.checkpoint import gate_biases
 from gossamer.models.lora import add_adapters, merge_adapters
-from gossamer.training.checkpoints import checkpoints, fault, last_sound
+from gossamer.training.checkpoints import checkpoint_error, checkpoints, last_valid_checkpoint
 from gossamer.training.constraints import CONSTRAINTS, Constraint, CrossEntropy, KLDivergence
 from gossamer.training.data import BlockDataset
 from gossamer.training.sparsity import SparsityTrainer
 from gossamer.training.stream import BlockStream
-from gossamer.training.trainer import PostTrainer, TrainingConfig, choose_trained
+from gossamer.training.trainer import PostTrainer, TrainingConfig, freeze_except
 
 BLOCKS = tokens(32, 16)
 VALIDATION = tokens(5, 16, seed=1)
@@ -36,8 +36,8 @@ def make_trainer(
     config = TrainingConfig(**{"batch_size": 4, "checkpoint_every": 2, "validations": 2, "precision": "fp32",
                                "learning_rate": 3e-4, **settings, "constraint": constraint})  # fmt: skip
     dense = tiny_model(family)
-    model = gossamer.sparsify(dense)
-    choose_trained(model, config.train)
+    model = gossamer.add_gates(dense)
+    freeze_except(model, config.train)
     trainer = SparsityTrainer(
         model, dense, dense_loss(family), config, BlockDataset(BLOCKS), VALIDATION, folder, steps=steps
     )
@@ -170,7 +170,7 @@ def test_only_the_chosen_part_moves(part: str, tmp_path: Path) -> None:
 
 def test_lora_moves_adapters_only_and_merges_to_the_same_function(tmp_path: Path) -> None:
     dense = tiny_model("llama")
-    model = gossamer.sparsify(dense)
+    model = gossamer.add_gates(dense)
     add_adapters(model, rank=2, alpha=4.0)
     for module in attention_modules(model):
         module.gate_bias.requires_grad_(True)
@@ -187,7 +187,7 @@ def test_lora_moves_adapters_only_and_merges_to_the_same_function(tmp_path: Path
         wanted = model(input_ids=tokens(1, 9)).logits
         merge_adapters(model)
         torch.testing.assert_close(model(input_ids=tokens(1, 9)).logits, wanted, rtol=1e-4, atol=1e-4)
-    assert set(model.state_dict()) == set(gossamer.sparsify(dense).state_dict())
+    assert set(model.state_dict()) == set(gossamer.add_gates(dense).state_dict())
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(settings: dict, t
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     resumed = make_trainer(tmp_path / "stopped", **settings)
-    checkpoint, faults = last_sound(tmp_path / "stopped")
+    checkpoint, faults = last_valid_checkpoint(tmp_path / "stopped")
     assert checkpoint.name == "checkpoint-2"
     assert not faults
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -279,7 +279,7 @@ def test_only_the_last_two_checkpoints_stay_and_each_is_a_loadable_model(tmp_pat
     trainer = make_trainer(tmp_path)
     trainer.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
-    assert all(fault(path) is None for path in checkpoints(tmp_path))
+    assert all(checkpoint_error(path) is None for path in checkpoints(tmp_path))
     loaded = gossamer.load(tmp_path / "checkpoint-6")
     trainer.model.eval()
     with torch.no_grad():
@@ -299,7 +299,7 @@ def test_only_the_last_two_checkpoints_stay_and_each_is_a_loadable_model(tmp_pat
 def test_a_damaged_checkpoint_is_named_and_passed_over(harm, message: str, tmp_path: Path) -> None:
     make_trainer(tmp_path).train()
     harm(tmp_path / "checkpoint-6")
-    checkpoint, faults = last_sound(tmp_path)
+    checkpoint, faults = last_valid_checkpoint(tmp_path)
     assert checkpoint.name == "checkpoint-4"
     assert len(faults) == 1
     assert message in faults[0]
@@ -319,7 +319,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     with pytest.raises(GossamerError, match="in step 4"):
         trainer.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
-    assert fault(tmp_path / "checkpoint-2") is None
+    assert checkpoint_error(tmp_path / "checkpoint-2") is None
 
 
 def test_a_sparser_checkpoint_that_held_the_bound_is_taken(tmp_path: Path) -> None:

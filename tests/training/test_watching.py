@@ -9,8 +9,8 @@ import pytest
 from gossamer import GossamerError
 from gossamer.runs.job import post_train
 from gossamer.runs.settings import RunConfig
+from gossamer.training.trackers import check_trackers
 from gossamer.training.trainer import TrainingConfig
-from gossamer.training.watching import check_watchers
 
 STEPS = 6
 
@@ -59,4 +59,4 @@ def test_wandb_writes_offline(saved_llama: Path, text: Path, tmp_path: Path, mon
 
 def test_watchers_that_are_not_there_are_named() -> None:
     with pytest.raises(GossamerError, match="--report-to tensorbord is unknown; there are tensorboard, wandb, trackio"):
-        check_watchers(["tensorbord"])
+        check_trackers(["tensorbord"])

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gossamer.circuits.streams import Pattern, Visitor, graph_of, visited
+from gossamer.circuits.streams import Pattern, StreamHooks, graph_of, stream_hooks
 from gossamer.errors import GossamerError
-from gossamer.files import write_text
+from gossamer.files import atomic_write_text
 from gossamer.models.vocabulary import require_embeddings
 
 MOST_LINKS = 20_000_000
@@ -41,7 +41,7 @@ class AttentionPrompt:
 
 
 @dataclass
-class _Watcher(Visitor):
+class _Watcher(StreamHooks):
     weights: list[Tensor] = field(default_factory=list)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
@@ -58,7 +58,7 @@ def attention_of(
     """The attention weights of one prompt, closed links at 0, and the next-token probabilities."""
     watcher = _Watcher()
     rows = torch.tensor([list(ids)], device=model.device)
-    with visited(model, watcher):
+    with stream_hooks(model, watcher):
         logits = model(input_ids=rows, use_cache=False).logits[0]
     return torch.stack([weights[0] for weights in watcher.weights]).float().cpu(), logits.float().softmax(-1).cpu()
 
@@ -97,7 +97,7 @@ def write_attention(
     prompts: Sequence[AttentionPrompt],
 ) -> None:
     """Write ``attention.json`` into a run's folder."""
-    write_text(folder / "attention.json", json.dumps(record_attention(models, tokenizer, prompts)) + "\n")
+    atomic_write_text(folder / "attention.json", json.dumps(record_attention(models, tokenizer, prompts)) + "\n")
 
 
 def _of_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict[str, Any]:

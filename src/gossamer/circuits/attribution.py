@@ -21,10 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gossamer.circuits.activation_cache import Ablation, ActivationCache, replacement, run_with_cache, source_outputs
 from gossamer.circuits.graph import Graph
-from gossamer.circuits.projections import Place, Places, projections_of
-from gossamer.circuits.recording import Ablation, Recording, record, record_written, replacement
-from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
+from gossamer.circuits.projections import Projection, Projections, projections_of
+from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
 from gossamer.circuits.tasks.base import Batch
 
 AT_ONCE = 32
@@ -32,7 +32,7 @@ AT_ONCE = 32
 
 
 @dataclass
-class _Taps(Visitor):
+class _Taps(StreamHooks):
     """Keeps the places at which gradients are wanted, each a node of its own in the graph of autograd.
 
     Attributes:
@@ -113,7 +113,7 @@ def edge_scores(
     ``mean`` is what sources carry under mean ablation; None takes that over the batch's corrupted runs.
     """
     graph, places = graph_of(model), projections_of(model)
-    corrupted = record_written(model, batch.corrupted)
+    corrupted = source_outputs(model, batch.corrupted)
     start = corrupted[0].clone()
     difference = replacement(corrupted, ablation, mean)
     del corrupted
@@ -121,7 +121,7 @@ def edge_scores(
         taps = _Taps(graph, difference=difference)
         _run(model, batch, taps)
         return _scores_of_run(taps, graph, places, difference)
-    clean = record_written(model, batch.clean)
+    clean = source_outputs(model, batch.clean)
     difference -= clean
     begin = clean[0].clone()
     del clean
@@ -138,7 +138,7 @@ def _embeddings(clean: Tensor, corrupted: Tensor, steps: int) -> list[Tensor]:
     return [corrupted + step / steps * (clean - corrupted) for step in range(steps)] or [clean]
 
 
-def _scores_of_run(taps: _Taps, graph: Graph, places: list[Places], difference: Tensor) -> Tensor:
+def _scores_of_run(taps: _Taps, graph: Graph, places: list[Projections], difference: Tensor) -> Tensor:
     scores = difference.new_zeros(graph.sources, graph.destinations)
     for layer in range(graph.layers):
         changes = difference[: graph.sources_before(layer)].flatten(1)
@@ -162,7 +162,7 @@ def _run(model: PreTrainedModel, batch: Batch, taps: _Taps) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
-        with visited(model, taps), torch.enable_grad():
+        with stream_hooks(model, taps), torch.enable_grad():
             logits = model(input_ids=batch.clean.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
             total = batch.measure(logits).sum()
             found = torch.autograd.grad(total, list(taps.wanted.values()), retain_graph=not taps.links)
@@ -173,7 +173,7 @@ def _run(model: PreTrainedModel, batch: Batch, taps: _Taps) -> None:
 
 
 def _at_stream(
-    taps: _Taps, layer: int, kind: str, place: Place, heads: list[int]
+    taps: _Taps, layer: int, kind: str, place: Projection, heads: list[int]
 ) -> Float[Tensor, "heads batch tokens d_model"]:
     """The gradient at the stream by way of q, k or v of one head only, for each of the heads."""
     inner, projected = taps.wanted[kind, layer], taps.projected[place.name, layer]
@@ -193,7 +193,7 @@ def _at_stream(
     return gradients
 
 
-def _turns(place: Place, heads: list[int]) -> list[list[int]]:
+def _turns(place: Projection, heads: list[int]) -> list[list[int]]:
     """Heads that can be carried back together, since no two of them share columns of the projection."""
     if place.mixed:
         return [[head] for head in heads]
@@ -223,7 +223,7 @@ def link_scores(
 
     Under ``zero`` the corrupted run's links count as nothing: the score estimates what cutting the link changes.
     """
-    clean, corrupted = (record(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
+    clean, corrupted = (run_with_cache(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
     scores: Tensor | None = None
     for begin in _embeddings(clean.written[0], corrupted.written[0], steps):
         taps = _Taps(graph_of(model), links=True, begin=begin)
@@ -239,5 +239,5 @@ def link_scores(
     return scores
 
 
-def _link_value(run: Recording, layer: int, gradient: Int[Tensor, "..."]) -> Tensor:
+def _link_value(run: ActivationCache, layer: int, gradient: Int[Tensor, "..."]) -> Tensor:
     return run.weights[layer] * (gradient @ run.values[layer].mT)

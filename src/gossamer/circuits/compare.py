@@ -25,14 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.ability import Ability, measure_ability, require_ability, require_known_tokens
+from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.circuit_files import Circuit
 from gossamer.circuits.graph import Graph, prune, top_edges
-from gossamer.circuits.interchange import Circuit
 from gossamer.circuits.metrics import EXPLAINED, Curve
-from gossamer.circuits.recording import Ablation
 from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
-from gossamer.files import written_beside
+from gossamer.files import atomic_directory
 from gossamer.runs.record import Run, load_both, versions
 from gossamer.tables import Table
 
@@ -73,7 +73,7 @@ class SearchConfig:
 def compare_circuits(
     run: Run, task: Task, config: SearchConfig | None = None, *, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Find and prove circuits of both models, and write the record.
+    """Find circuits of both models, and write the record.
 
     Args:
         run: a finished run.
@@ -145,7 +145,7 @@ def compare_circuits(
         ],
         "overlap": {name: _overlap(circuits) for name, circuits in found.items()},
     }
-    with written_beside(folder) as staging:
+    with atomic_directory(folder) as staging:
         save_file({name: circuits[0].scores.contiguous() for name, circuits in found.items()},
                   staging / "scores.safetensors")  # fmt: skip
         links = _links_of_one_prompt({name: circuits[0] for name, circuits in found.items()}, tokenizer)

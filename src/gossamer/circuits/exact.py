@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.intervention import keep_edges, keep_links, keep_nodes
-from gossamer.circuits.recording import record
+from gossamer.circuits.activation_cache import run_with_cache
+from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.search import Level
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch
@@ -26,16 +26,16 @@ def exact_scores(model: PreTrainedModel, batch: Batch, level: Level) -> Float[Te
         :func:`~gossamer.circuits.attribution.edge_scores`; links ``[prompts, layers, heads, tokens, tokens]``.
     """
     graph, (prompts, tokens) = graph_of(model), batch.clean.shape
-    other = record(model, batch.corrupted, links=level == "links")
+    other = run_with_cache(model, batch.corrupted, links=level == "links")
     keep: Callable[..., Tensor]
     if level == "nodes":
-        everything, keep = torch.ones(graph.sources, dtype=torch.bool), keep_nodes
+        everything, keep = torch.ones(graph.sources, dtype=torch.bool), run_with_nodes
     elif level == "edges":
-        everything, keep = graph.possible(), keep_edges
+        everything, keep = graph.possible(), run_with_edges
     else:
         allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril()
         everything = allowed.expand(graph.layers, graph.heads, tokens, tokens)
-        keep = keep_links
+        keep = run_with_links
     units = everything.flatten().nonzero()[:, 0]
     scores = torch.zeros(everything.numel(), prompts, dtype=other.logits.dtype)
 

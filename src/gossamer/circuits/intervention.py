@@ -15,21 +15,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gossamer.circuits.activation_cache import Ablation, ActivationCache, replacement, run_with_cache
 from gossamer.circuits.graph import Graph
-from gossamer.circuits.projections import Place, Places, projections_of
-from gossamer.circuits.recording import Ablation, Recording, record, replacement
-from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
+from gossamer.circuits.projections import Projection, Projections, projections_of
+from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
 from gossamer.circuits.tasks.base import Batch
 
 
-class _Patched(Visitor):
+class _Patched(StreamHooks):
     """What the sources write less what they would be replaced by; the streams are put together from it.
 
     Rows of the batch are circuit by circuit, within it prompt by prompt.
     """
 
     def __init__(
-        self, graph: Graph, kept: Tensor, other: Recording, ablation: Ablation, neurons: Tensor | None = None
+        self, graph: Graph, kept: Tensor, other: ActivationCache, ablation: Ablation, neurons: Tensor | None = None
     ) -> None:
         self.graph, self.other, self.ablation = graph, other, ablation
         self.kept = kept.to(other.written)
@@ -106,9 +106,9 @@ class _PatchedEdges(_Patched):
     def __init__(
         self,
         graph: Graph,
-        places: list[Places],
+        places: list[Projections],
         kept: Tensor,
-        other: Recording,
+        other: ActivationCache,
         ablation: Ablation,
         neurons: Tensor | None = None,
     ) -> None:
@@ -162,7 +162,7 @@ class _PatchedEdges(_Patched):
         return self._streams("logits", 0)[0]
 
 
-def _projected(place: Place, columns: Tensor, x: Float[Tensor, "heads rows tokens d_model"]) -> Tensor:
+def _projected(place: Projection, columns: Tensor, x: Float[Tensor, "heads rows tokens d_model"]) -> Tensor:
     """[rows, tokens, heads and their columns]: each head's own columns of its own stream."""
     outputs = x.flatten(1, 2) @ place.weight(columns).mT
     bias = place.bias(columns)
@@ -172,13 +172,13 @@ def _projected(place: Place, columns: Tensor, x: Float[Tensor, "heads rows token
 
 
 @torch.no_grad()
-def keep_edges(
+def run_with_edges(
     model: PreTrainedModel,
     batch: Batch,
     kept: Bool[Tensor, "*circuits sources destinations"],
     *,
     ablation: Ablation = "patch",
-    other: Recording | None = None,
+    other: ActivationCache | None = None,
     neurons: Bool[Tensor, "sources d_model"] | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
     """The task's metric on the clean prompts when only the kept edges carry their own values.
@@ -191,38 +191,38 @@ def keep_edges(
         other: the corrupted run, if it has been recorded already.
     """
     circuits = kept[None] if kept.ndim == 2 else kept
-    other = record(model, batch.corrupted) if other is None else other
-    visitor = _PatchedEdges(graph_of(model), projections_of(model), circuits, other, ablation, neurons)
-    return _measured(model, batch, visitor, len(circuits)).view(*kept.shape[:-2], -1)
+    other = run_with_cache(model, batch.corrupted) if other is None else other
+    hooks = _PatchedEdges(graph_of(model), projections_of(model), circuits, other, ablation, neurons)
+    return _measured(model, batch, hooks, len(circuits)).view(*kept.shape[:-2], -1)
 
 
-def _measured(model: PreTrainedModel, batch: Batch, visitor: Visitor, circuits: int) -> Tensor:
+def _measured(model: PreTrainedModel, batch: Batch, hooks: StreamHooks, circuits: int) -> Tensor:
     rows = batch.clean.to(model.device).repeat(circuits, 1)
-    with visited(model, visitor):
+    with stream_hooks(model, hooks):
         logits = model(input_ids=rows, use_cache=False, logits_to_keep=1).logits[:, -1]
     return torch.stack([batch.measure(part) for part in logits.unflatten(0, (circuits, -1))])
 
 
 @torch.no_grad()
-def keep_nodes(
+def run_with_nodes(
     model: PreTrainedModel,
     batch: Batch,
     kept: Bool[Tensor, "*circuits sources"],
     *,
     ablation: Ablation = "patch",
-    other: Recording | None = None,
+    other: ActivationCache | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
-    """:func:`keep_edges` with all edges that leave the kept nodes; in one stream, not in one for each destination."""
+    """:func:`run_with_edges` with all edges that leave the kept nodes, in one stream instead of one per destination."""
     circuits = kept[None] if kept.ndim == 1 else kept
-    other = record(model, batch.corrupted) if other is None else other
-    visitor = _PatchedNodes(graph_of(model), circuits, other, ablation)
-    return _measured(model, batch, visitor, len(circuits)).view(*kept.shape[:-1], -1)
+    other = run_with_cache(model, batch.corrupted) if other is None else other
+    hooks = _PatchedNodes(graph_of(model), circuits, other, ablation)
+    return _measured(model, batch, hooks, len(circuits)).view(*kept.shape[:-1], -1)
 
 
 @dataclass
-class _PatchedLinks(Visitor):
+class _PatchedLinks(StreamHooks):
     kept: Tensor
-    other: Recording | None
+    other: ActivationCache | None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         groups = q.shape[1] // k.shape[1]
@@ -235,13 +235,13 @@ class _PatchedLinks(Visitor):
 
 
 @torch.no_grad()
-def keep_links(
+def run_with_links(
     model: PreTrainedModel,
     batch: Batch,
     kept: Bool[Tensor, "*circuits prompts layers heads tokens tokens"],
     *,
     ablation: Literal["patch", "zero"] = "patch",
-    other: Recording | None = None,
+    other: ActivationCache | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
     """The metric on the clean prompts when only the kept attention links carry their own weight and value.
 
@@ -251,12 +251,12 @@ def keep_links(
     if ablation == "zero":
         other = None
     elif other is None:
-        other = record(model, batch.corrupted, links=True)
+        other = run_with_cache(model, batch.corrupted, links=True)
     return _measured(model, batch, _PatchedLinks(circuits, other), len(circuits)).view(*kept.shape[:-5], -1)
 
 
 @dataclass
-class _CutLinks(Visitor):
+class _CutLinks(StreamHooks):
     cut: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
@@ -266,7 +266,7 @@ class _CutLinks(Visitor):
 
 
 @torch.no_grad()
-def logits_without(
+def run_without_links(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "batch tokens"],
     cut: Bool[Tensor, "layers heads tokens tokens"],
@@ -276,14 +276,14 @@ def logits_without(
     Args:
         cut: True where (layer, head, query, key) is cut, in every sequence of the batch.
     """
-    with visited(model, _CutLinks(cut.to(input_ids.device))):
+    with stream_hooks(model, _CutLinks(cut.to(input_ids.device))):
         return cast(Tensor, model(input_ids=input_ids, use_cache=False).logits)
 
 
 @dataclass
-class _ExchangedLinks(Visitor):
+class _InterchangedLinks(StreamHooks):
     exchanged: Tensor
-    other: Recording
+    other: ActivationCache
     donors: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
@@ -295,11 +295,11 @@ class _ExchangedLinks(Visitor):
 
 
 @torch.no_grad()
-def exchanged_links(
+def run_with_interchange(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "batch tokens"],
     exchanged: Bool[Tensor, "layers heads tokens tokens"],
-    recording: Recording,
+    recording: ActivationCache,
     donors: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch tokens vocab"]:
     """The model's logits when the exchanged links carry what they carry in another sequence.
@@ -309,6 +309,6 @@ def exchanged_links(
         recording: of the same batch, with ``links=True``.
         donors: of each sequence, the one of the batch whose links it gets.
     """
-    visitor = _ExchangedLinks(exchanged.to(input_ids.device), recording, donors.to(input_ids.device))
-    with visited(model, visitor):
+    hooks = _InterchangedLinks(exchanged.to(input_ids.device), recording, donors.to(input_ids.device))
+    with stream_hooks(model, hooks):
         return cast(Tensor, model(input_ids=input_ids, use_cache=False).logits)

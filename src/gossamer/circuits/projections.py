@@ -16,7 +16,7 @@ from gossamer.models.architectures import architecture_of, attention_modules
 
 
 @dataclass(frozen=True)
-class Place:
+class Projection:
     """Where q, k or v comes from in one layer.
 
     Attributes:
@@ -49,11 +49,11 @@ class Place:
         return bias[columns] if isinstance(bias, Tensor) else 0.0
 
 
-Places = dict[str, Place]
+Projections = dict[str, Projection]
 """By kind: ``q``, ``k``, ``v``."""
 
 
-def projections_of(model: PreTrainedModel) -> list[Places]:
+def projections_of(model: PreTrainedModel) -> list[Projections]:
     """The places of every layer of a supported model."""
     architecture, config = architecture_of(model), model.config
     heads = config.num_attention_heads
@@ -77,6 +77,6 @@ def projections_of(model: PreTrainedModel) -> list[Places]:
             norm = getattr(getattr(attention, f"{kind}_norm", None), "weight", None)
             mixed = norm is not None and norm.numel() != size
             columns = (starts[kind][:, None] + torch.arange(size)).to(model.device)
-            places[kind] = Place(name, attention.get_submodule(name), columns, mixed)
+            places[kind] = Projection(name, attention.get_submodule(name), columns, mixed)
         layers.append(places)
     return layers

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gossamer.circuits.activation_cache import Ablation, run_with_cache, source_outputs
 from gossamer.circuits.attribution import edge_scores, link_scores
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
-from gossamer.circuits.intervention import keep_edges, keep_links, keep_nodes
+from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.metrics import Curve, Point, measure_curve
-from gossamer.circuits.recording import Ablation, record, record_written
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
 from gossamer.errors import GossamerError
@@ -88,7 +88,7 @@ def find_circuits(
     batches = tuple(prompts.batches(batch_size))
     count = len(prompts.kept)
     scores = torch.zeros(graph.sources, graph.destinations)
-    means = mean_written(model, batches) if ablation == "mean" else {}
+    means = mean_source_outputs(model, batches) if ablation == "mean" else {}
     for done, batch in enumerate(batches if set(levels) - {"links"} else ()):
         progress(f"scores of edges, batch {done + 1} of {len(batches)}")
         average = means.get(batch.clean.shape[1])
@@ -110,7 +110,7 @@ def find_circuits(
         # A prompt longer than the mean has more links than the mean prompt's total.
         return torch.ones_like(links[batch], dtype=torch.bool).tril()
 
-    keep: dict[str, Callable[..., Tensor]] = {"nodes": keep_nodes, "edges": keep_edges, "links": keep_links}
+    keep: dict[str, Callable[..., Tensor]] = {"nodes": run_with_nodes, "edges": run_with_edges, "links": run_with_links}
     for level in levels:
 
         def measure(sizes: list[int], level: Level = level) -> list[float]:
@@ -120,7 +120,7 @@ def find_circuits(
             ]
             for place, batch in enumerate(batches):
                 progress(f"keeping {sizes[0]:,} to {sizes[-1]:,} {level}, batch {place + 1} of {len(batches)}")
-                other = record(model, batch.corrupted, links=level == "links")
+                other = run_with_cache(model, batch.corrupted, links=level == "links")
                 other.mean = means.get(batch.clean.shape[1])
                 at_once = max(1, batch_size // len(batch.clean))
                 for some in torch.arange(len(sizes)).split(at_once):
@@ -162,12 +162,12 @@ def faithfulness_of(
     circuits = ((torch.zeros_like(possible), None), (pruned, neurons), (possible, None))
     metrics = torch.zeros(3, dtype=torch.double)
     batches = tuple(prompts.batches(batch_size))
-    means = mean_written(model, batches) if ablation == "mean" else {}
+    means = mean_source_outputs(model, batches) if ablation == "mean" else {}
     for batch in batches:
-        other = record(model, batch.corrupted)
+        other = run_with_cache(model, batch.corrupted)
         other.mean = means.get(batch.clean.shape[1])
         for place, (circuit, chosen) in enumerate(circuits):
-            values = keep_edges(model, batch, circuit, ablation=ablation, other=other, neurons=chosen)
+            values = run_with_edges(model, batch, circuit, ablation=ablation, other=other, neurons=chosen)
             metrics[place] += values.double().cpu().sum()
     nothing, metric, everything = (metrics / len(prompts.kept)).tolist()
     if everything == nothing:
@@ -175,7 +175,7 @@ def faithfulness_of(
     return Point(int(pruned.sum()), metric, (metric - nothing) / (everything - nothing))
 
 
-def mean_written(
+def mean_source_outputs(
     model: PreTrainedModel, batches: tuple[Batch, ...]
 ) -> dict[int, Float[Tensor, "sources tokens d_model"]]:
     """What each source writes on the corrupted prompts of a length, by position, averaged over all of them.
@@ -186,7 +186,7 @@ def mean_written(
     counts: dict[int, int] = {}
     for batch in batches:
         prompts, length = batch.corrupted.shape
-        written = record_written(model, batch.corrupted).sum(1)
+        written = source_outputs(model, batch.corrupted).sum(1)
         sums[length] = written + sums[length] if length in sums else written
         counts[length] = counts.get(length, 0) + prompts
     return {length: total / counts[length] for length, total in sums.items()}

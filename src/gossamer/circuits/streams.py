@@ -1,6 +1,6 @@
 """A model's residual stream taken apart, through hooks on its own modules.
 
-While :func:`visited` lasts, a :class:`Visitor` sees, and may change, what every part of a model reads and writes:
+Within :func:`stream_hooks`, a :class:`StreamHooks` sees, and may change, what every part of a model reads and writes:
 
     read_input(x)              the stream as it begins: token and position embeddings
     read_attention(layer, x)   the stream that a layer's attention reads, before any norm
@@ -40,7 +40,7 @@ IMPLEMENTATION = "gossamer_circuits"
 Norm = Callable[[Tensor], Tensor]
 
 
-class Visitor:
+class StreamHooks:
     """Sees everything and changes nothing; what a subclass overrides, it may change."""
 
     def read_input(self, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
@@ -119,8 +119,8 @@ def graph_of(model: PreTrainedModel) -> Graph:
 
 
 @contextmanager
-def visited(model: PreTrainedModel, visitor: Visitor) -> Iterator[None]:
-    """Within it, forward passes of the model show everything to the visitor; afterwards the model is as before.
+def stream_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None]:
+    """Within it, forward passes of the model show everything to the hooks; afterwards the model is as before.
 
     Sequences must not be padded, and a cache must not be used.
     """
@@ -129,13 +129,13 @@ def visited(model: PreTrainedModel, visitor: Visitor) -> Iterator[None]:
     with ExitStack() as stack:
         layers = list(model.get_submodule(architecture.layers))
         begin = layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: _replace_first(args, kwargs, visitor.read_input), with_kwargs=True
+            lambda _, args, kwargs: _replace_first(args, kwargs, hooks.read_input), with_kwargs=True
         )
         stack.callback(begin.remove)
         for layer, module in enumerate(layers):
-            _Layer(model, architecture, module, layer, visitor).attach(stack)
+            _Layer(model, architecture, module, layer, hooks).attach(stack)
         final = model.get_submodule(architecture.final_norm)
-        hook = final.register_forward_pre_hook(lambda _, inputs: (visitor.read_logits(inputs[0]), *inputs[1:]))
+        hook = final.register_forward_pre_hook(lambda _, inputs: (hooks.read_logits(inputs[0]), *inputs[1:]))
         stack.callback(hook.remove)
         model.config._attn_implementation = IMPLEMENTATION
         stack.callback(setattr, model.config, "_attn_implementation", before)
@@ -146,10 +146,10 @@ class _Layer:
     """The hooks of one layer."""
 
     def __init__(
-        self, model: PreTrainedModel, architecture: Architecture, module: nn.Module, layer: int, visitor: Visitor
+        self, model: PreTrainedModel, architecture: Architecture, module: nn.Module, layer: int, hooks: StreamHooks
     ) -> None:
         branches = architecture.branches
-        self.layer, self.visitor = layer, visitor
+        self.layer, self.hooks = layer, hooks
         self.multiplier = getattr(model.config, branches.multiplier) if branches.multiplier else 1.0
         self.attention = module.get_submodule(architecture.attention)
         *self.projections, out = architecture.projections
@@ -182,16 +182,16 @@ class _Layer:
         def read(x: Tensor) -> Tensor:
             self.batch = len(x)
             norm = _same if self.attention_in is self.attention else self.attention_in.forward
-            return self.visitor.read_attention(self.layer, x, norm)
+            return self.hooks.read_attention(self.layer, x, norm)
 
         return _replace_first(args, kwargs, read)
 
     def _project(self, name: str, _: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
-        return self.visitor.project(self.layer, name, args[0], result)
+        return self.hooks.project(self.layer, name, args[0], result)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         """What transformers' attention function returns: [rows, tokens, heads, d_value], rows of all streams."""
-        outputs = self.visitor.attend(self.layer, q, k, v, pattern).transpose(1, 2)
+        outputs = self.hooks.attend(self.layer, q, k, v, pattern).transpose(1, 2)
         self.outputs = outputs
         # With a repeated batch the other repetitions stand for nothing; _merge puts the outputs in.
         return outputs if len(outputs) == len(q) else outputs.new_zeros(()).expand(len(q), *outputs.shape[1:])
@@ -209,17 +209,17 @@ class _Layer:
         if self.attention_out is not self.attention:
             contributions = contributions * _gain(module, args[0])
         self.outputs = None
-        self.visitor.write_heads(self.layer, contributions)
+        self.hooks.write_heads(self.layer, contributions)
 
     def _read_mlp(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def read(x: Tensor) -> Tensor:
             # OPT flattens batch and tokens.
-            return self.visitor.read_mlp(self.layer, x.view(self.batch, -1, x.shape[-1])).view_as(x)
+            return self.hooks.read_mlp(self.layer, x.view(self.batch, -1, x.shape[-1])).view_as(x)
 
         return _replace_first(args, kwargs, read)
 
     def _write_mlp(self, _: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
-        self.visitor.write_mlp(self.layer, result.view(self.batch, -1, result.shape[-1]) * self.multiplier)
+        self.hooks.write_mlp(self.layer, result.view(self.batch, -1, result.shape[-1]) * self.multiplier)
 
 
 def _replace_first(

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 # The order in which --help names the commands.
 from gossamer.cli import pictures, training, evaluation, circuits  # noqa: F401
 from gossamer.cli.common import app
-from gossamer.errors import GossamerError, StoppedTogether, one_line
+from gossamer.errors import GossamerError, CollectiveError, one_line
 
 
 _INTERRUPTED = 130
@@ -38,12 +38,12 @@ def main() -> None:
     try:
         with nullcontext() if first else _silence():
             app()
-    except StoppedTogether as error:
-        from gossamer.training.processes import leave
+    except CollectiveError as error:
+        from gossamer.training.distributed import leave_process_group
 
         if first:
             _say(one_line(error))
-        leave()
+        leave_process_group()
     except (GossamerError, OSError) as error:
         if first:
             _say(one_line(error))
@@ -53,9 +53,9 @@ def main() -> None:
         if first:
             _say("interrupted" + ("; go on with --resume" if "sparsify" in sys.argv[1:2] else ""))
     except RuntimeError as error:
-        from gossamer.training.processes import HOW_TO_GO_ON, lost_process
+        from gossamer.training.distributed import HOW_TO_GO_ON, is_lost_peer
 
-        if not lost_process(error):
+        if not is_lost_peer(error):
             raise
         _say(f"another process of the run ended; {HOW_TO_GO_ON}")
         os._exit(2)

@@ -1,4 +1,4 @@
-"""task, circuits, export, prove: what a model can do, and which of its units do it."""
+"""task, circuits, export, evaluate-circuit: what a model can do, and which of its units do it."""
 
 from enum import Enum
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from gossamer.cli.common import app, console, facts_table, load_any, names
+from gossamer.cli.common import app, console, key_value_table, load_model_and_tokenizer, split_names
 from gossamer.errors import GossamerError
 from gossamer.tables import Table
 
@@ -20,7 +20,7 @@ class Ablation(str, Enum):
     mean = "mean"
 
 
-class Which(str, Enum):
+class ModelChoice(str, Enum):
     """The models of a run."""
 
     dense = "dense"
@@ -45,7 +45,7 @@ def task(
     from gossamer.circuits.tasks import find_task
 
     chosen = find_task(name)
-    network, tokenizer = load_any(model)
+    network, tokenizer = load_model_and_tokenizer(model)
     prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
     require_known_tokens(network, tokenizer, prompts)
     table = Table(title=escape(f"{chosen.name}: {chosen.summary}"))
@@ -64,7 +64,7 @@ def task(
         f"{prompts.metric.replace('_', ' ')}, clean": f"{ability.clean:.3f}",
         f"{prompts.metric.replace('_', ' ')}, corrupted": f"{ability.corrupted:.3f}",
     }
-    console.print(facts_table(model, facts))
+    console.print(key_value_table(model, facts))
 
 
 def _some(texts: tuple[str, ...]) -> str:
@@ -104,9 +104,9 @@ def circuits(
         bool, typer.Option("--replace", help="Put the result in the place of one that was found with other settings.")
     ] = False,
 ) -> None:
-    """Find circuits of RUN's sparse model and of its dense original, prove them by intervention, compare them.
+    """Find circuits of RUN's sparse model and of its dense original, check them by intervention, compare them.
 
-    Leaves in RUN/circuits/TASK: circuits.json (the figures), scores.safetensors (of all edges), links.json. Another
+    Leaves in RUN/circuits/TASK: circuits.json (the metrics), scores.safetensors (of all edges), links.json. Another
     corruption than the task's first and another ablation than patch are added to the name: TASK-CORRUPTION-zero.
     """
     from transformers.utils import logging
@@ -114,7 +114,7 @@ def circuits(
     from gossamer.circuits.compare import SearchConfig, compare_circuits, comparison_tables
     from gossamer.circuits.tasks import find_task
     from gossamer.runs.record import Run
-    from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.malloc import keep_freed_memory
 
     logging.disable_progress_bar()
     keep_freed_memory()
@@ -141,7 +141,7 @@ def circuits(
 def _levels(text: str) -> "tuple[Level, ...]":  # type: ignore[name-defined]
     from gossamer.circuits.search import LEVELS
 
-    asked = names(text)
+    asked = split_names(text)
     if not asked or not set(asked) <= set(LEVELS):
         raise GossamerError(f"--levels {text!r}: give some of {', '.join(LEVELS)}, with commas between")
     return tuple(level for level in LEVELS if level in asked)
@@ -154,7 +154,7 @@ def export(
     out: Annotated[
         Path, typer.Option(help="File to write: .json or .pt (as EAP-IG and the MIB leaderboard), .graphml.")
     ],
-    model: Annotated[Which, typer.Option(help="Whose circuit.")] = Which.sparse,
+    model: Annotated[ModelChoice, typer.Option(help="Whose circuit.")] = ModelChoice.sparse,
     edges: Annotated[
         int | None, typer.Option(min=1, help="Edges kept, before pruning. [default: those that explain 90 %]")
     ] = None,
@@ -162,8 +162,8 @@ def export(
     ablation: Annotated[Ablation, typer.Option(help="Under which it was found.")] = Ablation.patch,
 ) -> None:
     """Write a circuit that gossamer circuits has found for other tools."""
+    from gossamer.circuits.circuit_files import write_circuit
     from gossamer.circuits.compare import load_circuit
-    from gossamer.circuits.interchange import write_circuit
     from gossamer.circuits.tasks import find_task
     from gossamer.runs.record import Run
 
@@ -174,7 +174,7 @@ def export(
 
 
 @app.command()
-def prove(
+def evaluate_circuit(
     circuit: Annotated[Path, typer.Argument(help="A circuit: .json or .pt of EAP-IG, or .graphml.")],
     model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
     task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
@@ -200,17 +200,17 @@ def prove(
     """Measure how much of a task the CIRCUIT in a file explains: keep its edges, patch all others, run MODEL.
 
     Of a node of which the file chooses some neurons, the kept edges carry those alone; where edges between nodes are
-    missing too, EAP-IG's figure stands beside, which lets these neurons through them. A file with scores alone needs
+    missing too, EAP-IG's value stands beside, which lets these neurons through them. A file with scores alone needs
     --edges, --nodes or --neurons. Edges that are cut off from input or logits are left out.
     """
     from gossamer.circuits.ability import measure_ability, require_ability, require_known_tokens
+    from gossamer.circuits.circuit_files import require_graph_of
     from gossamer.circuits.graph import between_nodes, prune
-    from gossamer.circuits.interchange import require_graph_of
     from gossamer.circuits.search import faithfulness_of
     from gossamer.circuits.tasks import find_task
 
     found, chosen = _circuit_in(circuit, edges, nodes, neurons, signed), find_task(task)
-    network, tokenizer = load_any(model)
+    network, tokenizer = load_model_and_tokenizer(model)
     require_graph_of(network, found, circuit)
     prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
     require_known_tokens(network, tokenizer, prompts)
@@ -230,12 +230,12 @@ def prove(
     every = between_nodes(found.graph, pruned)
     if found.neurons is not None and not found.neurons[pruned.any(1)].all() and not every.equal(pruned):
         facts["faithfulness in EAP-IG"] = f"{measure(every).faithfulness:.3f}"
-    console.print(facts_table(f"{circuit} on {chosen.name}", facts))
+    console.print(key_value_table(f"{circuit} on {chosen.name}", facts))
 
 
 def _circuit_in(file: Path, edges: int | None, nodes: int | None, neurons: int | None, signed: bool) -> "Circuit":  # type: ignore[name-defined]
     """The circuit of a file, or the best of what the file has scores of."""
-    from gossamer.circuits.interchange import Level, choose, read_circuit
+    from gossamer.circuits.circuit_files import Level, choose, read_circuit
 
     found = read_circuit(file)
     counts: dict[Level, int | None] = {"edges": edges, "nodes": nodes, "neurons": neurons}

@@ -31,12 +31,12 @@ def warn(line: str) -> None:
     Console(stderr=True).print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
 
 
-def names(text: str) -> tuple[str, ...]:
+def split_names(text: str) -> tuple[str, ...]:
     """Names with commas between."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def facts_table(title: str, facts: dict[str, object]) -> Table:
+def key_value_table(title: str, facts: dict[str, object]) -> Table:
     """Facts by name, a line each."""
     table = Table(title=escape(title), show_header=False)
     for key, value in facts.items():
@@ -44,7 +44,7 @@ def facts_table(title: str, facts: dict[str, object]) -> Table:
     return table
 
 
-def load_any(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
+def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
     """The model and tokenizer of a run, a saved sparse model, or a dense model by name."""
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""evaluate and inspect: the figures of a run, and what a model is."""
+"""evaluate and inspect: the metrics of a run, and what a model is."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli.common import Precision, app, console, facts_table, names
+from gossamer.cli.common import Precision, app, console, key_value_table, split_names
 from gossamer.cli.pictures import show_demo
 from gossamer.errors import GossamerError
 
@@ -40,12 +40,12 @@ def evaluate(
 ) -> None:
     """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
     from gossamer.runs.record import Run
-    from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.malloc import keep_freed_memory
 
     keep_freed_memory()
     if held_out_tokens is not None and lengths is None:
         raise GossamerError(
-            f"--held-out-tokens {held_out_tokens} needs --lengths: the run's own figures stay on the blocks chosen at "
+            f"--held-out-tokens {held_out_tokens} needs --lengths: the run's own metrics stay on the blocks chosen at "
             f"its start; give for example --lengths {Run(run).config().seq_len}"
         )
     if lengths is not None:
@@ -53,7 +53,7 @@ def evaluate(
     elif tasks is None:
         evaluate_and_show(Run(run), precision, batch_size)
     if tasks is not None:
-        _evaluate_tasks(Run(run), names(tasks), task_path, precision, batch_size, num_fewshot, limit)
+        _evaluate_tasks(Run(run), split_names(tasks), task_path, precision, batch_size, num_fewshot, limit)
 
 
 def _evaluate_lengths(
@@ -139,7 +139,7 @@ def evaluate_and_show(run: "Run", precision: Precision, batch_size: int) -> None
 def inspect(
     target: Annotated[str, typer.Argument(help="A run, a saved sparse model, or a dense model as for sparsify.")],
 ) -> None:
-    """Show what TARGET is: its settings and figures, or whether gossamer can gate it."""
+    """Show what TARGET is: its settings and metrics, or whether gossamer can gate it."""
     from gossamer.runs.record import Run
 
     folder = Path(target)
@@ -153,7 +153,7 @@ def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
     from gossamer.evaluation.evaluate import summary_tables, verdict
     from gossamer.runs.upgrade import upgraded_metrics
 
-    console.print(facts_table(f"Run {run.folder}", run.config().to_dict()))
+    console.print(key_value_table(f"Run {run.folder}", run.config().to_dict()))
     if not run.metrics.exists():
         console.print("Not evaluated yet: finish it with --resume, then gossamer evaluate.")
         return
@@ -188,4 +188,4 @@ def inspect_model(target: str) -> None:
     else:
         architecture_of(model)
         facts["can be gated"] = "yes"
-    console.print(facts_table(f"{'Sparse' if gated else 'Dense'} model {target}", facts))
+    console.print(key_value_table(f"{'Sparse' if gated else 'Dense'} model {target}", facts))

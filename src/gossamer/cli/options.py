@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from gossamer.fields import Setting
 from gossamer.runs.presets import find_preset
-from gossamer.runs.settings import Given, RunConfig, settings
+from gossamer.runs.settings import RunConfig, SettingsSource, settings
 from gossamer.runs.settings_file import read_settings
 
 PresetOption = Annotated[
@@ -68,7 +68,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], WithSettings]:
     return lambda function: WithSettings(function, names)
 
 
-def gathered(preset: str | None, config: Path | None, given: Mapping[str, Any]) -> RunConfig:
+def merge_settings(preset: str | None, config: Path | None, given: Mapping[str, Any]) -> RunConfig:
     """The settings of a run: the command line goes before the file, the file before the preset.
 
     Raises:
@@ -76,10 +76,10 @@ def gathered(preset: str | None, config: Path | None, given: Mapping[str, Any]) 
     """
     places = []
     if preset is not None:
-        places.append(Given(find_preset(preset).settings, f"the preset {preset}"))
+        places.append(SettingsSource(find_preset(preset).settings, f"the preset {preset}"))
     if config is not None:
         places.append(read_settings(config))
-    return RunConfig.gathered([*places, Given(given, options=True)])
+    return RunConfig.from_sources([*places, SettingsSource(given, options=True)])
 
 
 def _parameter(one: Setting) -> inspect.Parameter:

@@ -22,7 +22,7 @@ def demo(
     Leaves in --out a run like that of sparsify, with the dense model in dense/ and the sentences in findings.json.
     """
     from gossamer.demo.demonstrate import demo_config, demonstrate
-    from gossamer.training.memory import keep_freed_memory
+    from gossamer.training.malloc import keep_freed_memory
 
     keep_freed_memory()
     with console.status("measuring") as status:
@@ -130,7 +130,7 @@ def view(
     from dataclasses import replace
 
     from gossamer.circuits.attention_record import AttentionPrompt, record_attention
-    from gossamer.files import write_text
+    from gossamer.files import atomic_write_text
     from gossamer.models.tokenizers import prompt_ids
     from gossamer.report.html import page
     from gossamer.report.records import load_records
@@ -147,5 +147,5 @@ def view(
     attention = record_attention(models, tokenizer, [AttentionPrompt(tuple(ids), "your prompt")])
     shown = replace(records, attention=attention, tasks={}, findings=None, training=())
     file = run / "view.html" if out is None else out
-    write_text(file, page(shown))
+    atomic_write_text(file, page(shown))
     console.print(str(file), markup=False, highlight=False, soft_wrap=True)

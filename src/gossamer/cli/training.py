@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gossamer.cli.common import Precision, app, console, facts_table, names, warn
+from gossamer.cli.common import Precision, app, console, key_value_table, split_names, warn
 from gossamer.cli.evaluation import evaluate_and_show, inspect_model
-from gossamer.cli.options import ConfigOption, PresetOption, gathered, with_settings
+from gossamer.cli.options import ConfigOption, PresetOption, merge_settings, with_settings
 from gossamer.errors import GossamerError
 from gossamer.tables import Table
 
@@ -55,16 +55,16 @@ def sparsify(
     """
     from gossamer.runs.job import post_train
     from gossamer.runs.record import Run
-    from gossamer.training.memory import keep_freed_memory
-    from gossamer.training.processes import leave, processes, speak_when_terminated
+    from gossamer.training.distributed import exit_on_sigterm, leave_process_group, processes
+    from gossamer.training.malloc import keep_freed_memory
 
-    settings = gathered(preset, config, given)
+    settings = merge_settings(preset, config, given)
     keep_freed_memory()
-    speak_when_terminated()
+    exit_on_sigterm()
     here = processes()
     settings = settings.in_processes(here.num_processes)
-    run = post_train(settings, out, resume=resume, report_to=names(report_to), console=console, warn=warn)
-    leave()
+    run = post_train(settings, out, resume=resume, report_to=split_names(report_to), console=console, warn=warn)
+    leave_process_group()
     if here.is_main_process:
         evaluate_and_show(Run(run.folder), Precision(settings.training.precision), 8)
 
@@ -112,7 +112,7 @@ def plan(
 
     logging.set_verbosity_error()
     chosen = find_preset(preset)
-    settings = gathered(preset, config, given).in_processes(gpus)
+    settings = merge_settings(preset, config, given).in_processes(gpus)
     estimate = plan_run(chosen.config, settings)
     console.print(_memory_table(chosen.summary, estimate))
     speed = estimate.tokens_per_second(gpus, gpu_tflops, utilisation)
@@ -131,7 +131,7 @@ def plan(
         f"{settings.tokens:,} tokens{', and the control' if settings.control else ''}": _duration(seconds),
         "settings tried": "yes, see docs/runs.md" if chosen.tried else "no: carried over from smaller models",
     }
-    console.print(facts_table("Estimate", facts))
+    console.print(key_value_table("Estimate", facts))
     _say_whether_it_fits(chosen.config, settings, estimate, gpu_memory * _GIB - RESERVE)
 
 

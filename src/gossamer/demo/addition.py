@@ -76,7 +76,7 @@ class Split:
     Attributes:
         train: to train on, dense and sparse.
         validation: unseen; the multiplier is steered by them.
-        held_out: unseen; figures are reported on them.
+        held_out: unseen; metrics are reported on them.
     """
 
     train: Sums
@@ -105,14 +105,14 @@ def addition_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @dataclass(frozen=True)
-class Instructive:
+class IllustrativeSum:
     """A sum worth looking at: its ``text`` and what is special about it."""
 
     text: str
     note: str
 
 
-def instructive_sums(sums: Sums) -> list[Instructive]:
+def illustrative_sums(sums: Sums) -> list[IllustrativeSum]:
     """Up to eight of the sums that between them show every way a carry can go, in a fixed order."""
     tens, hundreds = sums.carry_into_tens, sums.carry_into_hundreds
     nine = sums.a // 10 + sums.b // 10 == 9
@@ -128,5 +128,5 @@ def instructive_sums(sums: Sums) -> list[Instructive]:
     found = []
     for note, place in order:
         at = kinds[note].nonzero().flatten()[place : place + 1]
-        found += [Instructive(text, note) for text in sums[at].texts()]
+        found += [IllustrativeSum(text, note) for text in sums[at].texts()]
     return found

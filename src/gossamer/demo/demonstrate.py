@@ -31,13 +31,13 @@ from gossamer.demo.addition import (
     TOKENS,
     Split,
     addition_tokenizer,
-    instructive_sums,
+    illustrative_sums,
     split_pairs,
 )
 from gossamer.demo.findings import describe, model_accuracy
 from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
-from gossamer.files import remove_staging, write_text, written_beside
+from gossamer.files import atomic_directory, atomic_write_text, remove_staging
 from gossamer.report.html import write_report
 from gossamer.runs.beginning import write_beginning
 from gossamer.runs.job import Job
@@ -64,7 +64,7 @@ class DemoConfig:
         sparse: how it is made sparse.
         sparse_steps: of that.
         gate_bias: initial bias of every gate.
-        validation, held_out: how many of the 10,000 pairs steer the multiplier, and how many the figures stand on.
+        validation, held_out: how many of the 10,000 pairs steer the multiplier, and how many the metrics stand on.
         circuit_prompts: how many prompts the circuits are compared on; 0: they are not.
         seed: of the split, the weights, the order of the data and the noise.
     """
@@ -134,7 +134,7 @@ def demonstrate(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     remove_staging(folder)
-    with _one_thread(), written_beside(folder) as staging:
+    with _one_thread(), atomic_directory(folder) as staging:
         _demonstrate(Run(staging), config, console or Console(quiet=True), warn, progress)
         write_report(staging, name=folder.resolve().name)
     return Run(folder)
@@ -178,10 +178,10 @@ def _demonstrate(
         sparse = load_sparse(run)
         progress("findings")
         findings = describe(sparse, split.held_out)
-        write_text(run.folder / "findings.json", json.dumps(findings, indent=2) + "\n")
+        atomic_write_text(run.folder / "findings.json", json.dumps(findings, indent=2) + "\n")
         shown = [
             AttentionPrompt(tuple(tokenizer(instructive.text)["input_ids"]), instructive.note)
-            for instructive in instructive_sums(split.held_out)
+            for instructive in illustrative_sums(split.held_out)
         ]
         write_attention(run.folder, {"dense": dense.eval(), "sparse": sparse.eval()}, tokenizer, shown)
     if config.circuit_prompts:
@@ -191,7 +191,7 @@ def _demonstrate(
                 compare_circuits(run, TASKS["addition"], search, progress=progress)
             except GossamerError as error:
                 warn(f"no circuits: {error}")
-    _add_figures(run, config, split, dense, findings, seconds)
+    _add_metrics(run, config, split, dense, findings, seconds)
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def train_dense(
     return model.eval()
 
 
-def _add_figures(
+def _add_metrics(
     run: Run,
     config: DemoConfig,
     split: Split,
@@ -281,21 +281,21 @@ def _add_figures(
         "steps_sparse": config.sparse_steps,
         "seconds": seconds,
     }
-    write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
+    atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
 
 
 def addition_table(metrics: dict[str, Any]) -> Table:
     """What ``metrics.json`` says under ``addition``, for the terminal."""
-    figures = metrics["addition"]
-    table = Table(title=f"{figures['sums_held_out']:,} sums never seen in training")
+    addition = metrics["addition"]
+    table = Table(title=f"{addition['sums_held_out']:,} sums never seen in training")
     table.add_column("")
     for heading in ("dense", "sparse"):
         table.add_column(heading, justify="right")
-    dense, sparse = figures["accuracy_dense"], figures["accuracy_sparse"]
+    dense, sparse = addition["accuracy_dense"], addition["accuracy_sparse"]
     table.add_row("right", _percent(dense["exact"]), _percent(sparse["exact"]))
     for group, share in dense["groups"].items():
         table.add_row(f"right {group}", _percent(share), _percent(sparse["groups"][group]))
-    table.add_row("open links of a sum", f"{figures['links_allowed']}", f"{figures['open_links_mean']:.2f}")
+    table.add_row("open links of a sum", f"{addition['links_allowed']}", f"{addition['open_links_mean']:.2f}")
     table.add_row("loss (nat)", f"{metrics['loss_dense']:.5f}", f"{metrics['loss_sparse']:.5f}")
     return table
 

@@ -12,7 +12,7 @@ measured
    causal scrubbing). The quantities are tried in ascending order of their number of values, beginning with none at all,
    and the first one that will do is named. Only sums that got another one's message count.
 
-All links of one query are also cut together. The sentences are made from these figures alone.
+All links of one query are also cut together. The sentences are made from these numbers alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.intervention import exchanged_links, logits_without
-from gossamer.circuits.recording import Recording, record
+from gossamer.circuits.activation_cache import ActivationCache, run_with_cache
+from gossamer.circuits.intervention import run_with_interchange, run_without_links
 from gossamer.demo.addition import ANSWERS, CHARACTERS, POSITIONS, PROMPT_TOKENS, Sums
 
 Link = tuple[int, int, int, int]
@@ -157,7 +157,7 @@ class Measurements:
     def __init__(self, model: PreTrainedModel, sums: Sums, *, seed: int = 0) -> None:
         self.model, self.sums = model, sums
         self.blocks = sums.blocks().to(model.device)
-        self.recording: Recording = record(model, self.blocks, links=True)
+        self.recording: ActivationCache = run_with_cache(model, self.blocks, links=True)
         self.opened = torch.stack([weights > 0 for weights in self.recording.weights], 1).cpu()
         self.groups = groups_of(sums)
         self.generator = torch.Generator().manual_seed(seed)
@@ -190,18 +190,18 @@ class Measurements:
 
     def cut(self, links: Sequence[Link]) -> Accuracy:
         """Accuracy when the links carry nothing."""
-        return measure_accuracy(logits_without(self.model, self.blocks, self.mask(links)), self.sums)
+        return measure_accuracy(run_without_links(self.model, self.blocks, self.mask(links)), self.sums)
 
     def exchanged(self, links: Sequence[Link], values: Int[Tensor, " sums"]) -> float | None:
         """Exact match when the links carry what they carry in another sum, random among those of equal ``values``.
 
         Of the sums that got another one's message; None if they are too few to tell.
         """
-        donors = donors_among(values, self.generator)
+        donors = sample_donors(values, self.generator)
         moved = (donors != torch.arange(len(donors))).nonzero().flatten()
         if len(moved) < FEWEST:
             return None
-        logits = exchanged_links(self.model, self.blocks, self.mask(links), self.recording, donors)
+        logits = run_with_interchange(self.model, self.blocks, self.mask(links), self.recording, donors)
         return measure_accuracy(logits[moved], self.sums[moved]).exact
 
     def passed_on(self, links: Sequence[Link]) -> tuple[str | None, dict[str, float]]:
@@ -222,7 +222,7 @@ class Measurements:
         return None, tried
 
 
-def donors_among(values: Int[Tensor, " sums"], generator: torch.Generator) -> Int[Tensor, " sums"]:
+def sample_donors(values: Int[Tensor, " sums"], generator: torch.Generator) -> Int[Tensor, " sums"]:
     """For each sum another one of the same value, in random order; a sum alone with its value keeps its own.
 
     Within a value the order is shuffled and each sum gets the next one's, so that none gets its own.
@@ -311,7 +311,7 @@ def _harms(cut: Accuracy, whole: Accuracy) -> list[str]:
 
 
 def _damage(cut: Accuracy, whole: Accuracy) -> str:
-    """What a cut does, in words that follow the figures."""
+    """What a cut does, in words that follow the numbers."""
     stay = f"{_percent(cut.exact)} of the sums stay right{_by_carry(cut.groups)}"
     hit = _harms(cut, whole)
     if not hit:

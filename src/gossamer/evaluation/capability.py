@@ -19,9 +19,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
-from gossamer.files import write_text
+from gossamer.files import atomic_write_text
 from gossamer.models.pretrained import load_dense
-from gossamer.models.tokenizers import load_own_tokenizer, without_ending
+from gossamer.models.tokenizers import load_own_tokenizer, strip_end_tokens
 from gossamer.models.vocabulary import require_vocabulary
 from gossamer.runs.record import Run, load_control, load_sparse
 from gossamer.tables import Table
@@ -84,7 +84,7 @@ def measure_tasks(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    return {name: _figures(name, found) for name in found["results"]}
+    return {name: _metrics(name, found) for name in found["results"]}
 
 
 def add_tasks(
@@ -113,13 +113,13 @@ def add_tasks(
     found: dict[str, dict[str, Any]] = {}
     for name, load in _models(run).items():
         progress(f"tasks: {name}")
-        for task, figures in measure_tasks(load(), tokenizer, tasks, **options).items():
-            facts = {key: figures[key] for key in ("version", "shots", "examples")}
+        for task, result in measure_tasks(load(), tokenizer, tasks, **options).items():
+            facts = {key: result[key] for key in ("version", "shots", "examples")}
             facts |= {"harness": f"lm-eval {version('lm-eval')}", "precision": options.get("precision", "fp32")}
             record = found.setdefault(task, {**facts, "models": {}})
-            record["models"][name] = figures["metrics"]
+            record["models"][name] = result["metrics"]
     metrics["tasks"] = {**metrics.get("tasks", {}), **found}
-    write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
+    atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -163,7 +163,7 @@ def _reader(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
         def tok_encode(
             self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **more: Any
         ) -> list[int]:
-            ids = without_ending(own, string, super().tok_encode(string, add_special_tokens, **more))
+            ids = strip_end_tokens(own, string, super().tok_encode(string, add_special_tokens, **more))
             return ids[-left_truncate_len:] if left_truncate_len else ids
 
         def tok_batch_encode(
@@ -201,10 +201,10 @@ def _have(metrics: dict[str, Any], name: str) -> bool:
     return any(name in record["models"] for record in metrics["tasks"].values())
 
 
-def _cell(figure: dict[str, Any]) -> str:
-    if figure["stderr"] is None:
-        return f"{figure['value']:.4f}"
-    return f"{figure['value']:.4f} ± {figure['stderr']:.4f}"
+def _cell(metric: dict[str, Any]) -> str:
+    if metric["stderr"] is None:
+        return f"{metric['value']:.4f}"
+    return f"{metric['value']:.4f} ± {metric['stderr']:.4f}"
 
 
 def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
@@ -272,7 +272,7 @@ def _within(folder: Path | None) -> Iterator[None]:
         os.chdir(before)
 
 
-def _figures(task: str, found: dict[str, Any]) -> dict[str, Any]:
+def _metrics(task: str, found: dict[str, Any]) -> dict[str, Any]:
     """One task's part of the harness's results, whose metrics are called ``acc,none`` and ``acc_stderr,none``."""
     own = found["results"][task]
     better = found["higher_is_better"].get(task, {})

@@ -1,4 +1,4 @@
-"""All figures of a run: ``metrics.json`` and the tables that the terminal shows.
+"""All metrics of a run: ``metrics.json`` and the tables that the terminal shows.
 
 The keys are documented in ``docs/metrics.md``.
 """
@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 
 from gossamer.evaluation.capability import task_table
 from gossamer.evaluation.topk import topk_curve
-from gossamer.files import write_text
+from gossamer.files import atomic_write_text
 from gossamer.measures.language import (
-    LanguageFigures,
+    LanguageMetrics,
     measure_beside_dense,
     measure_language,
     plus_minus,
     standard_error,
 )
-from gossamer.measures.links import LinkTally
+from gossamer.measures.links import LinkCounter
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.record import Run, load_control, load_sparse, versions
 from gossamer.tables import Table
@@ -70,7 +70,7 @@ def evaluate_run(
     sparse = load_sparse(run)
     dense = load_dense(run.dense)[0].to(sparse.device)
     progress("sparse and dense model")
-    sparse_figures, dense_figures = measure_beside_dense(sparse, dense, blocks, **options)
+    sparse_metrics, dense_metrics = measure_beside_dense(sparse, dense, blocks, **options)
     del sparse
     control_loss = None
     if run.control.exists():
@@ -80,17 +80,17 @@ def evaluate_run(
     metrics = {
         **_training_facts(run),
         "blocks_evaluated": len(blocks),
-        "tokens_evaluated": sparse_figures.tokens,
+        "tokens_evaluated": sparse_metrics.tokens,
         "precision_evaluated": precision,
-        **_loss_figures(sparse_figures, dense_figures, control_loss),
-        **_constraint_figures(config.training.constraint, sparse_figures, dense_figures),
-        **_link_figures(sparse_figures.links),
-        **_topk_figures(dense, blocks, topk, options),
+        **_loss_metrics(sparse_metrics, dense_metrics, control_loss),
+        **_constraint_metrics(config.training.constraint, sparse_metrics, dense_metrics),
+        **_link_metrics(sparse_metrics.links),
+        **_topk_metrics(dense, blocks, topk, options),
         "versions_evaluated": versions(),
     }
     before = json.loads(run.metrics.read_text()) if run.metrics.exists() else {}
     metrics = {**metrics, **{key: value for key, value in before.items() if key not in metrics}}
-    write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
+    atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -110,7 +110,7 @@ def _training_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _loss_figures(sparse: LanguageFigures, dense: LanguageFigures, control_loss: float | None) -> dict[str, Any]:
+def _loss_metrics(sparse: LanguageMetrics, dense: LanguageMetrics, control_loss: float | None) -> dict[str, Any]:
     assert sparse.kls is not None
     return {
         "loss_dense": dense.loss,
@@ -122,8 +122,8 @@ def _loss_figures(sparse: LanguageFigures, dense: LanguageFigures, control_loss:
     }
 
 
-def _constraint_figures(constraint: Constraint, sparse: LanguageFigures, dense: LanguageFigures) -> dict[str, Any]:
-    """The constraint in figures and in words, for readers that know nothing of its kind."""
+def _constraint_metrics(constraint: Constraint, sparse: LanguageMetrics, dense: LanguageMetrics) -> dict[str, Any]:
+    """The constraint in numbers and in words, for readers that know nothing of its kind."""
     outcome = constraint.outcome(sparse, dense)
     bounds = {kind.bound_name: None for kind in CONSTRAINTS.values()}
     return {
@@ -139,7 +139,7 @@ def _constraint_figures(constraint: Constraint, sparse: LanguageFigures, dense: 
     }
 
 
-def _link_figures(links: LinkTally) -> dict[str, Any]:
+def _link_metrics(links: LinkCounter) -> dict[str, Any]:
     return {
         "open_fraction": links.open_fraction,
         "open_links_per_query": links.open_links_per_query,
@@ -150,18 +150,18 @@ def _link_figures(links: LinkTally) -> dict[str, Any]:
     }
 
 
-def _topk_figures(
+def _topk_metrics(
     dense: PreTrainedModel, blocks: Int[Tensor, "blocks tokens"], topk: tuple[int, ...], options: dict[str, Any]
 ) -> dict[str, Any]:
     """The curve, and the dense model's loss, on some of the blocks."""
     count, seq_len = blocks.shape
     some = blocks[:: math.ceil(count / max(1, TOPK_TOKENS // seq_len))]
     curve = topk_curve(dense, some, tuple(k for k in topk if k < seq_len), **options)
-    figures = measure_language(dense, some, **options)
+    measured = measure_language(dense, some, **options)
     return {
         "topk": [asdict(point) for point in curve],
-        "topk_loss_dense": figures.loss,
-        "topk_tokens_evaluated": figures.tokens,
+        "topk_loss_dense": measured.loss,
+        "topk_tokens_evaluated": measured.tokens,
     }
 
 

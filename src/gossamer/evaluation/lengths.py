@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.files import write_text
+from gossamer.files import atomic_write_text
 from gossamer.measures.language import measure_beside_dense, plus_minus, standard_error
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.beginning import blocks_of
@@ -36,7 +36,7 @@ def add_lengths(
         run: the run.
         lengths: tokens in a block.
         held_out_tokens: at each length, as far as the held-out text goes; None for about as many as the run's own
-            figures stand on.
+            metrics stand on.
         precision: of the forward passes, ``fp32`` or ``bf16``.
         progress: is told in a few words what is being measured.
 
@@ -77,7 +77,7 @@ def add_lengths(
         progress(f"length {length:,}")
         rows.append(_at_length(sparse, dense, held_out(length), precision))
     metrics = {**json.loads(run.metrics.read_text()), "lengths": rows}
-    write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
+    atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -86,20 +86,20 @@ def _at_length(
 ) -> dict[str, Any]:
     """One entry of the list ``lengths``."""
     options: dict[str, Any] = {"batch_size": max(1, 2_048 // blocks.shape[1]), "precision": precision}
-    figures, dense_figures = measure_beside_dense(sparse, dense, blocks, **options)
-    assert figures.kls is not None
+    sparse_metrics, dense_metrics = measure_beside_dense(sparse, dense, blocks, **options)
+    assert sparse_metrics.kls is not None
     return {
         "seq_len": blocks.shape[1],
         "blocks_evaluated": len(blocks),
-        "tokens_evaluated": figures.tokens,
+        "tokens_evaluated": sparse_metrics.tokens,
         "precision": precision,
-        "loss_dense": dense_figures.loss,
-        "loss_sparse": figures.loss,
-        "loss_difference_stderr": standard_error(figures.losses - dense_figures.losses),
-        "kl": figures.kl,
-        "kl_stderr": standard_error(figures.kls),
-        "open_fraction": figures.links.open_fraction,
-        "open_links_per_query": figures.links.open_links_per_query,
+        "loss_dense": dense_metrics.loss,
+        "loss_sparse": sparse_metrics.loss,
+        "loss_difference_stderr": standard_error(sparse_metrics.losses - dense_metrics.losses),
+        "kl": sparse_metrics.kl,
+        "kl_stderr": standard_error(sparse_metrics.kls),
+        "open_fraction": sparse_metrics.links.open_fraction,
+        "open_links_per_query": sparse_metrics.links.open_links_per_query,
     }
 
 

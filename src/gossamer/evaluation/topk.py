@@ -97,9 +97,9 @@ def topk_curve(
     for renormalise in (False, True):
         for k in ks:
             with topk_attention(dense, k, renormalise=renormalise) as links:
-                figures = measure_language(
+                measured = measure_language(
                     dense, blocks, batch_size=batch_size, precision=precision, prompt_tokens=prompt_tokens
                 )
             opened, allowed = (sum(column) for column in zip(*links, strict=True))
-            points.append(TopkPoint(k, renormalise, opened / allowed, figures.loss))
+            points.append(TopkPoint(k, renormalise, opened / allowed, measured.loss))
     return points

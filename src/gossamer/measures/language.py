@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.measures.links import LinkTally
+from gossamer.measures.links import LinkCounter
 from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.models.attention import LinkCounts, counted_links
 from gossamer.models.convert import is_gated
@@ -20,7 +20,7 @@ Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
-class LanguageFigures:
+class LanguageMetrics:
     """Means over the predicted tokens of the held-out blocks.
 
     Attributes:
@@ -33,7 +33,7 @@ class LanguageFigures:
     losses: Float[Tensor, " blocks"]
     kls: Float[Tensor, " blocks"] | None
     tokens: int
-    links: LinkTally
+    links: LinkCounter
 
     @property
     def loss(self) -> float:
@@ -64,7 +64,7 @@ def standard_error_of_sums(total: float, squares: float, count: int) -> float | 
 
 
 def plus_minus(error: float | None) -> str:
-    """A standard error as it stands behind a figure; nothing where there is none."""
+    """A standard error as it stands behind a value; nothing where there is none."""
     return "" if error is None else f" ± {error:.4f}"
 
 
@@ -72,7 +72,7 @@ def forward_passes(
     model: PreTrainedModel,
     batches: Iterable[Int[Tensor, "batch tokens"]],
     measure: Callable[[Float[Tensor, "batch tokens vocab"], Int[Tensor, "batch tokens"]], Measured],
-) -> list[tuple[Measured, LinkTally]]:
+) -> list[tuple[Measured, LinkCounter]]:
     """What ``measure`` makes of the logits and the tokens of each batch, and the links that the batch left open.
 
     The model runs without gradient in ``eval()`` mode, in which it is left, with hard gates if it has any.
@@ -88,7 +88,7 @@ def forward_passes(
     found = []
     with torch.no_grad():
         for batch in batches:
-            ids, tally = batch.to(device), LinkTally.empty(*shape)
+            ids, tally = batch.to(device), LinkCounter.empty(*shape)
             counting: AbstractContextManager[dict[int, LinkCounts]] = nullcontext({})
             if is_gated(model):
                 counting = counted_links(model)
@@ -107,7 +107,7 @@ def measure_language(
     batch_size: int = 8,
     precision: str = "fp32",
     prompt_tokens: int = 0,
-) -> LanguageFigures:
+) -> LanguageMetrics:
     """Loss and open links of ``model``, with hard gates if it has any, and its KL from ``dense``.
 
     Args:
@@ -131,8 +131,8 @@ def measure_language(
     with _precision(model, precision):
         found = forward_passes(model, blocks.split(batch_size), measure)
     losses = torch.tensor([loss for measured, _ in found for loss in measured], dtype=torch.double)
-    links = LinkTally.total([tally for _, tally in found])
-    return LanguageFigures(losses, None, _predicted(blocks, prompt_tokens), links)
+    links = LinkCounter.total([tally for _, tally in found])
+    return LanguageMetrics(losses, None, _predicted(blocks, prompt_tokens), links)
 
 
 def measure_beside_dense(
@@ -143,7 +143,7 @@ def measure_beside_dense(
     batch_size: int = 8,
     precision: str = "fp32",
     prompt_tokens: int = 0,
-) -> tuple[LanguageFigures, LanguageFigures]:
+) -> tuple[LanguageMetrics, LanguageMetrics]:
     """What :func:`measure_language` measures of ``model`` beside ``dense``, and of ``dense``, in one pass of each."""
 
     def measure(logits: Tensor, batch: Tensor) -> list[tuple[float, float, float]]:
@@ -159,9 +159,9 @@ def measure_beside_dense(
     rows = torch.tensor([row for measured, _ in found for row in measured], dtype=torch.double)
     losses, dense_losses, kls = rows.unbind(-1)
     predicted = _predicted(blocks, prompt_tokens)
-    links = LinkTally.total([tally for _, tally in found])
-    none_open = LinkTally.empty(dense.config.num_hidden_layers, dense.config.num_attention_heads)
-    return LanguageFigures(losses, kls, predicted, links), LanguageFigures(dense_losses, None, predicted, none_open)
+    links = LinkCounter.total([tally for _, tally in found])
+    none_open = LinkCounter.empty(dense.config.num_hidden_layers, dense.config.num_attention_heads)
+    return LanguageMetrics(losses, kls, predicted, links), LanguageMetrics(dense_losses, None, predicted, none_open)
 
 
 def _losses(logits: Tensor, batch: Tensor, prompt_tokens: int) -> list[float]:

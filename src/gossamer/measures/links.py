@@ -11,7 +11,7 @@ from gossamer.models.attention import LinkCounts
 
 
 @dataclass
-class LinkTally:
+class LinkCounter:
     """Links counted over any number of forward passes.
 
     Attributes:
@@ -25,13 +25,13 @@ class LinkTally:
     queries: int = 0
 
     @classmethod
-    def empty(cls, layers: int, heads: int) -> "LinkTally":
+    def empty(cls, layers: int, heads: int) -> "LinkCounter":
         """Nothing counted yet."""
         zeros = torch.zeros(layers, heads, dtype=torch.long)
         return cls(zeros, zeros.clone())
 
     @classmethod
-    def total(cls, tallies: Sequence["LinkTally"]) -> "LinkTally":
+    def total(cls, tallies: Sequence["LinkCounter"]) -> "LinkCounter":
         """What several tallies of one model count together; at least one."""
         return cls(
             torch.stack([tally.open_links for tally in tallies]).sum(0),

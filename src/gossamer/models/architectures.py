@@ -150,7 +150,7 @@ def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
         yield layer.get_submodule(architecture.attention)
 
 
-def refuse_offloaded(model: PreTrainedModel) -> None:
+def check_not_offloaded(model: PreTrainedModel) -> None:
     """Stop at a model some of whose layers accelerate keeps elsewhere between calls: gates could not lie beside them.
 
     Raises:

@@ -29,7 +29,7 @@ IMPLEMENTATION = "gossamer"
 
 @dataclass(frozen=True)
 class LinkCounts:
-    """Links of each query of one layer in one forward pass; see :class:`gossamer.GatedAttention`."""
+    """Links of each query of one layer in one forward pass; see :class:`gossamer.GatedAttentionOutput`."""
 
     expected_open: Float[Tensor, "batch heads queries"]
     open_links: Int[Tensor, "batch heads queries"]
@@ -89,7 +89,7 @@ class GateState:
         return GatePass(self)
 
 
-class KeepGates:
+class GatePassHook:
     """The forward pre-hook that gives each forward pass its :class:`GatePass`."""
 
     def __init__(self, state: GateState) -> None:
@@ -152,7 +152,7 @@ def gate_state(model: PreTrainedModel) -> GateState:
         if isinstance(state := getattr(module, "gate_state", None), GateState):
             return state
         break
-    raise GossamerError("this model has no gates; gossamer.sparsify(model) puts them in")
+    raise GossamerError("this model has no gates; gossamer.add_gates(model) puts them in")
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def gated_attention_forward(
         raise GossamerError("attention sinks (s_aux) cannot be gated")
     state = module.gate_state
     if not isinstance(state, GateState):
-        raise GossamerError("this attention module has no gates; gossamer.sparsify(model) puts them in")
+        raise GossamerError("this attention module has no gates; gossamer.add_gates(model) puts them in")
     gates = state.new_pass() if gate_pass is None else gate_pass
     bias = module.gate_bias
     layer = int(module.gate_layer)  # type: ignore[arg-type]

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from gossamer.errors import GossamerError
-from gossamer.files import written_beside
+from gossamer.files import atomic_directory
 from gossamer.models.architectures import attention_modules
-from gossamer.models.convert import is_gated, sparsify
+from gossamer.models.convert import add_gates, is_gated
 from gossamer.models.lora import has_adapters
 
 FORMAT = 1
@@ -52,7 +52,7 @@ unknown to it and there is no `model.safetensors`. The one line that loads it:
 
     model = gossamer.load("path/to/this/directory")
 
-`gossamer.densify(model)` takes the gates off, which leaves a model with a much higher loss.
+`gossamer.remove_gates(model)` takes the gates off, which leaves a model with a much higher loss.
 """
 
 
@@ -76,7 +76,7 @@ def save(
             "this model has adapters: gossamer.save_adapter(model, path) saves those and the gates alone, "
             "gossamer.merge_adapters(model) adds them to its weights"
         )
-    with written_beside(Path(path)) as staging:
+    with atomic_directory(Path(path)) as staging:
         write_model(model, staging, tokenizer)
 
 
@@ -110,7 +110,7 @@ def write_model(
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tensors = model.state_dict() if state_dict is None else {n: _own_storage(t) for n, t in state_dict.items()}
-    tensors = {bare_name(name): tensor for name, tensor in tensors.items()}
+    tensors = {unwrapped_name(name): tensor for name, tensor in tensors.items()}
     if offloaded := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise GossamerError(f"this model has layers that are offloaded ({offloaded[0]}); load it whole to save it")
     save_torch_state_dict(tensors, folder, filename_pattern="gossamer{suffix}.safetensors")
@@ -131,7 +131,7 @@ def is_local_model(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or os.path.isdir(name)
 
 
-def bare_name(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """The name of a weight without the prefixes that torch.compile and data parallelism leave."""
     return WRAPPER.sub("", name)
 
@@ -179,7 +179,7 @@ def load(
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = outer.get("base", "unknown")
-    model = sparsify(model, inplace=True)
+    model = add_gates(model, inplace=True)
     names = {f"{name}.gate_bias" for name, module in model.named_modules() if hasattr(module, "gate_bias")}
     if names != set(gates):
         raise GossamerError(f"{folder} has gates for {len(gates)} layers, not for {len(names)}; it is not whole")
@@ -211,7 +211,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     for name in names:
         try:
             with safe_open(folder / name, framework="pt") as file:
-                weights.update({bare_name(key): file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                weights.update({unwrapped_name(key): file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise GossamerError(f"{folder / name} is missing or cut short: {error}") from error
     return weights

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.models.architectures import architecture_of, attention_modules, refuse_offloaded
-from gossamer.models.attention import IMPLEMENTATION, GateState, KeepGates, gate_state, register
+from gossamer.models.architectures import architecture_of, attention_modules, check_not_offloaded
+from gossamer.models.attention import IMPLEMENTATION, GatePassHook, GateState, gate_state, register
 
 
 def is_gated(model: PreTrainedModel) -> bool:
@@ -21,7 +21,7 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return model.get_submodule(architecture_of(model).layers.rpartition(".")[0])
 
 
-def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = False) -> PreTrainedModel:
+def add_gates(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = False) -> PreTrainedModel:
     """A gated copy of a dense causal language model: a hard on/off gate on every attention link.
 
     This only puts the gates in; ``gossamer sparsify`` on the command line and
@@ -40,14 +40,14 @@ def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = 
         GossamerError: for families and settings that cannot be gated right, before anything is changed.
     """
     if is_gated(model):
-        raise GossamerError("this model has gates already; gossamer.densify(model) takes them off")
+        raise GossamerError("this model has gates already; gossamer.remove_gates(model) takes them off")
     architecture_of(model)
-    refuse_offloaded(model)
+    check_not_offloaded(model)
     if not inplace:
         model = copy.deepcopy(model)
     state = GateState(dense_implementation=model.config._attn_implementation)
     decoder = _decoder(model)
-    decoder.gate_hook = decoder.register_forward_pre_hook(KeepGates(state), with_kwargs=True)  # type: ignore[assignment]
+    decoder.gate_hook = decoder.register_forward_pre_hook(GatePassHook(state), with_kwargs=True)  # type: ignore[assignment]
     heads = model.config.num_attention_heads
     for layer, module in enumerate(attention_modules(model)):
         weight = next(module.parameters())
@@ -59,7 +59,7 @@ def sparsify(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = 
     return model
 
 
-def densify(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
+def remove_gates(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
     """A copy of a gated model without its gates: the same weights under ordinary dense attention.
 
     Raises:

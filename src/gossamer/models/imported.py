@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.models.checkpoint import bare_name
-from gossamer.models.convert import sparsify
+from gossamer.models.checkpoint import unwrapped_name
+from gossamer.models.convert import add_gates
 
 Activation = Literal["gelu_new", "gelu"]
 """``gelu_new`` is GPT-2's own, by tanh; ``gelu`` is exact, as in nanoGPT's ``nn.GELU()``."""
@@ -88,7 +88,7 @@ def import_checkpoint(
             raise GossamerError(f"{path} has {rows} vocabulary rows; {vocab_size} of them cannot be kept")
         for name in ("transformer.wte.weight", "lm_head.weight"):
             weights[name] = weights[name][:vocab_size]
-    return sparsify(_model(weights, layers, heads, activation), inplace=True).eval()
+    return add_gates(_model(weights, layers, heads, activation), inplace=True).eval()
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -110,7 +110,7 @@ def _unwrapped(outer: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor],
     inner = next((outer[name] for name in _WRAPPERS if isinstance(outer.get(name), Mapping)), outer)
     tensors: dict[str, Tensor] = {}
     for key, value in inner.items():
-        name = bare_name(str(key))
+        name = unwrapped_name(str(key))
         if not isinstance(value, Tensor):
             raise GossamerError(f"{path}: {key} is a {type(value).__name__}, not a tensor")
         tensors[name] = value

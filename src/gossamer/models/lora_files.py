@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.files import written_beside
-from gossamer.models.architectures import attention_modules, refuse_offloaded
+from gossamer.files import atomic_directory
+from gossamer.models.architectures import attention_modules, check_not_offloaded
 from gossamer.models.checkpoint import front_matter, gate_biases, is_local_model, is_run, unwrapped
-from gossamer.models.convert import is_gated, sparsify
+from gossamer.models.convert import add_gates, is_gated
 from gossamer.models.lora import has_adapters, inject_adapters, merge_adapters
 from gossamer.models.pretrained import load_dense
 
@@ -82,7 +82,7 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
         "heads": model.config.num_attention_heads,
         "base_shapes": {name: list(weight.shape) for name, weight in weights.items()},
     }
-    with written_beside(Path(path)) as staging:
+    with atomic_directory(Path(path)) as staging:
         config.save_pretrained(str(staging))
         named = {f"{_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in adapters.items()}
         save_file(named, staging / _WEIGHTS, metadata={"format": "pt"})
@@ -124,9 +124,9 @@ def load_adapter(
     else:
         name = str(base)
         model, inplace = load_dense(name)[0], True
-    refuse_offloaded(model)
+    check_not_offloaded(model)
     _check_base(model, name, folder, described, gates["base_samples"])
-    model = sparsify(model, inplace=inplace)
+    model = add_gates(model, inplace=inplace)
     for module, bias in zip(attention_modules(model), gates["gate_bias"], strict=True):
         module.get_parameter("gate_bias").data.copy_(bias)
     _put_on(model, config, adapters, folder)

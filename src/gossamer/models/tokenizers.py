@@ -38,10 +38,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     What the tokenizer puts in front of a text, a start token say, stays.
     """
-    return without_ending(tokenizer, text, tokenizer(text, verbose=False)["input_ids"])
+    return strip_end_tokens(tokenizer, text, tokenizer(text, verbose=False)["input_ids"])
 
 
-def without_ending(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> list[int]:
+def strip_end_tokens(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> list[int]:
     """The tokens ``ids`` of a text less those that the tokenizer put after it; the same if it put none around it."""
     for known in (text, *_SOMETHING):
         plain = tokenizer(known, add_special_tokens=False, verbose=False)["input_ids"]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
 from gossamer.models.checkpoint import gate_biases
-from gossamer.models.convert import densify, is_gated
+from gossamer.models.convert import is_gated, remove_gates
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -63,13 +63,13 @@ def gated_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
             "a bridge needs the package transformer-lens: pip install 'gossamer[transformer-lens]'"
         ) from error
     if not is_gated(model):
-        raise GossamerError("this model has no gates; gossamer.sparsify(model) puts them in")
+        raise GossamerError("this model has no gates; gossamer.add_gates(model) puts them in")
     if tokenizer is not None and not tokenizer.init_kwargs.get("name_or_path"):
         raise GossamerError(
             "TransformerLens reads a tokenizer anew from where it was loaded; save this one and load it with "
             "AutoTokenizer.from_pretrained"
         )
-    dense = densify(model)
+    dense = remove_gates(model)
     dense.set_attn_implementation("eager")
     bridge = build_bridge_from_module(
         dense,
@@ -91,7 +91,7 @@ def gate_bridge(bridge: "TransformerBridge", model: PreTrainedModel) -> BridgeGa
     bridge first runs in compatibility mode, to see that they say the same.
 
     Args:
-        bridge: booted from ``gossamer.densify(model)``, or from a dense model with the same weights. Compatibility
+        bridge: booted from ``gossamer.remove_gates(model)``, or from a dense model with the same weights. Compatibility
             mode is fine but for ``fold_value_biases``, which counts on rows of the pattern that add up to 1.
         model: the gated model; grouped queries included.
 
@@ -100,7 +100,7 @@ def gate_bridge(bridge: "TransformerBridge", model: PreTrainedModel) -> BridgeGa
             other weights, folded value biases, or a family whose attention TransformerLens leaves to transformers.
     """
     if not is_gated(model):
-        raise GossamerError("this model has no gates; gossamer.sparsify(model) puts them in")
+        raise GossamerError("this model has no gates; gossamer.add_gates(model) puts them in")
     biases = gate_biases(model)
     layers = len(bridge.blocks)
     if layers != len(biases):

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gossamer.ops import chunked, naive
-from gossamer.ops.gates import MAX_POSITIONS, GatedAttention, OpenLinks, Pairs, fold_seed, make_pairs, noise_keys
+from gossamer.ops.gates import MAX_POSITIONS, GatedAttentionOutput, OpenLinks, Pairs, fold_seed, make_pairs, noise_keys
 
-__all__ = ["GatedAttention", "Implementation", "OpenLinks", "fold_seed", "gated_attention", "open_links"]
+__all__ = ["GatedAttentionOutput", "Implementation", "OpenLinks", "fold_seed", "gated_attention", "open_links"]
 
 Implementation = Literal["naive", "chunked", "triton"]
 """``naive`` is the definition; ``chunked`` and ``triton`` take memory linear in the length."""
@@ -38,7 +38,7 @@ def gated_attention(
     first_row: int = 0,
     expect: bool = True,
     implementation: Implementation | None = None,
-) -> GatedAttention:
+) -> GatedAttentionOutput:
     """Attention with a hard on/off gate on every link (arXiv 2512.05865): out_i = sum_j A_ij P_ij v_j.
 
     ``S = scale * q k^T`` (soft-capped), ``P = softmax(S)`` over the allowed keys, ``G = S + gate_bias``;
@@ -65,7 +65,7 @@ def gated_attention(
         implementation: None picks ``triton`` on an NVIDIA GPU for head sizes up to 256, ``chunked`` elsewhere.
 
     Returns:
-        A :class:`GatedAttention`.
+        A :class:`GatedAttentionOutput`.
 
     Raises:
         ValueError: on shapes or arguments that do not fit.
@@ -87,7 +87,7 @@ def gated_attention(
         noise_keys=noise_keys(seed, batch, heads, q.device, first_row) if sample else None,
         expect=expect,
     )
-    assert isinstance(result, GatedAttention)
+    assert isinstance(result, GatedAttentionOutput)
     return result
 
 

@@ -21,7 +21,7 @@ from gossamer.ops.elements import (
     run_elements,
     soft_capped,
 )
-from gossamer.ops.gates import GatedAttention, OpenLinks, Pairs
+from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs
 
 BLOCK = 64
 """Queries worked on at once."""
@@ -41,13 +41,13 @@ def gated_attention(
     softcap: float | None,
     noise_keys: Int[Tensor, "2 batch heads"] | None,
     expect: bool,
-) -> GatedAttention:
+) -> GatedAttentionOutput:
     """The same as :func:`gossamer.ops.naive.gated_attention`, in blocks."""
     with torch.autocast(q.device.type, enabled=False):
         output, expected, opened, log_sum_exp = _Chunked.apply(
             q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect
         )
-    return GatedAttention(output, expected, opened, pairs.allowed_links(q.shape[1]), log_sum_exp)
+    return GatedAttentionOutput(output, expected, opened, pairs.allowed_links(q.shape[1]), log_sum_exp)
 
 
 def open_links(

@@ -40,7 +40,7 @@ _GOLDEN = 0x9E3779B9
 
 
 @dataclass(frozen=True)
-class GatedAttention:
+class GatedAttentionOutput:
     """What :func:`gossamer.gated_attention` returns.
 
     Attributes:

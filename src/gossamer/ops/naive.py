@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gossamer.ops.gates import GatedAttention, OpenLinks, Pairs
+from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs
 
 
 def gated_attention(
@@ -25,7 +25,7 @@ def gated_attention(
     softcap: float | None,
     noise_keys: Int[Tensor, "2 batch heads"] | None,
     expect: bool,
-) -> GatedAttention:
+) -> GatedAttentionOutput:
     """Gated attention of the given pairs; sampled where ``noise_keys`` are given. Computed in float32 at least."""
     exact = torch.promote_types(q.dtype, torch.float32)
     value = v.to(exact).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
@@ -37,7 +37,7 @@ def gated_attention(
     soft = torch.sigmoid(noisy)
     gates = (noisy > 0).to(exact) + soft - soft.detach()
 
-    return GatedAttention(
+    return GatedAttentionOutput(
         output=((gates * pattern) @ value).to(q.dtype),
         expected_open=torch.where(allowed, torch.sigmoid(gate_logits), 0.0).sum(-1) if expect else None,
         open_links=((gate_logits > 0) & allowed).sum(-1),

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gossamer.ops import triton_kernels as kernels
-from gossamer.ops.gates import GatedAttention, OpenLinks, Pairs
+from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs
 
 _FAR = 1e30
 """Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
@@ -210,13 +210,13 @@ def gated_attention(
     softcap: float | None,
     noise_keys: Int[Tensor, "2 batch heads"] | None,
     expect: bool,
-) -> GatedAttention:
+) -> GatedAttentionOutput:
     """The same as :func:`gossamer.ops.naive.gated_attention`, on the GPU; accumulates in float32."""
     with torch.autocast(q.device.type, enabled=False):
         output, expected, opened, log_sum_exp = _Triton.apply(
             q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect
         )
-    return GatedAttention(output, expected, opened, pairs.allowed_links(q.shape[1]), log_sum_exp)
+    return GatedAttentionOutput(output, expected, opened, pairs.allowed_links(q.shape[1]), log_sum_exp)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gossamer.files import write_text
+from gossamer.files import atomic_write_text
 from gossamer.report.records import Records, load_records
 from gossamer.report.series import Chart, faithfulness_charts, loss_chart, training_charts
 
@@ -24,7 +24,7 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, name: str
     """
     records = load_records(folder)
     file = Path(folder) / "report.html" if out is None else Path(out)
-    write_text(file, page(records, name))
+    atomic_write_text(file, page(records, name))
     return file
 
 

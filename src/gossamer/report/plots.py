@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gossamer.errors import GossamerError
-from gossamer.files import file_beside
+from gossamer.files import atomic_file
 from gossamer.report.records import Records
 from gossamer.report.series import Chart, faithfulness_charts, loss_chart, training_charts
 
@@ -179,7 +179,7 @@ def save_figures(records: Records, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in all_figures(records):
             for suffix in (".png", ".svg"):
-                with file_beside(folder / f"{name}{suffix}") as staging:
+                with atomic_file(folder / f"{name}{suffix}") as staging:
                     figure.savefig(staging, dpi=150)
                 written.append(folder / f"{name}{suffix}")
     except OSError as error:

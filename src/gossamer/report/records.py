@@ -63,7 +63,7 @@ class Records:
     findings: Mapping[str, Any] | None = None
 
     def summary(self) -> dict[str, str]:
-        """The main figures by name, as texts."""
+        """The main metrics by name, as texts."""
         metrics = self.metrics or {}
         shown = {name: key for key, name in SHOWN.items() if metrics.get(key) is not None}
         return {name.format_map(metrics): _text(metrics[key]) for name, key in shown.items()}

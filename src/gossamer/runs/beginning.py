@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
-from gossamer.files import same_place, write_text, written_beside
+from gossamer.files import atomic_directory, atomic_write_text, same_file
 from gossamer.measures.language import measure_language
 from gossamer.models.architectures import architecture_of
 from gossamer.models.lora import adapter_targets
@@ -16,7 +16,7 @@ from gossamer.models.pretrained import load_dense
 from gossamer.runs.record import Run, versions
 from gossamer.runs.settings import RunConfig
 from gossamer.training.data import SELF, Blocks, load_blocks
-from gossamer.training.documents import passed_over
+from gossamer.training.documents import skipped_files
 from gossamer.training.stream import unseen_blocks
 
 Progress = Callable[[int, int], None]
@@ -57,10 +57,10 @@ def begin(
         _check_start(config)
     _check_length(dense, config)
     if not (run.folder / "config.json").exists():
-        if config.text != SELF and (line := passed_over(config.text)):
+        if config.text != SELF and (line := skipped_files(config.text)):
             warn(line)
         blocks = blocks_of(config, dense, tokenizer, progress)
-        with written_beside(run.folder) as staging:
+        with atomic_directory(run.folder) as staging:
             write_beginning(staging, config, dense, blocks)
     return dense, tokenizer
 
@@ -73,7 +73,7 @@ def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
             "resume with as many, or give another --out"
         )
     for key in now:
-        if before.get(key) != now[key] and not same_place(before.get(key), now[key]):
+        if before.get(key) != now[key] and not same_file(before.get(key), now[key]):
             raise GossamerError(
                 f"{folder} was begun with {key}={before.get(key)!r}, not {now[key]!r}; "
                 "resume with the same settings, or give another --out"
@@ -85,7 +85,7 @@ def _check_start(config: RunConfig) -> None:
     start = earlier_runs[0]
     folder = start.folder
     model = start.config().model
-    if model != config.model and not same_place(model, config.model):
+    if model != config.model and not same_file(model, config.model):
         raise GossamerError(f"--start-from {folder} is a run of {model}, not of {config.model}; give one of this model")
     if not start.model.exists():
         raise GossamerError(
@@ -100,7 +100,7 @@ def _check_start(config: RunConfig) -> None:
         )
     for earlier in earlier_runs:
         before = earlier.config()
-        if before.text != config.text and not same_place(before.text, config.text):
+        if before.text != config.text and not same_file(before.text, config.text):
             continue
         if before.stream != config.stream:
             asked = "as well" if before.stream else "not"
@@ -177,4 +177,4 @@ def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blo
     }
     parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
     save_file(parts, folder / "blocks.safetensors")
-    write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+    atomic_write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")

@@ -18,23 +18,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from gossamer.files import write_text, written_beside
+from gossamer.files import atomic_directory, atomic_write_text
 from gossamer.models.checkpoint import load, save
-from gossamer.models.convert import sparsify
+from gossamer.models.convert import add_gates
 from gossamer.models.lora import add_adapters, merge_adapters
 from gossamer.models.lora_files import save_adapter
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.beginning import begin
 from gossamer.runs.record import Run, load_control, run_device
 from gossamer.runs.settings import RunConfig
-from gossamer.training.checkpoints import checkpoints, last_sound
+from gossamer.training.checkpoints import checkpoints, last_valid_checkpoint
 from gossamer.training.data import BlockDataset
-from gossamer.training.processes import by_first, check_processes, processes, together
+from gossamer.training.distributed import check_processes, on_main_process, processes, synchronized
 from gossamer.training.progress import StepLog, sampling_shown
 from gossamer.training.sparsity import SparsityTrainer, Validation
 from gossamer.training.stream import BlockStream
-from gossamer.training.trainer import PostTrainer, choose_trained, without_dropout
-from gossamer.training.watching import check_watchers, watch
+from gossamer.training.trackers import add_trackers, check_trackers
+from gossamer.training.trainer import PostTrainer, freeze_except, no_dropout
 
 
 def post_train(
@@ -55,7 +55,7 @@ def post_train(
         config: what to do.
         folder: the run's directory; must not exist yet, or with ``resume`` must hold the same run begun.
         resume: go on from the last checkpoint without a fault; begin if there is nothing yet.
-        report_to: what shows the training of the sparse model: names of :mod:`gossamer.training.watching`.
+        report_to: what shows the training of the sparse model: names of :mod:`gossamer.training.trackers`.
         console: where progress is drawn; none if None.
         warn: is given one line for each thing the user should know at once.
 
@@ -70,15 +70,15 @@ def post_train(
     transformers_logging.disable_progress_bar()
     job = Job(Run(Path(folder)), config, console or Console(quiet=True), warn or (lambda line: None), tuple(report_to))
     first = processes().is_main_process
-    with together():
+    with synchronized():
         check_processes(config.training.processes)
         if first:
-            check_watchers(report_to)
+            check_trackers(report_to)
             with sampling_shown(job.console) as progress:
                 dense, tokenizer = begin(job.run, config, progress, resume=resume, warn=job.warn)
     if not first:
         job = replace(job, console=Console(quiet=True), warn=lambda line: None)
-    with together():
+    with synchronized():
         if not first:
             dense, tokenizer = load_dense(config.model)
     job.train(dense, tokenizer)
@@ -143,12 +143,14 @@ class Job:
             tokenizer=tokenizer,
         )
         if processes().is_main_process:
-            begun = last_sound(trainer.folder)[0]
-            watch(trainer, self.report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1)
+            begun = last_valid_checkpoint(trainer.folder)[0]
+            add_trackers(
+                trainer, self.report_to, run.folder, first_step=int(begun.name.split("-")[1]) + 1 if begun else 1
+            )
         self.fit(trainer, "sparse", "training.jsonl", trainer.bound)
         final = trainer.select_weights()
         whole = trainer.whole_weights()
-        with together():
+        with synchronized():
             if processes().is_main_process:
                 self._tell(trainer, final)
                 self._save_sparse(cast(PreTrainedModel, trainer.model), whole, tokenizer)
@@ -167,14 +169,14 @@ class Job:
         )
         self.fit(trainer, "control", "control.jsonl")
         whole = trainer.whole_weights()
-        with together():
+        with synchronized():
             if not processes().is_main_process:
                 return
             if whole is not None:
                 control = self._put_together(load_dense(run.dense)[0], whole)
             if self.adapters:
                 merge_adapters(control)
-            with written_beside(run.control) as staging:
+            with atomic_directory(run.control) as staging:
                 control.save_pretrained(staging)
                 tokenizer.save_pretrained(staging)
             shutil.rmtree(run.control_checkpoints, ignore_errors=True)
@@ -189,7 +191,7 @@ class Job:
             bound: of the constraint, as it is shown; None without a constraint.
         """
         config = self.config
-        checkpoint = by_first(lambda: self._resume_point(trainer.folder))
+        checkpoint = on_main_process(lambda: self._resume_point(trainer.folder))
         steps = StepLog(
             trainer,
             label,
@@ -200,7 +202,7 @@ class Job:
         )
         if processes().is_main_process:
             trainer.add_callback(steps)
-        with without_dropout(cast(PreTrainedModel, trainer.model)):
+        with no_dropout(cast(PreTrainedModel, trainer.model)):
             if checkpoint is None and isinstance(trainer, SparsityTrainer):
                 trainer.prepare(open_gates=config.gate_bias is None and config.start_from is None)
             try:
@@ -216,7 +218,7 @@ class Job:
         """The last checkpoint without a fault; what is newer, or was not finished, is removed."""
         for partial in folder.glob(".*.partial"):
             shutil.rmtree(partial)
-        checkpoint, faults = last_sound(folder)
+        checkpoint, faults = last_valid_checkpoint(folder)
         for line in faults:
             self.warn(f"{line}; resuming from {checkpoint or 'the start'}")
         for damaged in checkpoints(folder):
@@ -229,7 +231,7 @@ class Job:
         if self.start is not None:
             model = load(self.start.model)
         else:
-            model = sparsify(dense, gate_bias=self.config.gate_bias or 0.0, inplace=self.adapters)
+            model = add_gates(dense, gate_bias=self.config.gate_bias or 0.0, inplace=self.adapters)
         self._prepare(model)
         return model
 
@@ -268,7 +270,7 @@ class Job:
                 seed=config.training.seed,
             )
         else:
-            choose_trained(model, config.training.train)
+            freeze_except(model, config.training.train)
 
     def _put_together(self, model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
         """A fresh model, on the first process, with the weights of one that was trained in shards."""
@@ -288,14 +290,14 @@ class Job:
             )
         record = self.run.record()
         record["measured"]["selected"] = asdict(final)
-        write_text(self.run.folder / "config.json", json.dumps(record, indent=2) + "\n")
+        atomic_write_text(self.run.folder / "config.json", json.dumps(record, indent=2) + "\n")
 
     def _save_sparse(
         self, model: PreTrainedModel, whole: dict[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         run = self.run
         if whole is not None:
-            fresh = sparsify(load_dense(run.dense)[0], inplace=True)
+            fresh = add_gates(load_dense(run.dense)[0], inplace=True)
             model = self._put_together(fresh, whole)
         if self.adapters:
             save_adapter(model, run.adapter)

@@ -29,7 +29,7 @@ from gossamer.models.architectures import ARCHITECTURES
 from gossamer.models.lora import add_adapters
 from gossamer.ops.chunked import BLOCK
 from gossamer.runs.settings import RunConfig
-from gossamer.training.trainer import choose_trained
+from gossamer.training.trainer import freeze_except
 
 _FAKE_ATTENTION = "gossamer-plan"
 
@@ -157,7 +157,7 @@ def _fake_model(config: Any, run: RunConfig) -> tuple[PreTrainedModel, int]:
         if run.training.train == "lora":
             add_adapters(model, rank=run.lora_rank, alpha=1.0, targets=run.lora_targets)
         else:
-            choose_trained(model, run.training.train)
+            freeze_except(model, run.training.train)
     return model.eval(), parameters
 
 
@@ -175,7 +175,7 @@ def _make_fake(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
-class _KeepsWhatTheOpKeeps(torch.autograd.Function):
+class _FakeGatedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, heads, tokens, _ = q.shape
@@ -190,7 +190,7 @@ class _KeepsWhatTheOpKeeps(torch.autograd.Function):
 
 
 def _fake_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    return _KeepsWhatTheOpKeeps.apply(q, k, v).transpose(1, 2), None
+    return _FakeGatedAttention.apply(q, k, v).transpose(1, 2), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -9,7 +9,7 @@ RUN/adapter/           of a run with LoRA: its adapters and gates without the de
 RUN/dense/             the dense model, where the run itself trained it (gossamer demo)
 RUN/control/           the dense control: the dense model fine-tuned on the same text for the same steps
 RUN/tensorboard/       what TensorBoard shows, if asked for; wandb/ likewise
-RUN/metrics.json       the figures, written by gossamer.evaluation
+RUN/metrics.json       the metrics, written by gossamer.evaluation
 """
 
 import json
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """The figures."""
+        """The metrics."""
         return self.folder / "metrics.json"
 
     def record(self) -> dict[str, Any]:

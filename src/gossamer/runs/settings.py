@@ -32,7 +32,7 @@ class RunConfig:
     tokens: int = setting("Training tokens.", 1_000_000, least=1)
     seq_len: int = setting("Tokens in a training block. Train at the length you need.", 256, least=2)
     validation_tokens: int = setting("Unseen text that the bound is held on during training.", 8_192, least=1)
-    held_out_tokens: int = setting("Other unseen text, to measure the figures on.", 32_768, least=1)
+    held_out_tokens: int = setting("Other unseen text, to measure the metrics on.", 32_768, least=1)
     margin: float | None = setting(
         "How far inside the bound the validation text is to be, nats; one standard error of it if it is not given.",
         None,
@@ -86,11 +86,11 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "") -> "RunConfig":
-        """The configuration that a flat mapping describes, one that was written down; see :meth:`gathered`."""
-        return cls.gathered([Given(values, source, recorded=True)])
+        """The configuration that a flat mapping describes, one that was written down; see :meth:`from_sources`."""
+        return cls.from_sources([SettingsSource(values, source, recorded=True)])
 
     @classmethod
-    def gathered(cls, places: Sequence["Given"]) -> "RunConfig":
+    def from_sources(cls, places: Sequence["SettingsSource"]) -> "RunConfig":
         """The configuration that several places describe: a later one goes before those before it.
 
         What none of them says has its default. A place that names another constraint takes the place of the settings
@@ -135,7 +135,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class Given:
+class SettingsSource:
     """Settings that were given in one place.
 
     Attributes:

@@ -10,7 +10,7 @@ import yaml
 
 from gossamer.errors import GossamerError
 from gossamer.fields import Setting
-from gossamer.runs.settings import Given, settings
+from gossamer.runs.settings import SettingsSource, settings
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_settings(file: Path) -> Given:
+def read_settings(file: Path) -> SettingsSource:
     """The settings in a file.
 
     Raises:
@@ -41,7 +41,7 @@ def read_settings(file: Path) -> Given:
         found = {}
     if not isinstance(found, dict):
         raise GossamerError(f"{file} holds no settings; give lines like 'tokens: 1000000', as gossamer settings prints")
-    return Given(found, str(file))
+    return SettingsSource(found, str(file))
 
 
 def all_settings() -> str:

@@ -10,8 +10,8 @@ from gossamer.files import set_modes
 _SEAL = "checksums.json"
 
 
-def seal(checkpoint: Path) -> None:
-    """Record size and CRC-32 of every file of a checkpoint, for :func:`fault`, and flush all to disk.
+def write_checksums(checkpoint: Path) -> None:
+    """Record size and CRC-32 of every file of a checkpoint, for :func:`checkpoint_error`, and flush all to disk.
 
     The files get the modes of new files.
     """
@@ -24,7 +24,7 @@ def seal(checkpoint: Path) -> None:
     _flush(checkpoint / _SEAL)
 
 
-def fault(checkpoint: Path) -> str | None:
+def checkpoint_error(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None if they are as they were written."""
     try:
         sums = json.loads((checkpoint / _SEAL).read_text())
@@ -59,11 +59,11 @@ def _flush(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def last_sound(folder: Path) -> tuple[Path | None, list[str]]:
+def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint without a fault, and one line about each newer one that has one."""
     faults: list[str] = []
     for checkpoint in reversed(checkpoints(folder)):
-        if (wrong := fault(checkpoint)) is None:
+        if (wrong := checkpoint_error(checkpoint)) is None:
             return checkpoint, faults
         faults.append(f"{checkpoint} is damaged: {wrong}")
     return None, faults

@@ -54,7 +54,7 @@ class Blocks:
     Attributes:
         train: to train on.
         validation: unseen text that the multiplier is steered by.
-        held_out: unseen text that figures are reported on.
+        held_out: unseen text that metrics are reported on.
     """
 
     train: Int[Tensor, "blocks tokens"]

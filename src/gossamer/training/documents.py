@@ -48,7 +48,7 @@ _SHOWN = 3
 """Names that are given of each kind of what was passed over."""
 
 
-def kind_of(name: str) -> tuple[str, str] | None:
+def file_kind(name: str) -> tuple[str, str] | None:
     """Kind and compression of a file by its name, as ``(".jsonl", ".gz")``; None if it is no text."""
     stem, ending = os.path.splitext(name.lower())
     compression = ending if ending in _OPENERS else ""
@@ -64,7 +64,7 @@ def is_local(text: str) -> bool:
     """
     if os.path.exists(text):
         return True
-    looks = kind_of(text) is not None or text.count("/") > 1 or text.startswith(("/", ".", "~")) or not text
+    looks = file_kind(text) is not None or text.count("/") > 1 or text.startswith(("/", ".", "~")) or not text
     if looks and not text.startswith(HUB):
         raise GossamerError(f"no text {text}: there is no such file or directory")
     return False
@@ -80,15 +80,15 @@ def text_files(path: Path) -> list[Path]:
         return [path]
     found = _Folder(path)
     if not found.files:
-        raise GossamerError(f"{path} holds no text: no file ends in {ENDINGS}{_list(found.passed_over)}")
+        raise GossamerError(f"{path} holds no text: no file ends in {ENDINGS}{_list(found.skipped)}")
     return found.files
 
 
-def passed_over(text: str) -> str | None:
+def skipped_files(text: str) -> str | None:
     """One line on what is not read of a text that is a directory; None if all of it is."""
     if not os.path.isdir(text):
         return None
-    said = _list(_Folder(Path(text)).passed_over)
+    said = _list(_Folder(Path(text)).skipped)
     return f"{text}{said}" if said else None
 
 
@@ -109,7 +109,7 @@ class _Folder:
 
     path: Path
     files: list[Path] = field(default_factory=list)
-    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
     links: list[Path] = field(default_factory=list)
     seen: set[tuple[int, int]] = field(default_factory=set)
 
@@ -126,7 +126,7 @@ class _Folder:
         if self._is_new(folder):
             for path in (folder / name for name in sorted(os.listdir(folder))):
                 if path.name.startswith("."):
-                    self._pass_over(path, "hidden")
+                    self._skip(path, "hidden")
                 elif path.is_symlink():
                     self.links.append(path)
                 else:
@@ -136,18 +136,18 @@ class _Folder:
         if path.is_dir():
             target = path.resolve()
             if path.is_symlink() and path.parent.resolve().is_relative_to(target):
-                self._pass_over(path, "leads back to where it lies")
+                self._skip(path, "leads back to where it lies")
             else:
                 self._read(path)
-        elif (kind := kind_of(path.name)) is None:
-            self._pass_over(path, "of another kind")
+        elif (kind := file_kind(path.name)) is None:
+            self._skip(path, "of another kind")
         elif not path.exists():  # a link to nothing: reading it says so
             self.files.append(path)
         elif not path.is_file():
-            self._pass_over(path, "no file")
+            self._skip(path, "no file")
         elif self._is_new(path):
             if kind[0] == ".json" and not _has_documents(path):
-                self._pass_over(path, "without documents")
+                self._skip(path, "without documents")
             else:
                 self.files.append(path)
 
@@ -155,13 +155,13 @@ class _Folder:
         status = path.stat()
         identity = (status.st_dev, status.st_ino)
         if identity in self.seen:
-            self._pass_over(path, "found already")
+            self._skip(path, "found already")
             return False
         self.seen.add(identity)
         return True
 
-    def _pass_over(self, path: Path, reason: str) -> None:
-        self.passed_over.setdefault(reason, []).append(str(path.relative_to(self.path)))
+    def _skip(self, path: Path, reason: str) -> None:
+        self.skipped.setdefault(reason, []).append(str(path.relative_to(self.path)))
 
 
 def _has_documents(path: Path) -> bool:
@@ -182,7 +182,7 @@ def read_documents(path: Path) -> Iterator[str]:
         for file in text_files(path):
             yield from read_documents(file)
         return
-    if (found := kind_of(path.name)) is None:
+    if (found := file_kind(path.name)) is None:
         raise GossamerError(f"{path} is of an unknown kind; text files end in {ENDINGS}")
     kind, compression = found
     try:

@@ -15,9 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gossamer.training.trainer import PostTrainer
 
 
-class _Figures(ProgressColumn):
+class _Metrics(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(task.fields.get("figures", ""))
+        return Text(task.fields.get("metrics", ""))
 
 
 class StepLog(TrainerCallback):
@@ -48,7 +48,7 @@ class StepLog(TrainerCallback):
         self.trainer, self.label, self.file = trainer, label, file
         self.bound, self.tokens_per_step, self.console = bound, tokens_per_step, console
         columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed}/{task.total}"))
-        self.progress = Progress(*columns, _Figures(), TimeRemainingColumn(), console=console)
+        self.progress = Progress(*columns, _Metrics(), TimeRemainingColumn(), console=console)
         self.task = self.progress.add_task(label, total=None)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -71,20 +71,20 @@ class StepLog(TrainerCallback):
         timing = {"step": state.global_step, "seconds": seconds, "tokens_per_second": speed}
         with self.file.open("a") as stream:
             stream.write(json.dumps({**timing, "learning_rate": rate, **self.trainer.last}) + "\n")
-        figures = self.figures(speed)
-        self.progress.update(self.task, completed=state.global_step, figures=figures)
+        metrics = self.metrics(speed)
+        self.progress.update(self.task, completed=state.global_step, metrics=metrics)
         tenth = max(1, state.max_steps // 10)
         if not self.console.is_terminal and (state.global_step % tenth == 0 or state.global_step == 1):
             left = (state.max_steps - state.global_step) * self.tokens_per_step / speed
-            line = f"{self.label} {state.global_step}/{state.max_steps}  {figures}  {left:.0f} s left"
+            line = f"{self.label} {state.global_step}/{state.max_steps}  {metrics}  {left:.0f} s left"
             self.console.print(line, soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the bar as it is."""
         self.progress.stop()
 
-    def figures(self, speed: float) -> str:
-        """The step's figures in one line."""
+    def metrics(self, speed: float) -> str:
+        """The step's metrics in one line."""
         last = self.trainer.last
         parts = [f"{self.trainer.label} {last['constrained']:.3f}"]
         if "constrained_held_out" in last:

@@ -30,11 +30,11 @@ from gossamer.measures.losses import cross_entropy
 from gossamer.models.attention import counted_links, sampled_gates
 from gossamer.models.lora import as_dense
 from gossamer.ops import fold_seed
-from gossamer.training.checkpoints import checkpoints, fault
+from gossamer.training.checkpoints import checkpoint_error, checkpoints
+from gossamer.training.distributed import on_main_process
 from gossamer.training.gates import Calibration, calibrate, open_to
 from gossamer.training.multiplier import Multiplier, RunningViolation, lagrangian
 from gossamer.training.objective import expected_open_fraction
-from gossamer.training.processes import by_first
 from gossamer.training.trainer import PostTrainer, TrainingConfig
 
 START_TOKENS = 2_048
@@ -257,7 +257,7 @@ class SparsityTrainer(PostTrainer):
         """The sparsest whole checkpoint that was measured at its own step and held the bound."""
         held = []
         for path in checkpoints(self.folder):
-            result = None if fault(path) else _validation(_read_state(path))
+            result = None if checkpoint_error(path) else _validation(_read_state(path))
             if result is not None and self.violation(result) <= 0 and path.name == f"checkpoint-{result.step}":
                 held.append((path, result))
         return min(held, key=lambda pair: pair[1].open_fraction, default=None)
@@ -269,7 +269,7 @@ class SparsityTrainer(PostTrainer):
 
     def select_weights(self) -> Validation:
         """After training: calibrate the last weights, or take the best checkpoint's where those are sparser inside."""
-        best = by_first(self.best_checkpoint)
+        best = on_main_process(self.best_checkpoint)
         final = self.calibrate()
         if best is None or (self.violation(final) <= 0 and final.open_fraction <= best[1].open_fraction):
             return final

@@ -42,7 +42,7 @@ from gossamer.training.tokens import document_tokens
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPosition:
     """Where in its part of the text a worker's next block begins.
 
     Attributes:
@@ -85,7 +85,7 @@ def unseen_blocks(
     held_out_blocks: int,
     model: PreTrainedModel | None = None,
 ) -> Blocks:
-    """The first held-out blocks of a stream, for validation and for figures; none to train on.
+    """The first held-out blocks of a stream, for validation and for metrics; none to train on.
 
     Of a text with fewer, validation gets at most a third. ``model``, if given, has to know all tokens of the
     tokenizer: what will come of the text is not known.
@@ -127,8 +127,8 @@ def unseen_blocks(
 class BlockStream(IterableDataset[dict[str, Any]]):
     """One process's share of the training blocks of a stream, endless: at its end the text begins again.
 
-    Items are ``{"input_ids": [seq_len], "place": (slot, Place as a dict)}``, or ``{"fault": line}`` where the text
-    cannot be read any further. A slot is one worker's part of the text.
+    Items are ``{"input_ids": [seq_len], "place": (slot, StreamPosition as a dict)}``, or ``{"fault": line}`` where the
+    text cannot be read any further. A slot is one worker's part of the text.
 
     Args:
         text: as for :func:`open_stream`.
@@ -155,7 +155,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         self.process, self.processes, self.workers = process, processes, workers
         self.most = most
         self.batches = 0
-        self.places: dict[int, Place] = {}
+        self.places: dict[int, StreamPosition] = {}
 
     @property
     def slots(self) -> int:
@@ -166,7 +166,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         """Note that the batch that ``place`` came with was trained on."""
         slot, fields = place
         self.batches += 1
-        self.places[slot] = Place(**fields)
+        self.places[slot] = StreamPosition(**fields)
 
     @property
     def rounds(self) -> int:
@@ -180,7 +180,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Begin after the last batch that was trained on when ``state`` was taken."""
         self.batches = state["batches"]
-        self.places = {int(slot): Place(**place) for slot, place in state["places"].items()}
+        self.places = {int(slot): StreamPosition(**place) for slot, place in state["places"].items()}
 
     def loader(self, batch_size: int) -> DataLoader[dict[str, Any]]:
         """Batches ``{"input_ids": [batch, seq_len], "place": ...}`` for :meth:`passed`, from the place at hand on."""
@@ -196,12 +196,12 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         slot = ((0 if worker is None else worker.id) + self.batches) % self.slots
         try:
             with _faults(self.text):
-                for block, place in self._blocks(slot, self.places.get(slot, Place())):
+                for block, place in self._blocks(slot, self.places.get(slot, StreamPosition())):
                     yield {"input_ids": block, "place": (slot, asdict(place))}
         except (GossamerError, OSError) as error:
             yield {"fault": one_line(error)}
 
-    def _blocks(self, slot: int, place: Place) -> Iterator[tuple[Int[Tensor, " tokens"], Place]]:
+    def _blocks(self, slot: int, place: StreamPosition) -> Iterator[tuple[Int[Tensor, " tokens"], StreamPosition]]:
         part, parts = self.process * self.slots + slot, self.processes * self.slots
         while True:
             documents = split_dataset_by_node(open_stream(self.text), part, parts)
@@ -214,7 +214,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
                 raise GossamerError(
                     f"{self.text} has fewer than {self.seq_len} tokens to train on{share if parts > 1 else ''}"
                 )
-            place = Place(rounds=place.rounds + 1)
+            place = StreamPosition(rounds=place.rounds + 1)
 
 
 def _faults(text: str) -> AbstractContextManager[None]:
@@ -238,7 +238,7 @@ class _Piece:
     after: tuple[dict[str, Any] | None, int]
 
 
-def _pieces(documents: TextStream, tokenizer: PreTrainedTokenizerBase, place: Place) -> Iterator[_Piece]:
+def _pieces(documents: TextStream, tokenizer: PreTrainedTokenizerBase, place: StreamPosition) -> Iterator[_Piece]:
     """The training documents' tokens from ``place`` on."""
     if place.documents is not None:
         documents.load_state_dict(place.documents)
@@ -260,7 +260,9 @@ def _pieces(documents: TextStream, tokenizer: PreTrainedTokenizerBase, place: Pl
         before = after
 
 
-def _pack(pieces: Iterable[_Piece], seq_len: int, rounds: int) -> Iterator[tuple[Int[Tensor, " tokens"], Place]]:
+def _pack(
+    pieces: Iterable[_Piece], seq_len: int, rounds: int
+) -> Iterator[tuple[Int[Tensor, " tokens"], StreamPosition]]:
     """Blocks, each with the place where the next one begins."""
     waiting: deque[tuple[_Piece, int]] = deque()  # pieces, and how many of their tokens are used
     count = 0
@@ -280,7 +282,7 @@ def _pack(pieces: Iterable[_Piece], seq_len: int, rounds: int) -> Iterator[tuple
             if waiting:
                 following, used = waiting[0]
                 state, start = following.documents, following.start + used
-            yield torch.tensor(block), Place(state, start, rounds)
+            yield torch.tensor(block), StreamPosition(state, start, rounds)
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -40,11 +40,11 @@ from gossamer.measures.losses import cross_entropy
 from gossamer.models.architectures import attention_modules
 from gossamer.models.checkpoint import read_weights, write_model
 from gossamer.models.convert import is_gated
-from gossamer.training.checkpoints import checkpoints, seal
+from gossamer.training.checkpoints import checkpoints, write_checksums
 from gossamer.training.constraints import Constraint, CrossEntropy
+from gossamer.training.distributed import check_processes, collective_error, synchronized
 from gossamer.training.multiplier import MultiplierConfig
 from gossamer.training.objective import Weighting
-from gossamer.training.processes import check_processes, stopped_together, together
 from gossamer.training.stream import BlockStream
 
 TrainedPart = Literal["all", "attention", "lora"]
@@ -117,7 +117,7 @@ class TrainingConfig:
 
 
 @contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
+def no_dropout(model: nn.Module) -> Iterator[None]:
     """Within it, no dropout acts in ``train()`` mode: the constraint compares with the dense model's eval loss."""
     before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
@@ -132,7 +132,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def choose_trained(model: PreTrainedModel, part: TrainedPart) -> None:
+def freeze_except(model: PreTrainedModel, part: TrainedPart) -> None:
     """Let gradients flow to the chosen part only: everything, or the attention modules, and always the gates."""
     model.requires_grad_(part == "all")
     for module in attention_modules(model):
@@ -282,10 +282,10 @@ class PostTrainer(Trainer):
     ) -> Tensor:
         """The objective of a batch; stops the run when it is not finite, before the weights are touched."""
         loss, measured = self.batch_objective(model, self.tokens(inputs))
-        value, *figures = self.mean_over_processes([loss.item(), *measured.values()])
+        value, *values = self.mean_over_processes([loss.item(), *measured.values()])
         if not math.isfinite(value):
             self._stop_diverged(value)
-        self.measured.append(dict(zip(measured, figures, strict=True)))
+        self.measured.append(dict(zip(measured, values, strict=True)))
         return loss
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -301,7 +301,7 @@ class PostTrainer(Trainer):
             GossamerError: on all processes, where the text cannot be read any further on one of them.
         """
         if self.stream is not None:
-            with together():
+            with synchronized():
                 if "fault" in inputs:
                     raise GossamerError(inputs["fault"])
             self.stream.passed(inputs["place"])
@@ -313,9 +313,9 @@ class PostTrainer(Trainer):
             return cast(AbstractContextManager[None], self.accelerator.autocast(AutocastKwargs(cache_enabled=False)))
         return cast(AbstractContextManager[None], super().autocast_smart_context_manager(cache_enabled))
 
-    def mean_over_processes(self, figures: Sequence[float]) -> list[float]:
-        """The mean of each figure over the processes, the same bits on all of them."""
-        here = torch.tensor(figures, dtype=torch.float64, device=self.args.device)
+    def mean_over_processes(self, values: Sequence[float]) -> list[float]:
+        """The mean of each value over the processes, the same bits on all of them."""
+        here = torch.tensor(values, dtype=torch.float64, device=self.args.device)
         return cast(list[float], self.accelerator.reduce(here, "mean").tolist())
 
     def _stop_diverged(self, loss: float) -> NoReturn:
@@ -323,7 +323,7 @@ class PostTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(self.folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
         good = checkpoints(self.folder)
-        raise stopped_together(
+        raise collective_error(
             f"the loss became {loss} in step {self.state.global_step + 1} and the run stopped there; last good "
             f"checkpoint: {good[-1] if good else 'none'}. Begin anew with a lower learning_rate"
         )
@@ -352,20 +352,20 @@ class PostTrainer(Trainer):
         self.staging = self.folder / f".{name}.partial"
         writes = self.args.should_save
         try:
-            with together(), self._faults_named(name):
+            with synchronized(), self._faults_named(name):
                 if writes:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     shutil.rmtree(self.staging, ignore_errors=True)
-            with together(), self._faults_named(name):
+            with synchronized(), self._faults_named(name):
                 super()._save_checkpoint(model, trial)
             places = None if self.stream is None else gather_object([self.stream.state_dict()])
-            with together(), self._faults_named(name):
+            with synchronized(), self._faults_named(name):
                 if writes:
                     written = self.staging / name
                     self.write_extra_state(written)
                     if places is not None:
                         (written / _STREAM).write_text(json.dumps(places))
-                    seal(written)
+                    write_checksums(written)
                     shutil.rmtree(self.folder / name, ignore_errors=True)
                     os.rename(written, self.folder / name)
         finally:

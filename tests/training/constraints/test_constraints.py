@@ -8,14 +8,14 @@ import torch
 from torch.nn import functional
 
 from gossamer import GossamerError
-from gossamer.measures.language import LanguageFigures
-from gossamer.measures.links import LinkTally
+from gossamer.measures.language import LanguageMetrics
+from gossamer.measures.links import LinkCounter
 from gossamer.training.constraints import CONSTRAINTS, Constraint, CrossEntropy, KLDivergence
 
 
-def figures(losses: list[float], kls: list[float] | None = None) -> LanguageFigures:
+def figures(losses: list[float], kls: list[float] | None = None) -> LanguageMetrics:
     both = [None if one is None else torch.tensor(one, dtype=torch.double) for one in (losses, kls)]
-    return LanguageFigures(both[0], both[1], 100, LinkTally.empty(1, 1))
+    return LanguageMetrics(both[0], both[1], 100, LinkCounter.empty(1, 1))
 
 
 def test_the_cross_entropy_is_measured_and_carries_a_gradient() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gossamer.cli import main
 from gossamer.fields import setting
-from gossamer.measures.language import LanguageFigures, measure_language, standard_error
+from gossamer.measures.language import LanguageMetrics, measure_language, standard_error
 from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.report.records import load_records
 from gossamer.report.series import training_charts
@@ -50,7 +50,7 @@ class Surprise(Constraint):
         loss = cross_entropy(logits, input_ids, prompt_tokens)
         return (loss + kl_divergence(dense_logits, logits, prompt_tokens)) / 2
 
-    def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
+    def outcome(self, sparse: LanguageMetrics, dense: LanguageMetrics) -> Outcome:
         assert sparse.kls is not None
         values = (sparse.losses + sparse.kls) / 2
         return Outcome(values.mean().item(), self.bound(dense.loss), standard_error(values - dense.losses / 2))

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from gossamer.circuits.recording import Ablation
+from gossamer.circuits.activation_cache import Ablation
 from gossamer.circuits.tasks.addition import ADDITION
 from gossamer.circuits.tasks.agreement import AGREEMENT
-from gossamer.circuits.tasks.base import Batch, Dropped, Example, Prompts, Task, Tokens
+from gossamer.circuits.tasks.base import Batch, DroppedExample, Example, Prompts, Task, TokenizedExample
 from gossamer.circuits.tasks.custom import task_from_jsonl
 from gossamer.circuits.tasks.docstring import DOCSTRING
 from gossamer.circuits.tasks.gendered_pronoun import GENDERED_PRONOUN
@@ -26,11 +26,11 @@ from gossamer.errors import GossamerError
 __all__ = [
     "TASKS",
     "Batch",
-    "Dropped",
+    "DroppedExample",
     "Example",
     "Prompts",
     "Task",
-    "Tokens",
+    "TokenizedExample",
     "find_task",
     "register",
     "task_from_jsonl",

@@ -45,7 +45,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedExample:
     """An example that was left out, and why."""
 
     example: Example
@@ -53,7 +53,7 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedExample:
     """An example in tokens.
 
     Attributes:
@@ -103,8 +103,8 @@ class Prompts:
     """A task's examples for one tokenizer."""
 
     metric: MetricKind
-    kept: tuple[Tokens, ...]
-    dropped: tuple[Dropped, ...]
+    kept: tuple[TokenizedExample, ...]
+    dropped: tuple[DroppedExample, ...]
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The examples in batches of one length each, in a fixed order."""
@@ -167,8 +167,8 @@ class Task:
             raise GossamerError(
                 f"task {self.name} has no corruption {corruption!r}; there are {', '.join(self.corruptions)}"
             )
-        kept: list[Tokens] = []
-        dropped: list[Dropped] = []
+        kept: list[TokenizedExample] = []
+        dropped: list[DroppedExample] = []
         seen: set[object] = set()
         if phrasing is not None and phrasing not in self.phrasings:
             known = ", ".join(self.phrasings) or "none"
@@ -180,7 +180,7 @@ class Task:
                 continue
             seen.add(example)
             tokens = tokenize(example, tokenizer)
-            if isinstance(tokens, Dropped):
+            if isinstance(tokens, DroppedExample):
                 dropped.append(tokens)
             elif (measured := _measured(tokens)) not in seen:
                 seen.add(measured)
@@ -192,26 +192,28 @@ class Task:
         )
 
 
-def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens | Dropped:
+def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> TokenizedExample | DroppedExample:
     """The example in tokens, or why it cannot be used."""
     clean, corrupted = (prompt_ids(tokenizer, text) for text in (example.clean, example.corrupted))
     if not clean or not corrupted:
-        return Dropped(example, f"the {'corrupted' if clean else 'clean'} prompt has no token")
+        return DroppedExample(example, f"the {'corrupted' if clean else 'clean'} prompt has no token")
     if len(clean) != len(corrupted):
-        return Dropped(example, f"the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}")
+        return DroppedExample(example, f"the clean prompt has {len(clean)} tokens, the corrupted one {len(corrupted)}")
     continuations: dict[str, list[int]] = {}
     for kind, texts in (("answers", example.answers), ("wrong", example.wrong)):
         found = next_tokens(example.clean, texts, tokenizer)
         for text in texts:
             if text not in found:
-                return Dropped(example, f"{text!r} does not continue the prompt by exactly one token")
+                return DroppedExample(example, f"{text!r} does not continue the prompt by exactly one token")
         continuations[kind] = list(dict.fromkeys(found[text] for text in texts))
     if not continuations["answers"] or not continuations["wrong"]:
-        return Dropped(example, "there is no right answer" if continuations["wrong"] else "there is no wrong answer")
+        return DroppedExample(
+            example, "there is no right answer" if continuations["wrong"] else "there is no wrong answer"
+        )
     if set(continuations["answers"]) & set(continuations["wrong"]):
-        return Dropped(example, "the same token is right and wrong")
+        return DroppedExample(example, "the same token is right and wrong")
     parts = (clean, corrupted, continuations["answers"], continuations["wrong"])
-    return Tokens(example, *(torch.tensor(part) for part in parts))
+    return TokenizedExample(example, *(torch.tensor(part) for part in parts))
 
 
 def next_tokens(prompt: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -221,13 +223,13 @@ def next_tokens(prompt: str, texts: Sequence[str], tokenizer: PreTrainedTokenize
     return {text: whole[-1] for text, whole in wholes.items() if whole[:-1] == ids}
 
 
-def _measured(tokens: Tokens) -> tuple[tuple[int, ...], ...]:
+def _measured(tokens: TokenizedExample) -> tuple[tuple[int, ...], ...]:
     """What of an example a model sees and is asked for."""
     parts = tokens.clean, tokens.corrupted, tokens.answers.sort().values, tokens.wrong.sort().values
     return tuple(tuple(part.tolist()) for part in parts)
 
 
-def _most_common(dropped: Sequence[Dropped]) -> str:
+def _most_common(dropped: Sequence[DroppedExample]) -> str:
     if not dropped:
         return "there are no more different ones"
     reason, times = Counter(each.reason for each in dropped).most_common(1)[0]

@@ -11,7 +11,7 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gossamer.measures.language import LanguageFigures
+from gossamer.measures.language import LanguageMetrics
 
 SMALLEST_TOLERANCE = 1e-5
 """Nats."""
@@ -47,7 +47,7 @@ class Constraint(ABC):
 
     Attributes:
         name: what it is called in settings and records.
-        symbol: of its bound, for figures and progress.
+        symbol: of its bound, for plots and progress.
         label: what it measures, in a word or two: "loss".
         bound_name: what its bound is called in words, and in ``metrics.json``.
         summary: one sentence for help.
@@ -124,7 +124,7 @@ class Constraint(ABC):
         return measured
 
     @abstractmethod
-    def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
+    def outcome(self, sparse: LanguageMetrics, dense: LanguageMetrics) -> Outcome:
         """Value, bound and standard error from what was measured of both models on the same blocks, with hard gates."""
 
     def warnings(self, dense_loss: float) -> list[str]:

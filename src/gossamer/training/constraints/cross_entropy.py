@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gossamer.fields import documented, setting
-from gossamer.measures.language import LanguageFigures, standard_error
+from gossamer.measures.language import LanguageMetrics, standard_error
 from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.training.constraints.base import Constraint, Outcome
 
@@ -64,7 +64,7 @@ class CrossEntropy(Constraint):
         taught = kl_divergence(dense_logits, logits, prompt_tokens)
         return torch.lerp(measured, taught, self.distillation)
 
-    def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
+    def outcome(self, sparse: LanguageMetrics, dense: LanguageMetrics) -> Outcome:
         # A bound that the dense model's loss sets shares most of its spread, that of the text, with the sparse loss.
         spread = sparse.losses - dense.losses if self.tau is None else sparse.losses
         return Outcome(sparse.loss, self.bound(dense.loss), standard_error(spread))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gossamer.errors import GossamerError
 from gossamer.fields import documented, setting
-from gossamer.measures.language import LanguageFigures, standard_error
+from gossamer.measures.language import LanguageMetrics, standard_error
 from gossamer.measures.losses import kl_divergence
 from gossamer.training.constraints.base import Constraint, Outcome
 
@@ -48,7 +48,7 @@ class KLDivergence(Constraint):
         assert dense_logits is not None
         return kl_divergence(dense_logits, logits, prompt_tokens)
 
-    def outcome(self, sparse: LanguageFigures, dense: LanguageFigures) -> Outcome:
+    def outcome(self, sparse: LanguageMetrics, dense: LanguageMetrics) -> Outcome:
         assert sparse.kl is not None
         assert sparse.kls is not None
         return Outcome(sparse.kl, self.epsilon, standard_error(sparse.kls))

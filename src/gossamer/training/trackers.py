@@ -19,7 +19,7 @@ from gossamer.training.sparsity import SparsityTrainer
 WATCHERS = ("tensorboard", "wandb", "trackio")
 
 
-def check_watchers(names: Sequence[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Stop before a run begins at a watcher that is unknown or not installed.
 
     Raises:
@@ -32,7 +32,7 @@ def check_watchers(names: Sequence[str]) -> None:
             raise GossamerError(f"--report-to {name} needs the package {name}: pip install {name}")
 
 
-def watch(trainer: SparsityTrainer, names: Sequence[str], folder: Path, first_step: int) -> None:
+def add_trackers(trainer: SparsityTrainer, names: Sequence[str], folder: Path, first_step: int) -> None:
     """Send what each step of ``trainer`` measures to the watchers named.
 
     Args:
@@ -64,16 +64,16 @@ class _Send(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer = self.trainer
-        figures = dict(trainer.last)
+        metrics = dict(trainer.last)
         if trainer.lr_scheduler is not None:
-            figures["learning_rate"] = float(trainer.lr_scheduler.get_last_lr()[0])
+            metrics["learning_rate"] = float(trainer.lr_scheduler.get_last_lr()[0])
         if trainer.validation_result is not None:
-            figures["violation"] = trainer.validation_result.constrained - trainer.bound
+            metrics["violation"] = trainer.validation_result.constrained - trainer.bound
         if trainer.open_by_layer is not None:
             for layer, fraction in enumerate(trainer.open_by_layer.tolist()):
-                figures[f"open_fraction/layer_{layer:02d}"] = fraction
-        # Not trainer.log(): that keeps every figure of every step in each checkpoint too.
-        trainer.callback_handler.on_log(args, state, control, figures)
+                metrics[f"open_fraction/layer_{layer:02d}"] = fraction
+        # Not trainer.log(): that keeps every metric of every step in each checkpoint too.
+        trainer.callback_handler.on_log(args, state, control, metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """End the run that transformers leaves open for whatever the process trains next."""

@@ -11,10 +11,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from families import tiny_model
+from gossamer.circuits.circuit_files import Circuit, choose, read_circuit, require_graph_of, write_circuit
 from gossamer.circuits.graph import Graph, between_nodes, prune, top_edges
-from gossamer.circuits.interchange import Circuit, choose, read_circuit, require_graph_of, write_circuit
 from gossamer.circuits.search import faithfulness_of
-from gossamer.circuits.tasks.base import Example, Prompts, Tokens
+from gossamer.circuits.tasks.base import Example, Prompts, TokenizedExample
 from gossamer.errors import GossamerError
 
 
@@ -165,7 +165,9 @@ def faithfulness_by_hand(model: GPT2LMHeadModel, prompts: Prompts, carried: torc
 def prompts_of_numbers() -> Prompts:
     example, draw = Example("", "", ("",), ("",)), torch.Generator().manual_seed(1)
     ids = torch.randint(20, (4, 2, 6), generator=draw)
-    kept = [Tokens(example, clean, corrupted, torch.tensor([5]), torch.tensor([6])) for clean, corrupted in ids]
+    kept = [
+        TokenizedExample(example, clean, corrupted, torch.tensor([5]), torch.tensor([6])) for clean, corrupted in ids
+    ]
     return Prompts("logit_difference", tuple(kept), ())
 
 

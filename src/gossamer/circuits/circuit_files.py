@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from gossamer.circuits.graph import Graph, top_edges
 from gossamer.circuits.streams import graph_of
 from gossamer.errors import GossamerError
-from gossamer.files import file_beside
+from gossamer.files import atomic_file
 
 FORMATS = (".json", ".pt", ".graphml")
 
@@ -81,7 +81,7 @@ def write_circuit(file: Path, circuit: Circuit) -> None:
     if write is None:
         raise _unknown(file)
     try:
-        with file_beside(file) as staging:
+        with atomic_file(file) as staging:
             write(staging, _other_sign(circuit))
     except OSError as error:
         raise GossamerError(f"cannot write {file}: {error.strerror or error}") from error

@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
-from gossamer.circuits.streams import Norm, Pattern, Visitor, graph_of, visited
+from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
 
 Ablation = Literal["patch", "zero", "mean"]
 """What units outside a circuit carry: the corrupted run's values, zero, or the mean over corrupted runs."""
 
 
 @dataclass
-class Recording:
+class ActivationCache:
     """A run without gradients.
 
     Attributes:
@@ -42,7 +42,7 @@ class Recording:
 
 
 @dataclass
-class _Recorder(Visitor):
+class _Recorder(StreamHooks):
     graph: Graph
     links: bool
     streams: bool = True
@@ -90,22 +90,24 @@ class _Recorder(Visitor):
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, links: bool = False) -> Recording:
+def run_with_cache(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, links: bool = False
+) -> ActivationCache:
     """Run the model and record it; ``links`` keeps attention weights and values too."""
     recorder = _Recorder(graph_of(model), links)
-    with visited(model, recorder):
+    with stream_hooks(model, recorder):
         logits = model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
     assert recorder.written is not None
-    return Recording(recorder.written, recorder.read, recorder.weights, recorder.values, logits)
+    return ActivationCache(recorder.written, recorder.read, recorder.weights, recorder.values, logits)
 
 
 @torch.no_grad()
-def record_written(
+def source_outputs(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "sources batch tokens d_model"]:
     """What each source adds to the stream, and nothing else."""
     recorder = _Recorder(graph_of(model), links=False, streams=False)
-    with visited(model, recorder):
+    with stream_hooks(model, recorder):
         model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
     assert recorder.written is not None
     return recorder.written

@@ -1,8 +1,8 @@
 """Several processes that train one model: who writes, who waits, and how all of them end when one does.
 
 torchrun or ``accelerate launch`` starts them, and each goes through the same code. The first one alone prepares, prints
-and writes; the others wait for it and read what it wrote. What can fail on one process only stands in :func:`together`,
-so that no process waits for one that is gone. With one process nothing here does anything.
+and writes; the others wait for it and read what it wrote. What can fail on one process only stands in
+:func:`synchronized`, so that no process waits for one that is gone. With one process nothing here does anything.
 """
 
 import os
@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from gossamer.errors import GossamerError, StoppedTogether, one_line
+from gossamer.errors import CollectiveError, GossamerError, one_line
 
 PATIENCE = timedelta(hours=6)
 """How long a process waits for another: as long as the first may need to prepare a large text."""
@@ -47,7 +47,7 @@ def check_processes(wanted: int) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def synchronized() -> Iterator[None]:
     """Leave the block only when all processes are through it; a fault of one of them ends it on all.
 
     Raises:
@@ -65,28 +65,28 @@ def together() -> Iterator[None]:
     said = gather_object([None if fault is None else one_line(fault)])
     for rank, line in enumerate(said):
         if line is not None:
-            raise StoppedTogether(line if rank == 0 else f"process {rank}: {line}") from fault
+            raise CollectiveError(line if rank == 0 else f"process {rank}: {line}") from fault
 
 
-def by_first(work: Callable[[], _T]) -> _T:
+def on_main_process(work: Callable[[], _T]) -> _T:
     """What ``work`` returns on the first process, on all of them; it runs there only.
 
     Raises:
         StoppedTogether: on every process, if it raised a GossamerError or OSError there.
     """
     found: list[_T | None] = [None]
-    with together():
+    with synchronized():
         if processes().is_main_process:
             found[0] = work()
     return cast(_T, broadcast_object_list(found)[0])
 
 
-def stopped_together(line: str) -> GossamerError:
+def collective_error(line: str) -> GossamerError:
     """What to raise for a fault that all processes find at the same place."""
-    return StoppedTogether(line) if processes().num_processes > 1 else GossamerError(line)
+    return CollectiveError(line) if processes().num_processes > 1 else GossamerError(line)
 
 
-def speak_when_terminated() -> None:
+def exit_on_sigterm() -> None:
     """Let a process that its launcher ends, because another one ended, say how to go on, and end at once.
 
     A signal handler of Python's would have to wait for the collective call that waits for the process that is gone.
@@ -111,7 +111,7 @@ def speak_when_terminated() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Part from the other processes, when all have come here; from then on each ends on its own, in silence."""
     here = processes()
     if here.num_processes == 1:
@@ -123,7 +123,7 @@ def leave() -> None:
     here.destroy_process_group()
 
 
-def lost_process(error: RuntimeError) -> bool:
+def is_lost_peer(error: RuntimeError) -> bool:
     """Whether the error of a collective call says that another process is gone."""
     if not torch.distributed.is_initialized():
         return False
