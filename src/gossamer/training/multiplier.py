@@ -13,8 +13,10 @@ early.
 
 The proportional part answers at once and forgets at once; I finds the lambda that the run at hand needs, in a share of
 its steps. Both are small: what a step measures is noisy, and gates that a high lambda opens again have been closed in
-vain. The dual step is multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the controller that of
-Sohrabi et al. 2024 (arXiv 2406.04558), and dividing by 1 + lambda keeps the size of the gradient steady.
+vain. I does not fall below its start: what it would lose while there is room under the bound, it would lack when the
+gates have used that up. The dual step is multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the
+controller that of Sohrabi et al. 2024 (arXiv 2406.04558), and dividing by 1 + lambda keeps the size of the gradient
+steady.
 """
 
 import math
@@ -35,7 +37,9 @@ LARGEST_VIOLATION = 1.0
 class MultiplierConfig:
     """How the multiplier moves."""
 
-    initial: float = setting("lambda before the first step.", 0.3, least=1e-4, most=1e4)
+    initial: float = setting(
+        "lambda before the first step, and the least that its integral part comes to.", 0.3, least=1e-4, most=1e4
+    )
     proportional: float = setting(
         "How much log lambda answers at once to a violation of one tolerance.", 0.5, least=0.0
     )
@@ -64,7 +68,8 @@ class Multiplier:
     def dual_step(self, violation: float) -> None:
         """Answer the running violation (c - bound) / tolerance."""
         self.violation = min(max(violation, -LARGEST_VIOLATION), LARGEST_VIOLATION)
-        self.log_value += self.config.integral / self.steps * self.violation
+        moved = self.log_value + self.config.integral / self.steps * self.violation
+        self.log_value = max(moved, math.log(self.config.initial))
 
     def state_dict(self) -> dict[str, float]:
         """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
