@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from gossamer.circuits.attribution import edge_scores
+from gossamer.circuits.scores import eap, eap_ig_inputs
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks import find_task
 from gossamer.circuits.tasks.base import Batch
@@ -73,8 +73,8 @@ def jobs(model: torch.nn.Module) -> dict[str, Callable[[Batch], object]]:
     return {
         "forward and backward, embeddings": lambda batch: both_ways(model, batch, weights=False),
         "forward and backward, weights": lambda batch: both_ways(model, batch, weights=True),
-        "EAP, all edges": lambda batch: edge_scores(model, batch),
-        "EAP-IG (5 steps), all edges": lambda batch: edge_scores(model, batch, steps=5),
+        "EAP, all edges": lambda batch: eap.edge_scores(model, batch),
+        "EAP-IG (5 steps), all edges": lambda batch: eap_ig_inputs.edge_scores(model, batch, steps=5),
     }
 
 
@@ -105,7 +105,7 @@ def peer(arguments: argparse.Namespace) -> None:
         theirs = attribution_patch(bridge, clean, corrupted, metric, settings)
         seconds["TransformerLens"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        ours = edge_scores(model, batch) / len(clean)
+        ours = eap.edge_scores(model, batch) / len(clean)
         seconds["gossamer"].append(time.perf_counter() - started)
     summed = torch.zeros_like(ours)
     for (writer, reader), score in theirs.edge_scores.items():

@@ -479,7 +479,7 @@ def test_task_shows_examples_and_how_well_the_model_does(finished, own_task: Pat
 
 def test_circuits_of_some_levels_under_another_ablation_stand_beside_the_others(finished, own_task: Path) -> None:
     out, _, _ = finished
-    line = ["circuits", out, "--task", own_task, "--examples", 4, "--ig-steps", 0, "--force"]
+    line = ["circuits", out, "--task", own_task, "--examples", 4, "--score", "eap", "--force"]
     result = gossamer_command(*line, "--ablation", "zero", "--levels", "links")
     assert result.returncode == 0, result.stderr
     record = json.loads((out / "circuits" / "own-zero" / "circuits.json").read_text())
@@ -491,7 +491,7 @@ def test_circuits_of_some_levels_under_another_ablation_stand_beside_the_others(
 
 def test_circuits_leaves_a_record_of_both_models(finished, own_task: Path) -> None:
     out, _, _ = finished
-    result = gossamer_command("circuits", out, "--task", own_task, "--examples", 4, "--ig-steps", 2, "--force")
+    result = gossamer_command("circuits", out, "--task", own_task, "--examples", 4, "--force")
     assert result.returncode == 0, result.stderr
     assert "dense : sparse" in result.stdout
     record = json.loads((out / "circuits" / "own" / "circuits.json").read_text())
@@ -518,7 +518,7 @@ def test_the_page_shows_the_very_prompt_of_the_circuit(
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=begin)
     tokenizer.save_pretrained(model)
     (out / "config.json").write_text((out / "config.json").read_text().replace(str(saved_llama), str(model)))
-    line = ["circuits", out, "--task", own_task, "--examples", 2, "--ig-steps", 0, "--levels", "links", "--force"]
+    line = ["circuits", out, "--task", own_task, "--examples", 2, "--score", "eap", "--levels", "links", "--force"]
     result = gossamer_command(*line)
     assert result.returncode == 0, result.stderr
     links = json.loads((out / "circuits" / "own" / "links.json").read_text())
@@ -534,7 +534,7 @@ def test_a_circuit_goes_out_and_comes_back(finished, own_task: Path, tmp_path: P
     start, _, _ = finished
     out = tmp_path / "run"
     shutil.copytree(start, out, ignore=shutil.ignore_patterns("circuits"))
-    arguments = ["--task", own_task, "--examples", 4, "--ig-steps", 0, "--force"]
+    arguments = ["--task", own_task, "--examples", 4, "--score", "eap", "--force"]
     result = gossamer_command("circuits", out, *arguments, "--ablation", "zero", "--levels", "links", "--signed")
     assert result.returncode == 0, result.stderr
     line = ["circuits", out, *arguments, "--seeds", 2, "--ablation", "zero", "--signed"]

@@ -113,7 +113,7 @@ def task_file(file: Path, answer: str = "two", metric: str = "logit_difference")
 
 def test_records_of_task_files_with_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
     """Prompts are the same, answers or the metric are not."""
-    line = ("circuits", run, "--examples", 2, "--ig-steps", 0, "--levels", "edges", "--force", "--task")
+    line = ("circuits", run, "--examples", 2, "--score", "eap", "--levels", "edges", "--force", "--task")
     first = task_file(tmp_path / "first" / "own.jsonl")
     call(*line, first)
     record = (run / "circuits" / "own" / "circuits.json").read_text()
@@ -135,7 +135,7 @@ def test_records_of_task_files_with_one_name_are_told_apart(run: Path, tmp_path:
 
 def test_a_task_file_never_stands_for_another_task(run: Path, tmp_path: Path) -> None:
     """Not for the built-in task of its name, nor for another one's record under another ablation."""
-    line = ("circuits", run, "--examples", 2, "--ig-steps", 0, "--levels", "edges", "--force", "--task")
+    line = ("circuits", run, "--examples", 2, "--score", "eap", "--levels", "edges", "--force", "--task")
     before = set((run / "circuits").glob("*")) if (run / "circuits").exists() else set()
     out = ("--edges", 5, "--out", tmp_path / "circuit.json")
     for name in ("ioi", "IOI-zero", "other-mean"):
@@ -155,7 +155,7 @@ def test_a_task_file_never_stands_for_another_task(run: Path, tmp_path: Path) ->
 def test_a_file_of_scores_alone_is_measured_when_it_is_said_how_many(run: Path, tmp_path: Path, capsys) -> None:
     own = task_file(tmp_path / "scored.jsonl")
     line = ("--task", own, "--examples", 2, "--force")
-    call("circuits", run, *line, "--ig-steps", 0, "--levels", "edges")
+    call("circuits", run, *line, "--score", "eap", "--levels", "edges")
     for suffix in (".json", ".graphml"):
         call("export", run, "--task", own, "--edges", 30, "--out", tmp_path / f"circuit{suffix}")
     content = json.loads((tmp_path / "circuit.json").read_text())
@@ -194,7 +194,7 @@ def test_neurons_of_a_file_count(run: Path, tmp_path: Path, capsys) -> None:
     """All edges, and one neuron of each node."""
     own = task_file(tmp_path / "neurons.jsonl")
     line = ("--task", own, "--examples", 2, "--force")
-    call("circuits", run, *line, "--ig-steps", 0, "--levels", "edges")
+    call("circuits", run, *line, "--score", "eap", "--levels", "edges")
     call("export", run, "--task", own, "--edges", 10_000, "--out", tmp_path / "circuit.json")
     content = json.loads((tmp_path / "circuit.json").read_text())
     sources = [node for name, node in content["nodes"].items() if name != "logits"]

@@ -4,46 +4,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import gossamer
-from families import tiny_model, tokens
+from circuit_cases import FAMILIES, batch_of, metric, model_of, near
+from families import tokens
 from gossamer.circuits.activation_cache import run_with_cache
-from gossamer.circuits.attribution import edge_scores, link_scores
-from gossamer.circuits.exact import exact_scores
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import _PatchedEdges, run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.projections import projections_of
+from gossamer.circuits.scores import SCORES, eap, eap_ig_inputs, exact
 from gossamer.circuits.search import faithfulness_of, find_circuits, mean_source_outputs
 from gossamer.circuits.streams import StreamHooks, graph_of, stream_hooks
 from gossamer.circuits.tasks.base import Batch, Example, Prompts, TokenizedExample
-
-FAMILIES = (
-    "gpt2", "llama", "gpt_neox", "gpt_neox serial", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "phi3",
-    "smollm3", "granite", "opt",
-)  # fmt: skip
-
-
-def model_of(family: str, gated: bool = False):
-    model = tiny_model(family).double()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(0.5)
-    return gossamer.add_gates(model, gate_bias=0.3).double().eval() if gated else model
-
-
-def batch_of(prompts: int = 3, length: int = 7) -> Batch:
-    answers, wrong = (tuple(torch.tensor([i + first]) for i in range(prompts)) for first in (5, 40))
-    return Batch(tokens(prompts, length), tokens(prompts, length, seed=1), answers, wrong, "logit_difference")
-
-
-@torch.no_grad()
-def metric(model, batch: Batch, ids: torch.Tensor) -> torch.Tensor:
-    return batch.measure(model(input_ids=ids).logits[:, -1])
-
-
-def near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) -> None:
-    scale = wanted.abs().max().item()
-    assert scale > 0
-    torch.testing.assert_close(found / scale, wanted / scale, rtol=0, atol=tolerance)
 
 
 class Interpolated(_PatchedEdges):
@@ -59,7 +29,7 @@ class Interpolated(_PatchedEdges):
 def test_eap_is_the_derivative_of_interpolating_each_edge(family: str, gated: bool) -> None:
     model, batch = model_of(family, gated), batch_of()
     graph = graph_of(model)
-    scores = edge_scores(model, batch)
+    scores = eap.edge_scores(model, batch)
     other = run_with_cache(model, batch.corrupted)
     kept = graph.possible().double().requires_grad_()
     hooks = Interpolated(graph, projections_of(model), kept[None], other, "patch")
@@ -79,24 +49,24 @@ def test_scores_are_of_the_ablation_that_is_asked_for(family: str, ablation: str
     )
     with stream_hooks(model, hooks):
         batch.measure(model(input_ids=batch.clean).logits[:, -1]).sum().backward()
-    near(edge_scores(model, batch, ablation=ablation), -kept.grad)
+    near(eap.edge_scores(model, batch, ablation=ablation), -kept.grad)
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 32])
 def test_how_many_destinations_are_held_at_once_makes_no_difference(at_once: int, monkeypatch) -> None:
     for family in ("gpt2", "llama", "olmo2"):
         model, batch = model_of(family), batch_of()
-        wanted = edge_scores(model, batch)
+        wanted = eap.edge_scores(model, batch)
         with monkeypatch.context() as patch:
-            patch.setattr("gossamer.circuits.attribution.AT_ONCE", at_once)
-            near(edge_scores(model, batch), wanted, 1e-6)
+            patch.setattr("gossamer.circuits.scores.gradients.AT_ONCE", at_once)
+            near(eap.edge_scores(model, batch), wanted, 1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_eap_is_the_limit_of_patching_one_edge_a_little(family: str) -> None:
     model, batch = model_of(family), batch_of()
     graph = graph_of(model)
-    scores = edge_scores(model, batch)
+    scores = eap.edge_scores(model, batch)
     possible = graph.possible()
     for source, destination in torch.nonzero(possible)[::37].tolist():
         values = []
@@ -112,9 +82,9 @@ def test_integrated_gradients_average_over_the_embeddings() -> None:
     """One step takes the gradient at the corrupted embeddings: EAP with the prompts' roles exchanged."""
     model, batch = model_of("llama"), batch_of()
     swapped = Batch(batch.corrupted, batch.clean, batch.answers, batch.wrong, batch.metric)
-    near(edge_scores(model, batch, steps=1), -edge_scores(model, swapped))
+    near(eap_ig_inputs.edge_scores(model, batch, steps=1), -eap.edge_scores(model, swapped))
     exact = (metric(model, batch, batch.corrupted) - metric(model, batch, batch.clean)).sum()
-    rough, fine = ((edge_scores(model, batch, steps=steps)[0].sum() - exact).abs() for steps in (1, 200))
+    rough, fine = ((eap_ig_inputs.edge_scores(model, batch, steps=steps)[0].sum() - exact).abs() for steps in (1, 200))
     assert fine < 0.02 * exact.abs() < rough  # all paths from the input: the integral is the change itself
 
 
@@ -187,7 +157,7 @@ def test_ablations_keep_everything_or_nothing(ablation: str) -> None:
 def test_link_scores_are_derivatives_of_interpolating_each_link(family: str, gated: bool, ablation: str) -> None:
     model, batch = model_of(family, gated), batch_of(2, 5)
     graph = graph_of(model)
-    scores = link_scores(model, batch, ablation=ablation)
+    scores = eap.link_scores(model, batch, ablation=ablation)
     links = torch.ones(2, graph.layers, graph.heads, 5, 5, dtype=torch.double)
     for place in ((0, 0, 1, 4, 2), (1, 1, 0, 3, 3), (0, 2, 3, 4, 0), (1, 2, 1, 4, 4)):
         values = []
@@ -215,7 +185,7 @@ def test_a_model_is_as_before_after_a_visit() -> None:
         hooks = hooks_of(model)
         with pytest.raises(RuntimeError), stream_hooks(model, StreamHooks()):
             raise RuntimeError
-        edge_scores(model, batch)
+        eap.edge_scores(model, batch)
         assert model.config._attn_implementation == implementation
         assert hooks_of(model) == hooks
         assert gated or not hooks
@@ -289,10 +259,10 @@ def test_exact_patching_is_what_eap_estimates(family: str) -> None:
     clean = torch.arange(5).repeat(2, 1)
     clean[1] = clean[1].flip(0)
     batch = Batch(clean, clean + 90, batch.answers, batch.wrong, batch.metric)
-    edges = exact_scores(model, batch, "edges")
-    near(edge_scores(model, batch), edges, 5e-3)
-    near(edges.sum(1), exact_scores(model, batch, "nodes"), 5e-3)
-    near(link_scores(model, batch), exact_scores(model, batch, "links"), 5e-3)
+    edges = exact.edge_scores(model, batch)
+    near(eap.edge_scores(model, batch), edges, 5e-3)
+    near(edges.sum(1), exact.node_scores(model, batch), 5e-3)
+    near(eap.link_scores(model, batch), exact.link_scores(model, batch), 5e-3)
 
 
 def test_top_edges_are_the_largest_possible_ones() -> None:
@@ -321,7 +291,7 @@ def prompts_of_two_lengths() -> Prompts:
 def test_what_is_measured_is_the_circuit_that_is_reported(ablation: str) -> None:
     """What is cut off matters under these ablations: it still writes its biases."""
     model, prompts = model_of("gpt2"), prompts_of_two_lengths()
-    found = find_circuits(model, prompts, levels=("edges",), steps=0, ablation=ablation, batch_size=4)
+    found = find_circuits(model, prompts, levels=("edges",), score=SCORES["eap"], ablation=ablation, batch_size=4)
     points = {point.size: point.metric for point in found.curves["edges"].points}
     cut_off = 0
     for size, measured in points.items():
@@ -333,7 +303,7 @@ def test_what_is_measured_is_the_circuit_that_is_reported(ablation: str) -> None
 
 def test_the_mean_is_that_of_all_prompts_of_a_length() -> None:
     model, prompts = model_of("llama"), prompts_of_two_lengths()
-    settings = {"levels": ("nodes", "edges"), "steps": 2, "ablation": "mean"}
+    settings = {"levels": ("nodes", "edges"), "ablation": "mean"}
     alone, together = (find_circuits(model, prompts, batch_size=size, **settings) for size in (1, 4))
     near(alone.scores.double(), together.scores.double(), 1e-5)
     for level, curve in together.curves.items():

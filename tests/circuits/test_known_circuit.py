@@ -11,11 +11,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gossamer.circuits.activation_cache import run_with_cache
-from gossamer.circuits.attribution import edge_scores
-from gossamer.circuits.exact import exact_scores
 from gossamer.circuits.graph import prune, top_edges
 from gossamer.circuits.intervention import run_with_edges, run_with_links
 from gossamer.circuits.metrics import measure_curve
+from gossamer.circuits.scores import eap_ig_inputs, exact
 from gossamer.circuits.search import find_circuits
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Example, Prompts, TokenizedExample
@@ -72,7 +71,7 @@ def batch() -> Batch:
 TRUTH = {("input", "a0.h0<v>"), ("a0.h0", "a1.h0<k>"), ("a1.h0", "logits")}
 
 
-def split_names(graph, edges: torch.Tensor) -> set[tuple[str, str]]:
+def names(graph, edges: torch.Tensor) -> set[tuple[str, str]]:
     return {(graph.source_name(u), graph.destination_name(v)) for u, v in edges.nonzero().tolist()}
 
 
@@ -85,14 +84,14 @@ def test_the_wired_model_does_induction(model: GPT2LMHeadModel, batch: Batch) ->
 def test_the_circuit_is_found_exactly(model: GPT2LMHeadModel, batch: Batch) -> None:
     """By EAP-IG. EAP ranks a1.h0<v> above a1.h0<k>: the clean run's attention is saturated, its gradient near zero."""
     graph = graph_of(model)
-    scores = edge_scores(model, batch, steps=5)
-    assert split_names(graph, prune(graph, top_edges(graph, scores, 3))) == TRUTH
-    assert split_names(graph, prune(graph, top_edges(graph, scores, 3, absolute=False))) == TRUTH
+    scores = eap_ig_inputs.edge_scores(model, batch, steps=5)
+    assert names(graph, prune(graph, top_edges(graph, scores, 3))) == TRUTH
+    assert names(graph, prune(graph, top_edges(graph, scores, 3, absolute=False))) == TRUTH
 
 
 def test_the_circuit_alone_does_it_and_less_does_not(model: GPT2LMHeadModel, batch: Batch) -> None:
     graph = graph_of(model)
-    scores = edge_scores(model, batch, steps=5)
+    scores = eap_ig_inputs.edge_scores(model, batch, steps=5)
     total = int(graph.possible().sum())
 
     def measure(sizes: list[int]) -> list[float]:
@@ -108,7 +107,7 @@ def test_the_circuit_alone_does_it_and_less_does_not(model: GPT2LMHeadModel, bat
 def test_without_one_edge_of_the_circuit_nothing_is_left(model: GPT2LMHeadModel, batch: Batch) -> None:
     graph = graph_of(model)
     clean, corrupted = (run_with_edges(model, batch, kept).mean() for kept in (graph.possible(), ~graph.possible()))
-    for u, v in top_edges(graph, edge_scores(model, batch, steps=5), 3).nonzero().tolist():
+    for u, v in top_edges(graph, eap_ig_inputs.edge_scores(model, batch, steps=5), 3).nonzero().tolist():
         kept = graph.possible()
         kept[u, v] = False
         left = (run_with_edges(model, batch, kept).mean() - corrupted) / (clean - corrupted)
@@ -137,7 +136,7 @@ def test_all_levels_are_searched_at_once(model: GPT2LMHeadModel, batch: Batch) -
     assert {level: curve.total for level, curve in curves.items()} == {"nodes": 7, "edges": 46, "links": 84}
     assert curves["nodes"].first_size == 3
     assert curves["edges"].first_size == 3
-    assert split_names(found.graph, found.edges(3)) == TRUTH
+    assert names(found.graph, found.edges(3)) == TRUTH
     assert curves["links"].first_size == 3  # the copying head's attention is 0.9, the third link a part of the rest
     for batch, links in zip(found.batches, found.links(2), strict=True):
         wanted = torch.zeros_like(links)
@@ -152,18 +151,18 @@ def test_units_that_help_most_are_the_circuit_too(model: GPT2LMHeadModel, batch:
     kept = tuple(TokenizedExample(Example(str(i), "", ("",), ("",)), *row) for i, row in enumerate(rows))
     found = find_circuits(model, Prompts("logit_difference", kept, ()), absolute=False, batch_size=4)
     assert {level: curve.first_size for level, curve in found.curves.items()} == {"nodes": 3, "edges": 3, "links": 3}
-    assert split_names(found.graph, found.edges(3)) == TRUTH
+    assert names(found.graph, found.edges(3)) == TRUTH
 
 
 def test_exact_patching_names_the_same_circuit(model: GPT2LMHeadModel, batch: Batch) -> None:
     graph = graph_of(model)
-    edges = exact_scores(model, batch, "edges")
-    assert split_names(graph, edges.abs() > 1e-3) == TRUTH
-    nodes = exact_scores(model, batch, "nodes")
+    edges = exact.edge_scores(model, batch)
+    assert names(graph, edges.abs() > 1e-3) == TRUTH
+    nodes = exact.node_scores(model, batch)
     assert {graph.source_name(node) for node in (nodes.abs() > 1e-3).nonzero()[:, 0].tolist()} == {
         "input", "a0.h0", "a1.h0"
     }  # fmt: skip
-    links = exact_scores(model, batch, "links")
+    links = exact.link_scores(model, batch)
     strongest = links.flatten(1).abs().topk(2).indices
     for row in strongest:
         found = {tuple(int(x) for x in torch.unravel_index(place, links.shape[1:])) for place in row}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gossamer.circuits.attribution import edge_scores
+from gossamer.circuits.scores import eap
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch
 
@@ -37,7 +37,7 @@ def test_edge_scores_are_transformer_lens_summed_over_positions() -> None:
         EdgeAttributionConfig(granularity="edge"),
     )
     right, wrong = ((torch.tensor([token]),) * 2 for token in (11, 9))
-    ours = edge_scores(model, Batch(corrupted, clean, right, wrong, "logit_difference")) / len(clean)
+    ours = eap.edge_scores(model, Batch(corrupted, clean, right, wrong, "logit_difference")) / len(clean)
     graph = graph_of(model)
     summed, edges = torch.zeros_like(ours), set()
     for (writer, reader), score in theirs.edge_scores.items():

@@ -124,7 +124,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(quick: Run, tm
 
 
 def test_circuits_of_a_demo_are_found_from_its_own_dense_model(quick: Run) -> None:
-    record = compare_circuits(quick, TASKS["addition"], SearchConfig(examples=8, steps=1, forced=True))
+    record = compare_circuits(quick, TASKS["addition"], SearchConfig(examples=8, score="eap", forced=True))
     assert set(record["models"]) == {"dense", "sparse"}
     assert (quick.folder / "circuits" / "addition" / "circuits.json").exists()
 

@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         circuit_prompts=0,
     )
     demonstrate(folder, config)
-    compare_circuits(Run(folder), TASKS["addition"], SearchConfig(examples=6, steps=1, forced=True))
+    compare_circuits(Run(folder), TASKS["addition"], SearchConfig(examples=6, forced=True))
     return folder
 
 
@@ -131,7 +131,7 @@ def test_circuits_of_another_corruption_have_a_folder_of_their_own(run: Path, tm
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     before = (copy / "circuits" / "addition" / "circuits.json").read_text()
-    config = SearchConfig(examples=6, steps=0, forced=True, corruption="carry", levels=("edges",))
+    config = SearchConfig(examples=6, score="eap", forced=True, corruption="carry", levels=("edges",))
     record = compare_circuits(Run(copy), TASKS["addition"], config)
     assert (copy / "circuits" / "addition" / "circuits.json").read_text() == before
     assert json.loads((copy / "circuits" / "addition-carry" / "circuits.json").read_text()) == record
@@ -140,8 +140,8 @@ def test_circuits_of_another_corruption_have_a_folder_of_their_own(run: Path, tm
     assert not torch.equal(found.scores, other.scores)
     with pytest.raises(GossamerError, match="has no circuits of addition-carry-zero"):
         load_circuit(Run(copy), TASKS["addition"], "dense", 5, corruption="carry", ablation="zero")
-    with pytest.raises(GossamerError, match=r"found with ig_steps 0, not 1; --replace"):
-        compare_circuits(Run(copy), TASKS["addition"], replace(config, steps=1))
+    with pytest.raises(GossamerError, match=r"found with score eap, not exact; --replace"):
+        compare_circuits(Run(copy), TASKS["addition"], replace(config, score="exact"))
 
 
 def test_a_page_takes_only_so_many_links(run: Path, monkeypatch, capsys) -> None:

@@ -29,6 +29,8 @@ from gossamer.circuits.activation_cache import Ablation
 from gossamer.circuits.circuit_files import Circuit
 from gossamer.circuits.graph import Graph, prune, top_edges
 from gossamer.circuits.metrics import EXPLAINED, Curve
+from gossamer.circuits.scores import find_score
+from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
 from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
@@ -47,9 +49,10 @@ class SearchConfig:
         seed: of the prompts.
         seeds: how many seeds, from ``seed`` on: a variation each.
         rephrased: a variation for each of the task's phrasings too, with the first seed.
-        steps: of EAP-IG; 0 for EAP.
+        score: what ranks the units, by name.
         levels: kinds of units.
-        ablation: what units outside a circuit carry; with ``mean``, links are left out.
+        ablation: what units outside a circuit carry. Links are left out with ``mean``, and with a score that is not
+            defined for them.
         absolute: choose units by largest absolute score; else those that help most, by lowest score.
         batch_size: rows in one forward pass.
         forced: go on even if a model cannot do the task.
@@ -61,7 +64,7 @@ class SearchConfig:
     seed: int = 0
     seeds: int = 1
     rephrased: bool = False
-    steps: int = 5
+    score: str = EAP_IG_INPUTS.name
     levels: tuple[Level, ...] = LEVELS
     ablation: Ablation = "patch"
     absolute: bool = True
@@ -83,14 +86,17 @@ def compare_circuits(
 
     Raises:
         GossamerError: if the run is not finished; if a model cannot do the task; if the task has no phrasings and
-            ``rephrased`` asks for them; if links alone are asked for under mean ablation; if there is a record of other
-            settings, before anything is searched.
+            ``rephrased`` asks for them; if links alone are asked for under mean ablation or a score without them; if
+            there is a record of other settings, before anything is searched.
     """
     config = config or SearchConfig()
     if config.rephrased and not task.phrasings:
         raise GossamerError(f"task {task.name} has no other phrasings")
     if config.ablation == "mean" and config.levels == ("links",):
         raise GossamerError("links have no mean to carry; ablate them by patch or zero")
+    score = find_score(config.score)
+    if score.links is None and config.levels == ("links",):
+        raise GossamerError(f"the score {score.name} is not defined for links; choose another one")
     corruption = config.corruption or task.corruptions[0]
     settings: dict[str, Any] = {
         **_identity(task, corruption, config.ablation),
@@ -99,7 +105,7 @@ def compare_circuits(
         "seeds": config.seeds,
         "rephrased": config.rephrased,
         "levels": list(config.levels),
-        "ig_steps": config.steps,
+        "score": score.name,
         "selection": "largest absolute score" if config.absolute else "lowest score",
     }
     folder = _folder(run, task, corruption, config.ablation)
@@ -199,6 +205,10 @@ def _check_record(folder: Path, settings: dict[str, Any]) -> None:
         before = json.loads((folder / "circuits.json").read_text())
     except (OSError, ValueError):
         return
+    if "ig_steps" in before:  # Records once had the steps of EAP-IG in the place of the score's name.
+        before["score"] = {0: "eap", 5: "eap-ig-inputs"}.get(
+            before["ig_steps"], f"{before['ig_steps']} steps of EAP-IG"
+        )
     if difference := _difference(before, settings):
         raise GossamerError(f"{folder} holds circuits found {difference}; --replace puts the new ones in their place")
 
@@ -212,11 +222,13 @@ def _of_model(
     progress: Callable[[str], None],
 ) -> tuple[Circuits, dict[str, Any]]:
     started = time.perf_counter()
+    score = find_score(config.score)
+    has_links = config.ablation != "mean" and score.links is not None
     found = find_circuits(
         model,
         prompts,
-        levels=tuple(level for level in config.levels if (level, config.ablation) != ("links", "mean")),
-        steps=config.steps,
+        levels=tuple(level for level in config.levels if level != "links" or has_links),
+        score=score,
         ablation=config.ablation,
         absolute=config.absolute,
         batch_size=config.batch_size,

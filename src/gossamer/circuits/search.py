@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.activation_cache import Ablation, run_with_cache, source_outputs
-from gossamer.circuits.attribution import edge_scores, link_scores
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.metrics import Curve, Point, measure_curve
+from gossamer.circuits.scores import Score
+from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
 from gossamer.errors import GossamerError
@@ -30,6 +31,7 @@ class Circuits:
         graph: of the model.
         curves: faithfulness by size, by level. Links are counted on one prompt, averaged over the prompts.
         scores: of the component edges, the mean over the prompts; zeros if only links were asked for.
+        node_scores: of the nodes, the same.
         link_scores: of the attention links, by batch; empty if that level was not asked for.
         batches: the prompts that they belong to.
         absolute: whether the largest absolute scores were chosen, not the lowest.
@@ -38,13 +40,14 @@ class Circuits:
     graph: Graph
     curves: dict[Level, Curve]
     scores: Float[Tensor, "sources destinations"]
+    node_scores: Float[Tensor, " sources"]
     link_scores: tuple[Float[Tensor, "prompts layers heads tokens tokens"], ...]
     batches: tuple[Batch, ...]
     absolute: bool
 
     def nodes(self, count: int) -> Bool[Tensor, " sources"]:
-        """The best ``count`` nodes; a node's score is the sum over the edges that leave it."""
-        scores = self.scores.sum(1)
+        """The best ``count`` nodes."""
+        scores = self.node_scores
         kept = torch.zeros(self.graph.sources, dtype=torch.bool)
         kept[torch.argsort(scores.abs() if self.absolute else -scores, descending=True, stable=True)[:count]] = True
         return kept
@@ -63,7 +66,7 @@ def find_circuits(
     prompts: Prompts,
     *,
     levels: tuple[Level, ...] = LEVELS,
-    steps: int = 5,
+    score: Score = EAP_IG_INPUTS,
     ablation: Ablation = "patch",
     absolute: bool = True,
     batch_size: int = 16,
@@ -75,31 +78,38 @@ def find_circuits(
         model: dense or gated, in ``eval()`` mode.
         prompts: of the task.
         levels: which kinds of units.
-        steps: of EAP-IG; 0 for EAP.
+        score: what ranks the units.
         ablation: what units outside a circuit carry; ``mean`` is not defined for links.
         absolute: choose the largest absolute scores; else the lowest: the units that help the metric most.
         batch_size: rows in one forward pass: prompts, or several circuits on fewer prompts.
         progress: is told in a few words what is being done.
 
     Raises:
-        GossamerError: if the metric does not tell clean from corrupted prompts.
+        GossamerError: if the metric does not tell clean from corrupted prompts; if the score is not defined for links.
     """
     graph = graph_of(model)
     batches = tuple(prompts.batches(batch_size))
     count = len(prompts.kept)
-    scores = torch.zeros(graph.sources, graph.destinations)
+    scores, node_scores = torch.zeros(graph.sources, graph.destinations), torch.zeros(graph.sources)
     means = mean_source_outputs(model, batches) if ablation == "mean" else {}
     for done, batch in enumerate(batches if set(levels) - {"links"} else ()):
-        progress(f"scores of edges, batch {done + 1} of {len(batches)}")
+        progress(f"scores of nodes and edges, batch {done + 1} of {len(batches)}")
         average = means.get(batch.clean.shape[1])
-        scores += edge_scores(model, batch, steps=steps, ablation=ablation, mean=average).cpu() / count
+        if "edges" in levels or score.nodes is None:
+            scores += score.edges(model, batch, ablation=ablation, mean=average).cpu() / count
+        if "nodes" in levels and score.nodes is not None:
+            node_scores += score.nodes(model, batch, ablation=ablation, mean=average).cpu() / count
+    if score.nodes is None:
+        node_scores = scores.sum(1)
     links: list[Tensor] = []
     if "links" in levels:
+        if score.links is None:
+            raise GossamerError(f"the score {score.name} is not defined for links")
         for done, batch in enumerate(batches):
             progress(f"scores of links, batch {done + 1} of {len(batches)}")
-            some = link_scores(model, batch, steps=steps, ablation="zero" if ablation == "zero" else "patch")
+            some = score.links(model, batch, ablation="zero" if ablation == "zero" else "patch")
             links.append(some.cpu())
-    found = Circuits(graph, {}, scores, tuple(links), batches, absolute)
+    found = Circuits(graph, {}, scores, node_scores, tuple(links), batches, absolute)
     lengths = [batch.clean.shape[1] for batch in batches for _ in batch.clean]
     allowed = round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))
     totals = {"nodes": graph.sources, "edges": int(graph.possible().sum()), "links": allowed}

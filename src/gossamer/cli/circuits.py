@@ -90,7 +90,9 @@ def circuits(
     levels: Annotated[
         str, typer.Option(help="Kinds of units, with commas between: nodes, edges, links.")
     ] = "nodes,edges,links",
-    ig_steps: Annotated[int, typer.Option(min=0, help="Steps of integrated gradients; 0: none (EAP).")] = 5,
+    score: Annotated[
+        str, typer.Option(help="What ranks the units: eap-ig-inputs, eap-ig-activations, eap or exact.")
+    ] = "eap-ig-inputs",
     ablation: Annotated[
         Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
     ] = Ablation.patch,
@@ -125,7 +127,7 @@ def circuits(
         seeds=seeds,
         rephrased=rephrased,
         levels=_levels(levels),
-        steps=ig_steps,
+        score=score,
         ablation=ablation.value,
         absolute=not signed,
         batch_size=batch_size,

@@ -1,17 +1,16 @@
-"""Scores by attribution patching: how much the metric would change if one unit's value were the corrupted run's.
+"""What all scores by attribution share: gradients of the metric at every destination, and their products.
 
-    EAP      score(u -> v) = sum over batch and positions of (a_u(corrupted) - a_u(clean)) . dm/din_v
-    EAP-IG   the same with the gradient averaged over m runs whose embeddings are
-             corrupted + k/m (clean - corrupted), k = 0 .. m - 1  (Hanna et al. 2024, arXiv 2403.17806; "inputs")
+    edges    (a_u(other) - a_u(clean)) . dm/din_v, summed over batch and positions
     links    w'_ij (v'_j . g_i) - w_ij (v_j . g_i), g the gradient at the head's output, primes the corrupted run
 
 Where units outside a circuit carry zero or a mean, that stands in the place of the corrupted run's values.
 
-Gradients are taken before the norm of the destination, on the clean run (EAP). All edges of a batch need one forward
-and one backward pass; then the gradient at q, k or v of each head goes back through its own rows of the projection,
-and through the norm, for some of them at a time. So the memory is that of what the sources wrote in one run.
+Gradients are taken before the norm of the destination. All edges of a batch need one forward and one backward pass;
+then the gradient at q, k or v of each head goes back through its own rows of the projection, and through the norm, for
+some of them at a time. So the memory is that of what the sources wrote in one run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -39,12 +38,15 @@ class _Taps(StreamHooks):
         links: whether they are wanted at the heads' outputs, not at what the heads and MLPs read.
         begin: what the streams begin with instead of the prompts' embeddings.
         difference: from which what the sources write is taken off on the way; if given, ``begin`` must not be.
+        shift: sources, and what is added to every stream that all of them have written to.
     """
 
     graph: Graph
+    places: list[Projections] = field(default_factory=list)
     links: bool = False
     begin: Tensor | None = None
     difference: Tensor | None = None
+    shift: tuple[slice, Tensor] | None = None
     streams: list[Tensor] = field(default_factory=list)
     normed: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     projected: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -54,6 +56,11 @@ class _Taps(StreamHooks):
     def _subtract(self, sources: slice, values: Tensor) -> None:
         if self.difference is not None:
             self.difference[sources] -= values.detach()
+
+    def _shifted(self, kind: str, layer: int, x: Tensor) -> Tensor:
+        if self.shift is None or self.graph.sources_of(self.graph.read(layer, kind)) < self.shift[0].stop:
+            return x
+        return x + self.shift[1]
 
     def read_input(self, x: Tensor) -> Tensor:
         self._subtract(slice(0, 1), x[None])
@@ -68,7 +75,7 @@ class _Taps(StreamHooks):
         self._subtract(slice(mlp, mlp + 1), contribution[None])
 
     def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
-        self.streams.append(x.clone())
+        self.streams.append(self._shifted("q", layer, x).clone())
         return self.streams[layer]
 
     def project(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -92,53 +99,62 @@ class _Taps(StreamHooks):
         return branch
 
     def read_mlp(self, layer: int, x: Tensor) -> Tensor:
-        return self._want("mlp", layer, x)
+        return self._want("mlp", layer, self._shifted("mlp", layer, x))
 
     def read_logits(self, x: Tensor) -> Tensor:
-        return self._want("logits", 0, x)
+        return self._want("logits", 0, self._shifted("logits", 0, x))
 
 
-def edge_scores(
+def products(
     model: PreTrainedModel,
     batch: Batch,
+    difference: Float[Tensor, "sources batch tokens d_model"],
     *,
-    steps: int = 0,
-    ablation: Ablation = "patch",
-    mean: Float[Tensor, "sources tokens d_model"] | None = None,
+    begin: Float[Tensor, "batch tokens d_model"] | None = None,
+    shift: tuple[slice, Float[Tensor, "batch tokens d_model"]] | None = None,
 ) -> Float[Tensor, "sources destinations"]:
-    """EAP scores of all component edges, summed over the batch; EAP-IG with ``steps`` > 0.
+    """``difference`` of each source times the gradient at each destination, in one run on the clean prompts.
 
-    The score of an edge estimates how much the batch's summed metric changes when the edge is patched, or carries what
-    ``ablation`` says instead of the corrupted run's value. The score of a node is the sum over its outgoing edges.
-    ``mean`` is what sources carry under mean ablation; None takes that over the batch's corrupted runs.
+    Args:
+        begin: what the streams begin with, if not with the prompts' embeddings.
+        shift: sources whose outputs are replaced in this run, and by how much their sum changes.
     """
-    graph, places = graph_of(model), projections_of(model)
+    taps = _Taps(graph_of(model), projections_of(model), begin=begin, shift=shift)
+    _run(model, batch, taps)
+    return _scores_of_run(taps, difference)
+
+
+def change(
+    model: PreTrainedModel,
+    batch: Batch,
+    ablation: Ablation,
+    mean: Float[Tensor, "sources tokens d_model"] | None,
+) -> tuple[Float[Tensor, "sources batch tokens d_model"], Tensor, Tensor]:
+    """By how much ablation changes what each source writes, and the embeddings of clean and corrupted prompts."""
     corrupted = source_outputs(model, batch.corrupted)
     start = corrupted[0].clone()
     difference = replacement(corrupted, ablation, mean)
     del corrupted
-    if steps == 0:
-        taps = _Taps(graph, difference=difference)
-        _run(model, batch, taps)
-        return _scores_of_run(taps, graph, places, difference)
     clean = source_outputs(model, batch.clean)
     difference -= clean
-    begin = clean[0].clone()
-    del clean
-    scores = difference.new_zeros(graph.sources, graph.destinations)
-    for embeddings in _embeddings(begin, start, steps):
-        taps = _Taps(graph, begin=embeddings)
-        _run(model, batch, taps)
-        scores += _scores_of_run(taps, graph, places, difference) / steps
-    return scores
+    return difference, clean[0].clone(), start
 
 
-def _embeddings(clean: Tensor, corrupted: Tensor, steps: int) -> list[Tensor]:
-    """Where the runs begin whose gradients are averaged: on the way, or with no steps at the clean prompts' own."""
-    return [corrupted + step / steps * (clean - corrupted) for step in range(steps)] or [clean]
+def products_of_clean_run(
+    model: PreTrainedModel,
+    batch: Batch,
+    ablation: Ablation,
+    mean: Float[Tensor, "sources tokens d_model"] | None,
+) -> Float[Tensor, "sources destinations"]:
+    """:func:`products` with :func:`change`, without a run of its own for what the sources write on clean prompts."""
+    difference = replacement(source_outputs(model, batch.corrupted), ablation, mean)
+    taps = _Taps(graph_of(model), projections_of(model), difference=difference)
+    _run(model, batch, taps)
+    return _scores_of_run(taps, difference)
 
 
-def _scores_of_run(taps: _Taps, graph: Graph, places: list[Projections], difference: Tensor) -> Tensor:
+def _scores_of_run(taps: _Taps, difference: Tensor) -> Tensor:
+    graph, places = taps.graph, taps.places
     scores = difference.new_zeros(graph.sources, graph.destinations)
     for layer in range(graph.layers):
         changes = difference[: graph.sources_before(layer)].flatten(1)
@@ -216,16 +232,23 @@ def _column(graph: Graph, difference: Tensor, gradient: Tensor, destination: int
     return column
 
 
-def link_scores(
-    model: PreTrainedModel, batch: Batch, *, steps: int = 0, ablation: Literal["patch", "zero"] = "patch"
+def link_products(
+    model: PreTrainedModel,
+    batch: Batch,
+    beginnings: Sequence[Float[Tensor, "batch tokens d_model"]] | None,
+    ablation: Literal["patch", "zero"],
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
-    """Attribution scores of all attention links, by prompt; gradients as in :func:`edge_scores`.
+    """Attribution scores of all attention links, by prompt, with the gradient averaged over some runs.
 
     Under ``zero`` the corrupted run's links count as nothing: the score estimates what cutting the link changes.
+
+    Args:
+        beginnings: what the streams of each run begin with; None for one run on the clean prompts.
     """
     clean, corrupted = (run_with_cache(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
-    scores: Tensor | None = None
-    for begin in _embeddings(clean.written[0], corrupted.written[0], steps):
+    total: Tensor | None = None
+    runs = [None] if beginnings is None else beginnings
+    for begin in runs:
         taps = _Taps(graph_of(model), links=True, begin=begin)
         _run(model, batch, taps)
         layers = []
@@ -233,10 +256,10 @@ def link_scores(
             gradient = taps.gradients["output", layer]
             own = _link_value(clean, layer, gradient)
             layers.append(-own if ablation == "zero" else _link_value(corrupted, layer, gradient) - own)
-        found = torch.stack(layers, 1) / max(steps, 1)
-        scores = found if scores is None else scores + found
-    assert scores is not None
-    return scores
+        found = torch.stack(layers, 1) / len(runs)
+        total = found if total is None else total + found
+    assert total is not None
+    return total
 
 
 def _link_value(run: ActivationCache, layer: int, gradient: Int[Tensor, "..."]) -> Tensor:

@@ -1,0 +1,56 @@
+"""EAP-IG (inputs): the gradient of EAP averaged over runs between the corrupted and the clean embeddings.
+
+    begin_k = e(corrupted) + k/m (e(clean) - e(corrupted)),  k = 0 .. m - 1
+
+(Hanna et al. 2024, arXiv 2403.17806.) For links this is the path integral of gradient x value.
+"""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gossamer.circuits.activation_cache import Ablation, source_outputs
+from gossamer.circuits.scores.base import Score
+from gossamer.circuits.scores.gradients import change, link_products, products
+from gossamer.circuits.tasks.base import Batch
+
+STEPS = 5
+"""m; that of MIB."""
+
+
+def edge_scores(
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    ablation: Ablation = "patch",
+    mean: Float[Tensor, "sources tokens d_model"] | None = None,
+    steps: int = STEPS,
+) -> Float[Tensor, "sources destinations"]:
+    """EAP-IG scores of all component edges, summed over the batch."""
+    difference, clean, corrupted = change(model, batch, ablation, mean)
+    scores = difference.new_zeros(())
+    for begin in _beginnings(clean, corrupted, steps):
+        scores = scores + products(model, batch, difference, begin=begin) / steps
+    return scores
+
+
+def link_scores(
+    model: PreTrainedModel, batch: Batch, *, ablation: Literal["patch", "zero"] = "patch", steps: int = STEPS
+) -> Float[Tensor, "prompts layers heads tokens tokens"]:
+    """Gradient x value of every attention link, gradients averaged as for edges."""
+    clean, corrupted = (source_outputs(model, ids)[0] for ids in (batch.clean, batch.corrupted))
+    return link_products(model, batch, _beginnings(clean, corrupted, steps), ablation)
+
+
+def _beginnings(clean: Tensor, corrupted: Tensor, steps: int) -> list[Tensor]:
+    return [corrupted + step / steps * (clean - corrupted) for step in range(steps)]
+
+
+EAP_IG_INPUTS = Score(
+    "eap-ig-inputs",
+    f"EAP with gradients averaged over {STEPS} inputs between corrupted and clean; links: its path integral",
+    edge_scores,
+    links=link_scores,
+)
