@@ -23,8 +23,9 @@ from transformers import TrainerCallback
 from gossamer import add_gates
 from gossamer.models.pretrained import load_dense
 from gossamer.training.malloc import keep_freed_memory
+from gossamer.training.settings import TrainingConfig
 from gossamer.training.sparsity import SparsityTrainer
-from gossamer.training.trainer import PostTrainer, TrainingConfig, freeze_except, no_dropout
+from gossamer.training.trainer import PostTrainer, freeze_except, no_dropout
 
 KINDS = ("dense", "sampled", "hard")
 

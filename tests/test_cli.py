@@ -27,6 +27,7 @@ from transformers import (
 
 import gossamer
 from families import tiny_model
+from forked import run_command
 from gossamer.cli import app, main
 from gossamer.training.checkpoints import checkpoint_error, checkpoints
 from settings_files import config
@@ -41,8 +42,7 @@ def quick(**settings: object) -> list[str]:
 
 
 def gossamer_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    line = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, **options)
+    return run_command(arguments, ENVIRONMENT, **options)
 
 
 def weights(run: Path, part: str = "model/gossamer.safetensors") -> dict[str, torch.Tensor]:
@@ -213,7 +213,8 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_alone(begun) -> No
     out, line = begun
     good = [path for path in checkpoints(out / "checkpoints") if checkpoint_error(path) is None][-1]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    result = gossamer_command(*line, preexec_fn=limit)
+    result = subprocess.run([*COMMAND, *map(str, line)], capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
+                            preexec_fn=limit)  # fmt: skip
     assert_refused(result, "cannot write", "checkpoint-", "untouched")
     assert checkpoint_error(good) is None
     assert not list((out / "checkpoints").glob(".*"))
@@ -450,7 +451,7 @@ def test_a_loss_that_explodes_stops_the_run_at_its_step(saved_llama: Path, text:
 def test_help_names_every_command() -> None:
     result = gossamer_command("--help")
     assert result.returncode == 0
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    verbs = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     assert len(verbs) > 10
     assert {verb for verb in verbs if not re.search(rf"^│ {verb}\s", result.stdout, re.MULTILINE)} == set()
 

@@ -20,7 +20,7 @@ from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.runs.job import post_train
 from gossamer.runs.settings import RunConfig
-from gossamer.training.trainer import TrainingConfig
+from gossamer.training.settings import TrainingConfig
 from settings_files import config
 
 

@@ -5,13 +5,17 @@
 command does the whole job.
 """
 
-from gossamer.errors import GossamerError
-from gossamer.models.attention import counted_links, forced_open, sampled_gates
-from gossamer.models.checkpoint import load, save
-from gossamer.models.convert import add_gates, is_gated, remove_gates
-from gossamer.models.lora import as_dense, merge_adapters
-from gossamer.models.lora_files import load_adapter, save_adapter
-from gossamer.ops import GatedAttentionOutput, OpenLinks, gated_attention, open_links
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gossamer.errors import GossamerError
+    from gossamer.models.attention import counted_links, forced_open, sampled_gates
+    from gossamer.models.checkpoint import load, save
+    from gossamer.models.convert import add_gates, is_gated, remove_gates
+    from gossamer.models.lora import as_dense, merge_adapters
+    from gossamer.models.lora_files import load_adapter, save_adapter
+    from gossamer.ops import GatedAttentionOutput, OpenLinks, gated_attention, open_links
 
 __version__ = "0.1.0"
 
@@ -34,3 +38,35 @@ __all__ = [
     "save",
     "save_adapter",
 ]
+
+_MODULES = {
+    "GatedAttentionOutput": "gossamer.ops",
+    "GossamerError": "gossamer.errors",
+    "OpenLinks": "gossamer.ops",
+    "add_gates": "gossamer.models.convert",
+    "as_dense": "gossamer.models.lora",
+    "counted_links": "gossamer.models.attention",
+    "forced_open": "gossamer.models.attention",
+    "gated_attention": "gossamer.ops",
+    "is_gated": "gossamer.models.convert",
+    "load": "gossamer.models.checkpoint",
+    "load_adapter": "gossamer.models.lora_files",
+    "merge_adapters": "gossamer.models.lora",
+    "open_links": "gossamer.ops",
+    "remove_gates": "gossamer.models.convert",
+    "sampled_gates": "gossamer.models.attention",
+    "save": "gossamer.models.checkpoint",
+    "save_adapter": "gossamer.models.lora_files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and transformers take seconds to load."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

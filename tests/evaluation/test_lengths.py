@@ -17,7 +17,7 @@ from gossamer.runs.record import Run
 from gossamer.runs.settings import RunConfig
 from gossamer.training.data import is_held_out, pack
 from gossamer.training.documents import read_documents
-from gossamer.training.trainer import TrainingConfig
+from gossamer.training.settings import TrainingConfig
 
 
 @pytest.fixture(scope="module")

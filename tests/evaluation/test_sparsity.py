@@ -15,7 +15,7 @@ from gossamer.models.pretrained import load_dense
 from gossamer.runs.job import post_train
 from gossamer.runs.record import Run, load_both
 from gossamer.runs.settings import RunConfig
-from gossamer.training.trainer import TrainingConfig
+from gossamer.training.settings import TrainingConfig
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from gossamer.report.plots import all_figures, attention_weights, circuit_figure
 from gossamer.report.records import load_records
 from gossamer.report.series import faithfulness_charts, loss_chart, training_charts
 from gossamer.runs.record import Run
-from gossamer.training.trainer import TrainingConfig
+from gossamer.training.settings import TrainingConfig
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "example.ipynb"
 

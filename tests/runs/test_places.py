@@ -12,7 +12,7 @@ from gossamer import GossamerError
 from gossamer.runs.job import post_train
 from gossamer.runs.record import Run, load_both
 from gossamer.runs.settings import RunConfig
-from gossamer.training.trainer import TrainingConfig
+from gossamer.training.settings import TrainingConfig
 
 TRAINING = TrainingConfig(batch_size=2, checkpoint_every=0, precision="fp32")
 SIZES = {"tokens": 32, "seq_len": 16, "validation_tokens": 32, "held_out_tokens": 32, "training": TRAINING}

@@ -14,8 +14,9 @@ from gossamer.runs.plan import MARGIN, alternatives, plan_run
 from gossamer.runs.presets import find_preset, presets
 from gossamer.runs.settings import RunConfig, SettingsSource
 from gossamer.training.data import BlockDataset
+from gossamer.training.settings import TrainingConfig
 from gossamer.training.sparsity import SparsityTrainer
-from gossamer.training.trainer import TrainingConfig, freeze_except
+from gossamer.training.trainer import freeze_except
 
 PARAMETERS = {"gpt2": 124_439_808, "smollm2": 134_515_008, "llama-3.2-1b": 1_235_814_400, "olmo-2-7b": 7_298_617_344}
 

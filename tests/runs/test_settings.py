@@ -13,7 +13,7 @@ from gossamer.runs.settings import RunConfig, SettingsSource, settings
 from gossamer.runs.settings_file import all_settings, read_settings
 from gossamer.training.constraints import CrossEntropy, KLDivergence
 from gossamer.training.multiplier import MultiplierConfig
-from gossamer.training.trainer import TrainingConfig
+from gossamer.training.settings import TrainingConfig
 
 ASKED = {"model": "smollm2", "text": "self"}
 

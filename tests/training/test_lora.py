@@ -17,8 +17,9 @@ from gossamer.runs.settings import RunConfig
 from gossamer.training.constraints import KLDivergence
 from gossamer.training.data import BlockDataset
 from gossamer.training.multiplier import MultiplierConfig
+from gossamer.training.settings import TrainingConfig
 from gossamer.training.sparsity import SparsityTrainer
-from gossamer.training.trainer import PostTrainer, TrainingConfig, freeze_except, no_dropout
+from gossamer.training.trainer import PostTrainer, freeze_except, no_dropout
 
 BLOCKS = tokens(32, 16)
 VALIDATION = tokens(5, 16, seed=1)

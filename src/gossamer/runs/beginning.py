@@ -13,9 +13,10 @@ from gossamer.measures.language import measure_language
 from gossamer.models.architectures import architecture_of
 from gossamer.models.lora import adapter_targets
 from gossamer.models.pretrained import load_dense
+from gossamer.names import SELF
 from gossamer.runs.record import Run, versions
 from gossamer.runs.settings import RunConfig
-from gossamer.training.data import SELF, Blocks, load_blocks
+from gossamer.training.data import Blocks, load_blocks
 from gossamer.training.documents import skipped_files
 from gossamer.training.stream import unseen_blocks
 

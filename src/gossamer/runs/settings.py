@@ -13,10 +13,9 @@ from typing import Any, Literal, get_type_hints
 
 from gossamer.errors import GossamerError
 from gossamer.fields import Setting, documented, setting
-from gossamer.models.pretrained import SMOLLM2
+from gossamer.names import SELF, SMOLLM2
 from gossamer.training.constraints import CONSTRAINTS, Constraint
-from gossamer.training.data import SELF
-from gossamer.training.trainer import TrainingConfig
+from gossamer.training.settings import TrainingConfig
 
 
 @documented

@@ -22,14 +22,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gossamer.errors import GossamerError
 from gossamer.models.vocabulary import require_embeddings
+from gossamer.names import SELF
 from gossamer.training.documents import HUB, is_local, read_documents, text_files
 from gossamer.training.tokens import tokens_of
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
-
-SELF = "self"
-"""The text that is sampled from the model itself."""
 
 HELD_OUT = 0.05
 """Share of a file's characters that is held out, at its end."""

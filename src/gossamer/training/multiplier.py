@@ -19,14 +19,17 @@ controller that of Sohrabi et al. 2024 (arXiv 2406.04558), and dividing by 1 + l
 steady.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gossamer.fields import documented, setting
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 LARGEST_VIOLATION = 1.0
 """What the controller sees of a violation at most, either way."""

@@ -11,15 +11,12 @@ Early queries of a block have few allowed links. "links" hardly counts them; "qu
 with it what is open on prompts much shorter than a block.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gossamer.models.attention import LinkCounts
-
-Weighting = Literal["links", "queries"]
+from gossamer.training.settings import Weighting
 
 
 def expected_open_fraction(counts: dict[int, LinkCounts], weighting: Weighting) -> Float[Tensor, ""]:

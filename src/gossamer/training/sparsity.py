@@ -35,7 +35,8 @@ from gossamer.training.distributed import on_main_process
 from gossamer.training.gates import Calibration, calibrate, open_to
 from gossamer.training.multiplier import Multiplier, RunningViolation, lagrangian
 from gossamer.training.objective import expected_open_fraction
-from gossamer.training.trainer import PostTrainer, TrainingConfig
+from gossamer.training.settings import TrainingConfig
+from gossamer.training.trainer import PostTrainer
 
 START_TOKENS = 2_048
 """Of the validation text, on which the gates' start is found."""

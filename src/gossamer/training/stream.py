@@ -28,9 +28,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError, one_line
 from gossamer.models.vocabulary import require_vocabulary
+from gossamer.names import SELF
 from gossamer.training.data import (
     ONE_IN,
-    SELF,
     Blocks,
     hub_faults,
     hub_stream,

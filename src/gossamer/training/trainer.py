@@ -10,10 +10,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate.utils import AutocastKwargs, gather_object
@@ -35,85 +34,18 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from gossamer.errors import GossamerError
-from gossamer.fields import documented, setting
 from gossamer.measures.losses import cross_entropy
 from gossamer.models.architectures import attention_modules
 from gossamer.models.checkpoint import read_weights, write_model
 from gossamer.models.convert import is_gated
 from gossamer.training.checkpoints import checkpoints, write_checksums
-from gossamer.training.constraints import Constraint, CrossEntropy
+from gossamer.training.constraints import CrossEntropy
 from gossamer.training.distributed import check_processes, collective_error, synchronized
-from gossamer.training.multiplier import MultiplierConfig
-from gossamer.training.objective import Weighting
+from gossamer.training.settings import TrainedPart, TrainingConfig
 from gossamer.training.stream import BlockStream
-
-TrainedPart = Literal["all", "attention", "lora"]
-Precision = Literal["fp32", "bf16"]
 
 GATE_RATE, GATE_RATE_STEPS = 0.15, 60
 """Learning rate of the gate biases in runs of so many steps and fewer."""
-
-
-@documented
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to post-train; the defaults were found by the trials in ``docs/LOG.md``."""
-
-    train: TrainedPart = setting(
-        "Weights to train besides the gate biases: all, the attention's, or adapters (lora).", "all"
-    )
-    batch_size: int = setting("Blocks in one forward pass of one process.", 4, least=1)
-    gradient_accumulation: int = setting("Forward passes of each process in one step.", 1, least=1)
-    processes: int = setting(
-        "How many train together, each on its own part of a step's batch; what started them says it.",
-        1,
-        least=1,
-        recorded=True,
-    )
-    gradient_checkpointing: bool = setting(
-        "Keep only what goes into each layer for the backward pass and compute the rest again: less memory for a "
-        "quarter to a third more time.",
-        False,
-    )
-    learning_rate: float = setting("Of the weights, between warm-up and decay.", 1e-4, least=0.0, most=1e30)
-    gate_learning_rate: float | None = setting(
-        "Of the gate biases, on the same schedule; 0.15 for 60 steps, less for more by the root of their number, if "
-        "it is not given.",
-        None,
-        least=0.0,
-        most=1e30,
-    )
-    warmup: float = setting("Share of the steps over which the rates rise from 0.", 0.05, least=0.0, most=1.0)
-    decay: float = setting("Share of the steps, at the end, over which the rates fall to 0.", 0.3, least=0.0, most=1.0)
-    hard_fraction: float = setting(
-        "Share of the steps, at the end, trained with hard gates; before them gates are sampled.",
-        1.0,
-        least=0.0,
-        most=1.0,
-    )
-    max_grad_norm: float = setting("The gradient's norm is clipped to it.", 1.0, least=0.0)
-    fused_optimizer: bool = setting(
-        "AdamW in one pass over memory: a sixth of the time on a CPU. It rounds otherwise than in many.", True
-    )
-    constraint: Constraint = setting("What is bounded.", default_factory=CrossEntropy)
-    weighting: Weighting = setting(
-        "What counts alike in the objective: every link (links), or every query (queries), which keeps short prompts "
-        "sparse too.",
-        "links",
-    )
-    multiplier: MultiplierConfig = setting("How lambda moves.", default_factory=MultiplierConfig, prefix="multiplier_")
-    validations: int = setting("Measurements on the validation blocks, spread evenly over a run.", 8, least=1)
-    prompt_tokens: int = setting(
-        "Tokens at the start of every block that are given: the loss does not ask for them.", 0, least=0
-    )
-    precision: Precision = setting("Of the matrix products; weights and optimiser state stay float32.", "bf16")
-    checkpoint_every: int = setting("Steps between checkpoints; 0: none.", 100, least=0)
-    seed: int = setting("Of data order, noise and everything else random.", 0)
-
-    @property
-    def blocks_per_step(self) -> int:
-        """Blocks in one optimiser step, over its forward passes and all processes."""
-        return self.batch_size * self.gradient_accumulation * self.processes
 
 
 @contextmanager

@@ -4,14 +4,17 @@ The words are those of cooper (github.com/cooper-org/cooper): the violation is t
 primal step moves the weights to lower the Lagrangian, the dual step moves the multiplier along the violation.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from jaxtyping import Float, Int
-from torch import Tensor
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
 
-from gossamer.measures.language import LanguageMetrics
+    from gossamer.measures.language import LanguageMetrics
 
 SMALLEST_TOLERANCE = 1e-5
 """Nats."""

@@ -1,16 +1,18 @@
 """The cross-entropy of the sparse model, bounded by tau."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from gossamer.fields import documented, setting
-from gossamer.measures.language import LanguageMetrics, standard_error
-from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.training.constraints.base import Constraint, Outcome
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from gossamer.measures.language import LanguageMetrics
 
 
 @documented
@@ -48,6 +50,8 @@ class CrossEntropy(Constraint):
         input_ids: Int[Tensor, "batch tokens"],
         prompt_tokens: int = 0,
     ) -> Float[Tensor, ""]:
+        from gossamer.measures.losses import cross_entropy
+
         return cross_entropy(logits, input_ids, prompt_tokens)
 
     def training_loss(
@@ -60,11 +64,15 @@ class CrossEntropy(Constraint):
     ) -> Float[Tensor, ""]:
         if self.distillation == 0:
             return measured
+        from gossamer.measures.losses import kl_divergence
+
         assert dense_logits is not None
         taught = kl_divergence(dense_logits, logits, prompt_tokens)
-        return torch.lerp(measured, taught, self.distillation)
+        return measured.lerp(taught, self.distillation)
 
     def outcome(self, sparse: LanguageMetrics, dense: LanguageMetrics) -> Outcome:
+        from gossamer.measures.language import standard_error
+
         # A bound that the dense model's loss sets shares most of its spread, that of the text, with the sparse loss.
         spread = sparse.losses - dense.losses if self.tau is None else sparse.losses
         return Outcome(sparse.loss, self.bound(dense.loss), standard_error(spread))

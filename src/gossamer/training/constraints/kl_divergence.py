@@ -1,16 +1,19 @@
 """The divergence of the sparse model's predictions from the dense model's, bounded by epsilon."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from __future__ import annotations
 
-from jaxtyping import Float, Int
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from gossamer.errors import GossamerError
 from gossamer.fields import documented, setting
-from gossamer.measures.language import LanguageMetrics, standard_error
-from gossamer.measures.losses import kl_divergence
 from gossamer.training.constraints.base import Constraint, Outcome
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from gossamer.measures.language import LanguageMetrics
 
 
 @documented
@@ -45,10 +48,14 @@ class KLDivergence(Constraint):
         input_ids: Int[Tensor, "batch tokens"],
         prompt_tokens: int = 0,
     ) -> Float[Tensor, ""]:
+        from gossamer.measures.losses import kl_divergence
+
         assert dense_logits is not None
         return kl_divergence(dense_logits, logits, prompt_tokens)
 
     def outcome(self, sparse: LanguageMetrics, dense: LanguageMetrics) -> Outcome:
+        from gossamer.measures.language import standard_error
+
         assert sparse.kl is not None
         assert sparse.kls is not None
         return Outcome(sparse.kl, self.epsilon, standard_error(sparse.kls))

@@ -1,0 +1,46 @@
+"""The command line in processes of its own, forked from one that has loaded torch and transformers already."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["loaded"])
+
+
+def run_command(
+    arguments: Sequence[object], environment: Mapping[str, str], *, cwd: Path | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """What ``gossamer`` prints and how it ends; only what is read when an interpreter starts is that of the server."""
+    line = list(map(str, arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = _CONTEXT.Process(target=_run, args=(line, dict(environment), cwd or Path.cwd(), out, err))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(line, timeout, out.read_text(), err.read_text())
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(line, process.exitcode, out.read_text(), err.read_text())
+
+
+def _run(line: list[str], environment: dict[str, str], cwd: Path, out: Path, err: Path) -> None:
+    for file, descriptor in ((out, 1), (err, 2)):
+        opened = os.open(file, os.O_WRONLY | os.O_CREAT)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", encoding="utf-8", closefd=False) for descriptor in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = ["gossamer", *line]
+
+    from gossamer.cli import main
+
+    main()
