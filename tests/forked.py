@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["loaded"])
+# Nothing of gossamer.cli, which reads the environment when it is imported. Installed modules only: in Python 3.11 the
+# server does not know the folders that pytest added to the path.
+_CONTEXT.set_forkserver_preload(
+    ["gossamer.circuits.compare", "gossamer.demo.demonstrate", "gossamer.runs.job", "gossamer.runs.plan"]
+)
 
 
 def run_command(

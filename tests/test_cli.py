@@ -448,6 +448,12 @@ def test_a_loss_that_explodes_stops_the_run_at_its_step(saved_llama: Path, text:
     assert not steps
 
 
+def test_the_command_line_loads_nothing_heavy_before_it_has_to() -> None:
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)"
+    line = [sys.executable, "-c", f"import sys, gossamer, gossamer.cli, gossamer.runs.settings_file; print({heavy})"]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 def test_help_names_every_command() -> None:
     result = gossamer_command("--help")
     assert result.returncode == 0

@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from safetensors.torch import load_file
 
 from families import tiny_model
+from forked import run_command
 from gossamer.training.launch import launch_file
 from settings_files import config
 
@@ -44,6 +45,8 @@ def sharded(folder: Path) -> list[str]:
 
 
 def train(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    if launcher is ONE:
+        return run_command(["sparsify", *arguments], ENVIRONMENT, timeout=120)
     line = [*launcher, "sparsify", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
 

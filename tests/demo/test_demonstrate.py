@@ -1,6 +1,7 @@
 """gossamer demo: a run of a few steps in the default suite, the whole of it where long tests run."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gossamer
+from forked import run_command
 from gossamer import GossamerError
 from gossamer.circuits.compare import SearchConfig, compare_circuits
 from gossamer.circuits.tasks import TASKS
@@ -21,11 +23,9 @@ from gossamer.demo.findings import Measurements, model_accuracy
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.runs.record import Run
 
-COMMAND = [sys.executable, "-m", "gossamer.cli"]
-
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=1200)
+    return run_command(arguments, os.environ, timeout=1200)
 
 
 @pytest.fixture
