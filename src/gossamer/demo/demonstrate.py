@@ -95,9 +95,9 @@ class DemoConfig:
             prompt_tokens=PROMPT_TOKENS,
             precision="fp32",
             constraint=CrossEntropy(slack=0.0),
-            # The bound is the dense model's loss on a task that it has solved: far below what training costs on the
-            # way there, so that lambda has to begin low and rise over the whole run.
-            multiplier=MultiplierConfig(initial=5e-4, proportional=0.0, integral=14.0),
+            # From fewer links than it needs the model finds circuits that it does not find from more: lambda begins
+            # lower than elsewhere and rises faster. From 0.03 on everything would close and stay closed.
+            multiplier=MultiplierConfig(initial=0.07, integral=8.0),
             validations=75,
             checkpoint_every=20,
         )
