@@ -27,8 +27,9 @@ def test_the_integral_part_adds_up_over_a_share_of_the_run() -> None:
     multiplier.dual_step(7.0)  # counts as 1
     assert multiplier.value == pytest.approx(math.exp(0.11))
     multiplier.dual_step(-0.5)
-    multiplier.dual_step(-7.0)  # as -1
-    assert multiplier.value == pytest.approx(math.exp(-0.04))
+    assert multiplier.value == pytest.approx(math.exp(0.06))
+    multiplier.dual_step(-7.0)  # as -1, but not below the start
+    assert multiplier.value == pytest.approx(1.0)
 
 
 def steps_outside(proportional: float) -> int:
@@ -53,7 +54,7 @@ def test_the_proportional_part_damps_the_swing_about_the_bound() -> None:
 def test_constrained_descent_finds_the_known_optimum() -> None:
     """minimise log x subject to (x - 2)^2 <= 1/4: x = 3/2, and there lambda / unit = 1 / (x * 2 * (2 - x)) = 2/3."""
     x = torch.tensor(4.0, requires_grad=True)
-    multiplier = Multiplier(MultiplierConfig(integral=200.0), 4000)
+    multiplier = Multiplier(MultiplierConfig(initial=0.05, integral=200.0), 4000)
     optimizer = torch.optim.SGD([x], lr=0.05)
     for _ in range(4000):
         constrained = (x - 2) ** 2
