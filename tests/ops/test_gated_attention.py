@@ -218,6 +218,32 @@ def test_cached_keys_equal_the_last_rows_of_the_whole(implementation: str) -> No
     torch.testing.assert_close(tail.output, whole.output[:, :, -3:])
 
 
+@pytest.mark.parametrize("window", [None, 1, 16, 40])
+@pytest.mark.parametrize("implementation", FAST)
+def test_fewer_queries_than_keys_have_the_gradients_of_the_definition(implementation: str, window: int | None) -> None:
+    tensors = inputs(65, implementation=implementation)
+    tensors["q"] = tensors["q"][:, :, -7:].detach().requires_grad_()
+    for sample in (False, True):
+        assert_same(tensors, TOLERANCES[implementation], implementation, window=window, sample=sample, seed=3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_empty_batch_has_an_empty_result(implementation: str) -> None:
+    tensors = {name: x if name == "gate_bias" else x[:0] for name, x in inputs(5).items()}
+    result = gated_attention(**tensors, sample=True, implementation=implementation)
+    assert result.output.shape == (0, 6, 5, 16)
+    assert result.open_links.shape == result.expected_open.shape == (0, 6, 5)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    tensors = inputs(6)
+    (first,) = torch.autograd.grad(
+        gated_attention(**tensors, implementation="chunked").output.square().sum(), tensors["v"], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_expected_links_are_left_out_when_not_asked_for(implementation: str) -> None:
     tensors = inputs(20, implementation=implementation)
@@ -241,6 +267,12 @@ def test_expected_links_are_left_out_when_not_asked_for(implementation: str) -> 
         ({"k": torch.zeros(2, 2, 8, 4)}, "do not fit together"),
         ({"q": torch.zeros(2, 6, 9, 16)}, "9 queries but only 8 keys"),
         ({"scale": -1.0}, "must be positive"),
+        ({"scale": math.nan}, "scale is nan"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"softcap": math.nan}, "softcap is nan"),
+        ({"mask": torch.ones(2, 8, dtype=torch.long)}, "dtype torch.int64, not torch.bool"),
+        ({"lengths": torch.tensor([[4], [8]])}, "lengths has shape"),
+        ({"implementation": "flash"}, "'flash' is none of naive, chunked, triton"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change: dict, message: str) -> None:

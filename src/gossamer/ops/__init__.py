@@ -3,7 +3,7 @@
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,6 +74,7 @@ def gated_attention(
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     pairs = _pairs(q, k, gate_bias, causal, mask, lengths, window)
+    _check_softcap(softcap)
     if sample and pairs.keys > MAX_POSITIONS:
         raise ValueError(f"{pairs.keys} keys: sampled gates tell at most {MAX_POSITIONS} positions apart")
     result = _module(implementation, q, v.shape[-1]).gated_attention(
@@ -113,6 +114,7 @@ def open_links(
         ValueError: on shapes or arguments that do not fit; on more than 65,536 keys.
     """
     pairs = _pairs(q, k, gate_bias, causal, mask, lengths, window)
+    _check_softcap(softcap)
     if pairs.keys > MAX_POSITIONS:
         raise ValueError(f"{pairs.keys} keys: links are written down for at most {MAX_POSITIONS}")
     result = _module(implementation, q).open_links(q, k, gate_bias, pairs, scale=_scale(scale, q), softcap=softcap)
@@ -143,6 +145,10 @@ def _pairs(
         raise ValueError("give mask or lengths, not both")
     if mask is not None and tuple(mask.shape) not in ((batch, keys), (batch, 1, queries, keys)):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, not {(batch, keys)} or {(batch, 1, queries, keys)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}, not torch.bool; give True where a pair is allowed")
+    if lengths is not None and lengths.shape != (batch,):
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}, not one length per row ({batch},)")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, must be at least 1")
     return make_pairs(batch, queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device)
@@ -151,9 +157,14 @@ def _pairs(
 def _scale(scale: float | None, q: Tensor) -> float:
     if scale is None:
         return float(q.shape[-1] ** -0.5)
-    if scale <= 0:
+    if not scale > 0:
         raise ValueError(f"scale is {scale}, must be positive")
     return scale
+
+
+def _check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, must be positive")
 
 
 @cache
@@ -162,7 +173,11 @@ def _triton_runs() -> bool:
 
 
 def _module(implementation: Implementation | None, q: Tensor, value_size: int = 0) -> ModuleType:
-    """The module of the implementation; Triton is imported only where it is used."""
+    """The module of the implementation; Triton is imported only where it is used. The definition does empty batches."""
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"implementation {implementation!r} is none of {', '.join(get_args(Implementation))}")
+    if q.shape[0] == 0:
+        return naive
     if implementation is None:
         fits = q.dtype != torch.float64 and max(q.shape[-1], value_size) <= MAX_FEATURES
         implementation = "triton" if q.is_cuda and fits and _triton_runs() else "chunked"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gossamer.ops.elements import (
     Allowed,
@@ -221,6 +222,7 @@ class _Chunked(torch.autograd.Function):
         return output, expected if expect else None, opened, log_sum_exp
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
         pairs, scale, softcap, noise_keys = ctx.settings

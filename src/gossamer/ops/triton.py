@@ -20,6 +20,7 @@ import torch
 import triton
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gossamer.ops import triton_kernels as kernels
 from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs
@@ -94,7 +95,8 @@ class _Call:
             "SOFTCAP": softcap is not None,
             "HAS_REAL": self.real is not None,
             "HAS_MASK": self.mask is not None,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            # allow_tf32 raises once somebody has used the newer setting, which follows the older one.
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         }
 
     def launch(self, kernel: Kernel, value_size: int = 0) -> Launch:
@@ -169,6 +171,7 @@ class _Triton(torch.autograd.Function):
         return output, expected, opened, log_sum_exp
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
         pairs, scale, softcap, noise_keys = ctx.settings

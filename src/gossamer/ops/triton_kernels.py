@@ -400,6 +400,7 @@ def key_value_gradients(
         high = tl.minimum(high, last - 1 + window - offset)
         whole_high = tl.minimum(whole_high, first + window - offset) // M * M
     low = low // M * M
+    high = tl.maximum(high, low)  # no query may reach these keys; // rounds towards zero below it
     if HAS_REAL or HAS_MASK:
         whole_low, whole_high = low, low
     else:
