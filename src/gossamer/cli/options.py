@@ -69,7 +69,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], WithSettings]:
 
 
 def merge_settings(preset: str | None, config: Path | None, given: Mapping[str, Any]) -> RunConfig:
-    """The settings of a run: the command line goes before the file, the file before the preset.
+    """The settings of a run: the command line overrides the file, the file overrides the preset.
 
     Raises:
         GossamerError: naming what is wrong and where it stands.

@@ -49,9 +49,9 @@ def sparsify(
     """Post-train MODEL until as few attention links are open as its loss allows, and measure it.
 
     Leaves in --out: model/ (the sparse model), control/ (the dense model
-    fine-tuned alike), metrics.json, training.jsonl and config.json. Options go
-    before --config, and that before --preset; gossamer settings prints all that
-    can stand in a file. In several processes: see gossamer launch-file.
+    fine-tuned alike), metrics.json, training.jsonl and config.json. Options
+    override --config, which overrides --preset; gossamer settings prints
+    everything that a file can set. In several processes: see gossamer launch-file.
     """
     from gossamer.runs.job import post_train
     from gossamer.runs.record import Run
