@@ -50,8 +50,8 @@ def sparsify(
 
     Leaves in --out: model/ (the sparse model), control/ (the dense model
     fine-tuned alike), metrics.json, training.jsonl and config.json. Options
-    override --config, which overrides --preset; gossamer settings prints
-    everything that a file can set. In several processes: see gossamer launch-file.
+    override --config, which overrides --preset; gossamer settings prints all
+    that can stand in a file. In several processes: see gossamer launch-file.
     """
     from gossamer.runs.job import post_train
     from gossamer.runs.record import Run
