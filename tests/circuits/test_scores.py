@@ -1,5 +1,7 @@
 """Every score of the registry, and the ones with a definition of their own against it."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,8 +11,9 @@ from gossamer.circuits.activation_cache import run_with_cache, source_outputs
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.intervention import run_with_edges, run_with_nodes
 from gossamer.circuits.scores import SCORES, eap_ig_activations, exact, find_score
+from gossamer.circuits.search import find_circuits
 from gossamer.circuits.streams import graph_of
-from gossamer.circuits.tasks.base import Batch
+from gossamer.circuits.tasks.base import Batch, Prompts
 from gossamer.errors import GossamerError
 
 
@@ -35,6 +38,18 @@ def test_a_score_is_of_units_that_there_are(name: str, family: str, gated: bool)
         assert links.shape == (2, graph.layers, graph.heads, 4, 4)
         assert links.tril().any()
         assert not links.triu(1).any()
+
+
+def test_the_command_line_names_every_score() -> None:
+    from gossamer.cli.circuits import circuits
+
+    said = inspect.signature(circuits).parameters["score"].annotation.__metadata__[0].help
+    assert all(name in said for name in SCORES)
+
+
+def test_a_score_without_links_is_refused_for_them() -> None:
+    with pytest.raises(GossamerError, match="eap-ig-activations is not defined for links"):
+        find_circuits(model_of("gpt2"), Prompts("logit_difference", (), ()), score=SCORES["eap-ig-activations"])
 
 
 def test_an_unknown_score_is_refused_by_name() -> None:

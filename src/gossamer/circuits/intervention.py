@@ -299,16 +299,16 @@ def run_with_interchange(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "batch tokens"],
     exchanged: Bool[Tensor, "layers heads tokens tokens"],
-    recording: ActivationCache,
+    cache: ActivationCache,
     donors: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch tokens vocab"]:
     """The model's logits when the exchanged links carry what they carry in another sequence.
 
     Args:
         exchanged: True where (layer, head, query, key) carries another sequence's weight and value.
-        recording: of the same batch, with ``links=True``.
+        cache: of the same batch, with ``links=True``.
         donors: of each sequence, the one of the batch whose links it gets.
     """
-    hooks = _InterchangedLinks(exchanged.to(input_ids.device), recording, donors.to(input_ids.device))
+    hooks = _InterchangedLinks(exchanged.to(input_ids.device), cache, donors.to(input_ids.device))
     with stream_hooks(model, hooks):
         return cast(Tensor, model(input_ids=input_ids, use_cache=False).logits)

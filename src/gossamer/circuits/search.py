@@ -87,6 +87,8 @@ def find_circuits(
     Raises:
         GossamerError: if the metric does not tell clean from corrupted prompts; if the score is not defined for links.
     """
+    if "links" in levels and score.links is None:
+        raise GossamerError(f"the score {score.name} is not defined for links")
     graph = graph_of(model)
     batches = tuple(prompts.batches(batch_size))
     count = len(prompts.kept)
@@ -103,8 +105,7 @@ def find_circuits(
         node_scores = scores.sum(1)
     links: list[Tensor] = []
     if "links" in levels:
-        if score.links is None:
-            raise GossamerError(f"the score {score.name} is not defined for links")
+        assert score.links is not None
         for done, batch in enumerate(batches):
             progress(f"scores of links, batch {done + 1} of {len(batches)}")
             some = score.links(model, batch, ablation="zero" if ablation == "zero" else "patch")

@@ -44,14 +44,12 @@ class Score:
 
     Attributes:
         name: in the registry, on the command line and in records.
-        summary: one sentence for help.
         edges: of component edges.
         nodes: of nodes; None where a node's score is the sum over the edges that leave it.
         links: of attention links; None if it is not defined for them.
     """
 
     name: str
-    summary: str
     edges: UnitScores
     nodes: UnitScores | None = None
     links: LinkScores | None = None

@@ -30,7 +30,7 @@ def link_scores(
     model: PreTrainedModel, batch: Batch, *, ablation: Literal["patch", "zero"] = "patch"
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
     """Gradient x value of every attention link, gradients on the clean run."""
-    return link_products(model, batch, None, ablation)
+    return link_products(model, batch, ablation)
 
 
-EAP = Score("eap", "edge attribution patching; links: gradient x value", edge_scores, links=link_scores)
+EAP = Score("eap", edge_scores, links=link_scores)

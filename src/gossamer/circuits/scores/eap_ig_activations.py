@@ -4,7 +4,7 @@
         a run on the clean prompts in which n writes  k/m a_n(clean) + (1 - k/m) a_n(corrupted)
 
 All heads of a layer are one block, and every run counts for every edge, as in EAP-IG's own code (Hanna et al. 2024,
-arXiv 2403.17806). It takes (2 layers + 1) m runs.
+arXiv 2403.17806). It takes (2 layers + 1)(m - 1) + 1 runs.
 """
 
 from collections.abc import Iterator
@@ -35,9 +35,9 @@ def edge_scores(
     """EAP-IG (activations) scores of all component edges, summed over the batch."""
     difference, _, _ = change(model, batch, ablation, mean)
     blocks = list(_blocks(graph_of(model)))
-    scores = difference.new_zeros(())
+    scores = products(model, batch, difference) / steps  # k = m, the clean run, is the same for every block
     for block in blocks:
-        for step in range(1, steps + 1):
+        for step in range(1, steps):
             shift = (1 - step / steps) * difference[block].sum(0)
             scores = scores + products(model, batch, difference, shift=(block, shift)) / (steps * len(blocks))
     return scores
@@ -51,8 +51,4 @@ def _blocks(graph: Graph) -> Iterator[slice]:
         yield slice(mlp, mlp + 1)
 
 
-EAP_IG_ACTIVATIONS = Score(
-    "eap-ig-activations",
-    f"EAP with gradients averaged over {STEPS} outputs of each block between corrupted and clean; not for links",
-    edge_scores,
-)
+EAP_IG_ACTIVATIONS = Score("eap-ig-activations", edge_scores)

@@ -5,13 +5,14 @@
 (Hanna et al. 2024, arXiv 2403.17806.) For links this is the path integral of gradient x value.
 """
 
+from functools import partial
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation, source_outputs
+from gossamer.circuits.activation_cache import Ablation
 from gossamer.circuits.scores.base import Score
 from gossamer.circuits.scores.gradients import change, link_products, products
 from gossamer.circuits.tasks.base import Batch
@@ -40,17 +41,11 @@ def link_scores(
     model: PreTrainedModel, batch: Batch, *, ablation: Literal["patch", "zero"] = "patch", steps: int = STEPS
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
     """Gradient x value of every attention link, gradients averaged as for edges."""
-    clean, corrupted = (source_outputs(model, ids)[0] for ids in (batch.clean, batch.corrupted))
-    return link_products(model, batch, _beginnings(clean, corrupted, steps), ablation)
+    return link_products(model, batch, ablation, partial(_beginnings, steps=steps))
 
 
 def _beginnings(clean: Tensor, corrupted: Tensor, steps: int) -> list[Tensor]:
     return [corrupted + step / steps * (clean - corrupted) for step in range(steps)]
 
 
-EAP_IG_INPUTS = Score(
-    "eap-ig-inputs",
-    f"EAP with gradients averaged over {STEPS} inputs between corrupted and clean; links: its path integral",
-    edge_scores,
-    links=link_scores,
-)
+EAP_IG_INPUTS = Score("eap-ig-inputs", edge_scores, links=link_scores)

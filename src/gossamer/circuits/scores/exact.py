@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation, run_with_cache
+from gossamer.circuits.activation_cache import Ablation, ActivationCache, run_with_cache
 from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.scores.base import Score
 from gossamer.circuits.streams import graph_of
@@ -60,7 +60,7 @@ def link_scores(
     return _one_at_a_time(keep, links).movedim(-1, 0)
 
 
-def _other(model: PreTrainedModel, batch: Batch, mean: Tensor | None) -> Any:
+def _other(model: PreTrainedModel, batch: Batch, mean: Tensor | None) -> ActivationCache:
     other = run_with_cache(model, batch.corrupted)
     other.mean = mean
     return other
@@ -79,10 +79,4 @@ def _one_at_a_time(keep: Callable[[Tensor], Tensor], everything: Tensor) -> Tens
     return scores.view(*everything.shape, -1)
 
 
-EXACT = Score(
-    "exact",
-    "one unit ablated at a time; one forward pass each",
-    edge_scores,
-    nodes=node_scores,
-    links=link_scores,
-)
+EXACT = Score("exact", edge_scores, nodes=node_scores, links=link_scores)

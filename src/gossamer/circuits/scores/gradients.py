@@ -10,7 +10,7 @@ then the gradient at q, k or v of each head goes back through its own rows of th
 some of them at a time. So the memory is that of what the sources wrote in one run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -235,19 +235,20 @@ def _column(graph: Graph, difference: Tensor, gradient: Tensor, destination: int
 def link_products(
     model: PreTrainedModel,
     batch: Batch,
-    beginnings: Sequence[Float[Tensor, "batch tokens d_model"]] | None,
     ablation: Literal["patch", "zero"],
+    beginnings: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda clean, corrupted: [clean],
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
     """Attribution scores of all attention links, by prompt, with the gradient averaged over some runs.
 
     Under ``zero`` the corrupted run's links count as nothing: the score estimates what cutting the link changes.
 
     Args:
-        beginnings: what the streams of each run begin with; None for one run on the clean prompts.
+        beginnings: what the streams of each run begin with, from the embeddings of clean and corrupted prompts,
+            ``[batch, tokens, d_model]`` each.
     """
     clean, corrupted = (run_with_cache(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
     total: Tensor | None = None
-    runs = [None] if beginnings is None else beginnings
+    runs = beginnings(clean.written[0], corrupted.written[0])
     for begin in runs:
         taps = _Taps(graph_of(model), links=True, begin=begin)
         _run(model, batch, taps)
