@@ -1,8 +1,8 @@
 """gossamer: makes a trained transformer's attention sparse enough to read.
 
 ``add_gates`` puts gates on every attention link, ``remove_gates`` takes them off, ``save`` and ``load`` keep them,
-``save_adapter`` and ``load_adapter`` keep what LoRA trained, ``gated_attention`` is the op itself. The ``gossamer``
-command does the whole job.
+``save_adapter`` and ``load_adapter`` keep what LoRA trained, ``explain`` finds the links that carry a prediction,
+``gated_attention`` is the op itself. The ``gossamer`` command does the whole job.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gossamer.errors import GossamerError
+    from gossamer.explanations.explain import Explanation, explain
     from gossamer.models.attention import counted_links, forced_open, sampled_gates
     from gossamer.models.checkpoint import load, save
     from gossamer.models.convert import add_gates, is_gated, remove_gates
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "GatedAttentionOutput",
     "GossamerError",
     "OpenLinks",
     "add_gates",
     "as_dense",
     "counted_links",
+    "explain",
     "forced_open",
     "gated_attention",
     "is_gated",
@@ -40,12 +43,14 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Explanation": "gossamer.explanations.explain",
     "GatedAttentionOutput": "gossamer.ops",
     "GossamerError": "gossamer.errors",
     "OpenLinks": "gossamer.ops",
     "add_gates": "gossamer.models.convert",
     "as_dense": "gossamer.models.lora",
     "counted_links": "gossamer.models.attention",
+    "explain": "gossamer.explanations.explain",
     "forced_open": "gossamer.models.attention",
     "gated_attention": "gossamer.ops",
     "is_gated": "gossamer.models.convert",

@@ -8,6 +8,7 @@ Within :func:`stream_hooks`, a :class:`StreamHooks` sees, and may change, what e
     attend(layer, ...)         queries, keys (positions applied) and values; returns the heads' outputs. If
                                read_attention() repeated the batch, they are of all its repetitions, and the outputs of
                                one are returned
+    scale_heads(layer, gain)   the factors of a norm between the heads and the stream, where there is one
     read_mlp(layer, x)         the stream that a layer's MLP reads, before any norm
     write_heads(layer, c)      what each head adds to the stream, norms after attention included
     write_mlp(layer, c)        what the MLP adds
@@ -30,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gossamer.circuits.graph import Graph
 from gossamer.errors import GossamerError
-from gossamer.models.architectures import Architecture, architecture_of
+from gossamer.models.architectures import Architecture, architecture_of, attention_modules
 from gossamer.models.attention import GateState, gated_mask
 
 IMPLEMENTATION = "gossamer_circuits"
@@ -63,6 +64,9 @@ class StreamHooks:
         """Heads' outputs; ``pattern(q, k)`` gives the attention weights with closed links at 0."""
         groups = q.shape[1] // k.shape[1]
         return pattern(q, k.repeat_interleave(groups, 1)) @ v.repeat_interleave(groups, 1)
+
+    def scale_heads(self, layer: int, gain: Float[Tensor, "batch tokens d_model"]) -> None:
+        """By what a norm after attention multiplies what the heads write; only where there is one."""
 
     def write_heads(self, layer: int, contributions: Float[Tensor, "heads batch tokens d_model"]) -> None:
         """After a layer's attention."""
@@ -142,14 +146,38 @@ def stream_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None]:
         yield
 
 
-class _Layer:
+@contextmanager
+def attention_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None]:
+    """:func:`stream_hooks` of ``attend`` alone, for passes in which nothing else is looked at: they take less time."""
+    before = model.config._attn_implementation
+    with ExitStack() as stack:
+        for layer, module in enumerate(attention_modules(model)):
+            module.visited_layer = _Attention(layer, hooks)  # type: ignore[assignment]
+            stack.callback(delattr, module, "visited_layer")
+        model.config._attn_implementation = IMPLEMENTATION
+        stack.callback(setattr, model.config, "_attn_implementation", before)
+        yield
+
+
+class _Attention:
+    """The attention of one layer."""
+
+    def __init__(self, layer: int, hooks: StreamHooks) -> None:
+        self.layer, self.hooks = layer, hooks
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        """What transformers' attention function returns: ``[rows, tokens, heads, d_value]``."""
+        return self.hooks.attend(self.layer, q, k, v, pattern).transpose(1, 2)
+
+
+class _Layer(_Attention):
     """The hooks of one layer."""
 
     def __init__(
         self, model: PreTrainedModel, architecture: Architecture, module: nn.Module, layer: int, hooks: StreamHooks
     ) -> None:
+        super().__init__(layer, hooks)
         branches = architecture.branches
-        self.layer, self.hooks = layer, hooks
         self.multiplier = getattr(model.config, branches.multiplier) if branches.multiplier else 1.0
         self.attention = module.get_submodule(architecture.attention)
         *self.projections, out = architecture.projections
@@ -190,8 +218,8 @@ class _Layer:
         return self.hooks.project(self.layer, name, args[0], result)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        """What transformers' attention function returns: [rows, tokens, heads, d_value], rows of all streams."""
-        outputs = self.hooks.attend(self.layer, q, k, v, pattern).transpose(1, 2)
+        """Rows are those of all streams."""
+        outputs = super().attend(q, k, v, pattern)
         self.outputs = outputs
         # With a repeated batch the other repetitions stand for nothing; _merge puts the outputs in.
         return outputs if len(outputs) == len(q) else outputs.new_zeros(()).expand(len(q), *outputs.shape[1:])
@@ -202,14 +230,19 @@ class _Layer:
 
     def _write_heads(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         assert self.outputs is not None
-        weight = self.projection.weight
-        rows = weight if isinstance(self.projection, Conv1D) else weight.mT
-        by_head = rows.view(self.outputs.shape[2], self.outputs.shape[3], -1)  # type: ignore[operator]
-        contributions = torch.einsum("bthv,hvd->hbtd", self.outputs, by_head) * self.multiplier
+        contributions = torch.einsum("bthv,hvd->hbtd", self.outputs, self.output_map(self.outputs.shape[2]))
         if self.attention_out is not self.attention:
-            contributions = contributions * _gain(module, args[0])
+            gain = norm_gain(module, args[0])
+            self.hooks.scale_heads(self.layer, gain)
+            contributions = contributions * gain
         self.outputs = None
         self.hooks.write_heads(self.layer, contributions)
+
+    def output_map(self, heads: int) -> Float[Tensor, "heads d_value d_model"]:
+        """What maps a head's output to what it adds to the stream, but for a norm after attention."""
+        weight: Tensor = self.projection.weight  # type: ignore[assignment]
+        rows = weight if isinstance(self.projection, Conv1D) else weight.mT
+        return rows.reshape(heads, -1, rows.shape[-1]) * self.multiplier
 
     def _read_mlp(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def read(x: Tensor) -> Tensor:
@@ -234,7 +267,15 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _gain(norm: nn.Module, x: Tensor) -> Tensor:
+def output_maps(model: PreTrainedModel) -> list[Float[Tensor, "heads d_value d_model"]]:
+    """What maps each head's output to what it adds to the stream, by layer, but for a norm after attention."""
+    architecture = architecture_of(model)
+    layers = enumerate(model.get_submodule(architecture.layers))
+    heads = model.config.num_attention_heads
+    return [_Layer(model, architecture, module, at, StreamHooks()).output_map(heads).detach() for at, module in layers]
+
+
+def norm_gain(norm: nn.Module, x: Tensor) -> Tensor:
     """The factor by which an RMS norm multiplies x; each head's part of x is multiplied by the same."""
     epsilon = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)  # type: ignore[arg-type]
     weight = norm.forward(torch.ones_like(x[:1, :1])) * (1 + epsilon) ** 0.5
@@ -252,7 +293,7 @@ def _visited_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     layer = module.visited_layer
-    assert isinstance(layer, _Layer)
+    assert isinstance(layer, _Attention)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return layer.attend(query, key, value, Pattern(module, attention_mask, scale, softcap)), None
 

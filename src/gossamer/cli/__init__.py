@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
 # The order in which --help names the commands.
-from gossamer.cli import pictures, training, evaluation, circuits  # noqa: F401
+from gossamer.cli import pictures, training, evaluation, circuits, explain  # noqa: F401
 from gossamer.cli.common import app
 from gossamer.errors import GossamerError, CollectiveError, one_line
 

@@ -1,6 +1,7 @@
-"""A run's records as one self-contained page that opens offline."""
+"""Records of a run, or of an explanation, as one self-contained page that opens offline."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -30,12 +31,23 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, name: str
 
 def page(records: Records, name: str | None = None) -> str:
     """The page as text; it calls the run by its folder's name if no other is given."""
+    return _filled("page.js", {"name": name or records.folder.resolve().name, **_content(records)})
+
+
+def explanation_page(record: Mapping[str, Any]) -> str:
+    """The page of an explanation, from its record, as text."""
+    return _filled("explanation.js", {"name": record["model"], **record})
+
+
+def _filled(script: str, content: dict[str, Any]) -> str:
+    """The page that a script draws from some content."""
     parts = files("gossamer.report") / "page"
     filled = (parts / "page.html").read_text(encoding="utf-8")
+    scripts = [(parts / name).read_text(encoding="utf-8") for name in ("common.js", script)]
     for place, text in (
         ("/*STYLE*/", (parts / "page.css").read_text(encoding="utf-8")),
-        ("/*SCRIPT*/", (parts / "page.js").read_text(encoding="utf-8")),
-        ("/*DATA*/", _embedded({"name": name or records.folder.resolve().name, **_content(records)})),
+        ("/*SCRIPT*/", "\n".join(scripts)),
+        ("/*DATA*/", _embedded(content)),
     ):
         filled = filled.replace(place, text, 1)
     return filled

@@ -1,0 +1,126 @@
+"""explain: which attention links carry one prediction, and why each of them is open."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from gossamer.cli.common import app, console, load_model_and_tokenizer, warn
+from gossamer.errors import GossamerError
+
+_SUFFIXES = (".html", ".json", ".graphml")
+
+
+class Kind(str, Enum):
+    """What a set of links has to be."""
+
+    sufficient = "sufficient"
+    complete = "complete"
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A run, a saved sparse model, an adapter, or a dense model.")],
+    prompt: Annotated[str, typer.Argument(help="Text; what comes after it is explained.")],
+    target: Annotated[
+        str | None, typer.Option(help="The token whose prediction is explained. [default: the model's first choice]")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another token: explain the logit difference, not the log-probability.")
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="A dense model: explain its prediction of the same token too, beside MODEL's.")
+    ] = None,
+    corrupted: Annotated[
+        str | None, typer.Option(help="A prompt of equal length: cut links carry its values instead of nothing.")
+    ] = None,
+    links: Annotated[
+        Kind | None,
+        typer.Option(
+            help="sufficient: the links alone keep the share. complete: without them no more than the rest is left. "
+            "[default: sufficient; complete with --dense]"
+        ),
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of the metric, kept by the links.")] = 0.9,
+    seeds: Annotated[int, typer.Option(min=1, help="Searches; how far their sets agree is reported.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first search.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write: .html (and a .json beside it), .json or .graphml."),
+    ] = None,
+) -> None:
+    """Explain why MODEL predicts what it does after PROMPT: the attention links that carry it.
+
+    The links are found by search and checked by running the model with them alone, and without them.
+    """
+    if out is not None:
+        _check_out(out)
+    from transformers.utils import logging
+
+    from gossamer.explanations.explain import explain as explained
+    from gossamer.explanations.record import explanation_record, in_words
+    from gossamer.training.malloc import keep_freed_memory
+
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    kind = (links or (Kind.complete if dense else Kind.sufficient)).value
+    network, tokenizer = load_model_and_tokenizer(model)
+    other = None if dense is None else _dense(dense, tokenizer)
+    with console.status("explaining") as status:
+
+        def settings(name: str) -> dict[str, Any]:
+            def progress(what: str, done: float, size: int) -> None:
+                status.update(escape(f"{name}{what}: {100 * done:.0f} %, smallest set {size:,} links"))
+
+            return {
+                "against": against, "corrupted": corrupted, "kind": kind, "share": share,
+                "seeds": range(seed, seed + seeds), "progress": progress,
+            }  # fmt: skip
+
+        found = explained(network, tokenizer, prompt, target=target, **settings(""))
+        beside = None
+        if other is not None:
+            token = tokenizer.decode([found.prediction.target])
+            beside = explained(other, tokenizer, prompt, target=token, **settings("dense model, "))
+    if len(found.seeds) < seeds:
+        warn(f"interrupted: {len(found.seeds)} of {seeds} searches were done; this is the smallest set so far")
+    record = explanation_record(found, tokenizer, model=model, dense=beside)
+    for line in in_words(record):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        _write(out, record)
+        console.print(str(out), markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix not in _SUFFIXES:
+        raise GossamerError(f"--out {out}: give a file that ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
+    if not out.parent.is_dir():
+        raise GossamerError(f"--out {out}: there is no directory {out.parent}; make it first")
+
+
+def _dense(name: str, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":  # type: ignore[name-defined]
+    """The dense model, which has to have the same tokens."""
+    from gossamer.models.convert import is_gated
+
+    network, own = load_model_and_tokenizer(name)
+    if is_gated(network):
+        raise GossamerError(f"--dense {name} is a sparse model; give a dense one")
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise GossamerError(f"--dense {name} has another vocabulary than MODEL; give the model it was made from")
+    return network
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    from gossamer.explanations.record import graphml, write_record
+    from gossamer.files import atomic_write_text
+    from gossamer.report.html import explanation_page
+
+    if out.suffix == ".graphml":
+        atomic_write_text(out, graphml(record))
+        return
+    write_record(out.with_suffix(".json"), record)
+    if out.suffix == ".html":
+        atomic_write_text(out, explanation_page(record))

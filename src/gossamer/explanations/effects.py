@@ -1,0 +1,120 @@
+"""What a link does: the tokens that it promotes where it writes, and the metric without it.
+
+A link adds w_ij v_j W_O to the stream at its query's position. What that does to the logits there, read off directly
+through the last norm (its scale held fixed) and the unembedding, are the tokens promoted and demoted; later layers may
+make something else of it. Its effect on the prediction is measured: the metric with every link less the metric when it
+alone is cut.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gossamer.circuits.streams import Pattern, StreamHooks, norm_gain, output_maps, stream_hooks
+from gossamer.explanations.link_masks import LinkMasks
+from gossamer.models.architectures import architecture_of
+
+SHOWN_TOKENS = 5
+"""Tokens that are named on either side."""
+
+
+@dataclass(frozen=True)
+class LinkEffect:
+    """What one link does.
+
+    Attributes:
+        weight: attention weight.
+        promotes, demotes: token ids, those whose logits it raises and lowers most where it writes.
+        alone: the share of the metric that is lost when it alone is cut from the whole model.
+        in_set: the share that is lost when it is cut from the set, all links outside it cut.
+    """
+
+    weight: float
+    promotes: tuple[int, ...]
+    demotes: tuple[int, ...]
+    alone: float
+    in_set: float
+
+
+@dataclass
+class _Recorder(StreamHooks):
+    weights: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    gains: dict[int, Tensor] = field(default_factory=dict)
+    final: Tensor | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        weights, values = pattern(q, k.repeat_interleave(groups, 1)), v.repeat_interleave(groups, 1)
+        self.weights.append(weights[0])
+        self.values.append(values[0])
+        return weights @ values
+
+    def scale_heads(self, layer: int, gain: Tensor) -> None:
+        self.gains[layer] = gain[0]
+
+    def read_logits(self, x: Tensor) -> Tensor:
+        self.final = x
+        return x
+
+
+@torch.no_grad()
+def link_effects(masks: LinkMasks, chosen: Bool[Tensor, " links"], places: Int[Tensor, " some"]) -> list[LinkEffect]:
+    """What some links of a set do.
+
+    Args:
+        masks: the prediction.
+        chosen: the set.
+        places: which of the links, by number in ``masks.links``.
+    """
+    model = masks.model
+    recorder = _Recorder()
+    with stream_hooks(model, recorder):
+        model(input_ids=masks.ids, use_cache=False)
+    maps = output_maps(model)
+    alone, in_set = _losses(masks, chosen, places)
+    found = []
+    for at, (layer, head, query, key) in enumerate(masks.links.cpu()[places].tolist()):
+        weight = recorder.weights[layer][head, query, key]
+        written = weight * recorder.values[layer][head, key] @ maps[layer][head]
+        if layer in recorder.gains:
+            written = written * recorder.gains[layer][query]
+        assert recorder.final is not None
+        logits = _direct_logits(model, written, recorder.final[:, query])
+        count = min(SHOWN_TOKENS, len(logits))
+        found.append(
+            LinkEffect(
+                float(weight), tuple(logits.topk(count).indices.tolist()),
+                tuple(logits.topk(count, largest=False).indices.tolist()), alone[at], in_set[at],
+            )
+        )  # fmt: skip
+    return found
+
+
+def _losses(masks: LinkMasks, chosen: Tensor, places: Tensor) -> tuple[list[float], list[float]]:
+    """The shares of the metric that are lost when each link is cut from the whole model, and from the set."""
+    everything = torch.ones_like(chosen)
+    whole = [everything.clone().index_fill_(0, place, False) for place in places]
+    smaller = [chosen.clone().index_fill_(0, place, False) for place in places]
+    # Cutting a link alone leaves those open that open because of it: f(not E) of the set of this link.
+    _, alone = masks.evaluate([~each for each in whole])
+    kept, _ = masks.evaluate([chosen, *smaller], cut=False)
+    return (1 - alone).tolist(), (kept[0] - kept[1:]).tolist()
+
+
+def _direct_logits(
+    model: PreTrainedModel, written: Float[Tensor, " d_model"], stream: Float[Tensor, "1 d_model"]
+) -> Float[Tensor, " vocab"]:
+    """By how much a vector in the stream changes the logits, the scale of the last norm held fixed."""
+    norm = model.get_submodule(architecture_of(model).final_norm)
+    if isinstance(norm, nn.LayerNorm):
+        centred = stream - stream.mean(-1, keepdim=True)
+        scale = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + norm.eps)
+        normed = (written - written.mean()) * scale[0] * norm.weight
+    else:
+        normed = written * norm_gain(norm, stream[None])[0, 0]
+    head = model.get_output_embeddings()
+    return (head.weight @ normed).float()

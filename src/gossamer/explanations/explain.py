@@ -1,0 +1,216 @@
+"""The explanation of one prediction: the links that carry it, checked by running the model, and why each is open.
+
+1. A set of links is searched for with every seed. The first seed's set is the explanation; how far the others agree is
+   reported beside it.
+2. For other shares of the metric the set is grown or thinned.
+3. Its strongest links are looked at one by one: weight, gate, what they write, what is lost without them, and why they
+   are open.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gossamer.circuits.streams import graph_of
+from gossamer.errors import GossamerError
+from gossamer.explanations.effects import LinkEffect, link_effects
+from gossamer.explanations.link_masks import LinkMasks
+from gossamer.explanations.prediction import Prediction, predict, prompt_tokens
+from gossamer.explanations.reasons import GateSplitter, Reason
+from gossamer.explanations.search import LinkSearch, LinkSet, overlap
+from gossamer.models.architectures import attention_modules
+
+Kind = Literal["sufficient", "complete"]
+
+SHARES = (0.5, 0.8, 0.9, 0.95)
+"""Of the metric, for which sets are given beside the one that was asked for."""
+
+MOST_DETAILED = 60
+"""Links of a set that are looked at one by one, the strongest."""
+
+Progress = Callable[[str, float, int], None]
+"""Called with what is being done, the share of it that is done, and how many links the smallest set so far has."""
+
+
+@dataclass(frozen=True)
+class ExplainedLink:
+    """One link of the explanation.
+
+    Attributes:
+        link: layer, head, query position, key position.
+        effect: what it does.
+        reason: why it is open, or in a dense model how its logit comes about.
+        found_by: the share of the seeds whose set has it.
+    """
+
+    link: tuple[int, int, int, int]
+    effect: LinkEffect
+    reason: Reason
+    found_by: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which links carry one prediction of one model.
+
+    Attributes:
+        prediction: prompt, target, and what the target is compared with.
+        corrupted: the tokens whose values cut links carry; None: they carry nothing.
+        kind: whether the set is sufficient, or complete: sufficient and necessary.
+        share: of the metric that it keeps.
+        full, nothing: the metric with every link and with none.
+        candidates: links that the model has on this prompt: the open ones, of a dense model all.
+        links: ``[candidates, 4]`` of all of them: layer, head, query, key.
+        seeds: by which the sets were found.
+        sets: the set of each seed; the first is the explanation.
+        by_share: sets of the first seed for other shares of the metric.
+        details: the strongest links of the first set, the strongest first.
+    """
+
+    prediction: Prediction
+    corrupted: tuple[int, ...] | None
+    kind: Kind
+    share: float
+    full: float
+    nothing: float
+    candidates: int
+    links: Tensor
+    seeds: tuple[int, ...]
+    sets: tuple[LinkSet, ...]
+    by_share: dict[float, LinkSet]
+    details: tuple[ExplainedLink, ...]
+
+    @property
+    def overlap(self) -> float | None:
+        """The mean Jaccard index of the seeds' sets; None for one seed."""
+        return overlap(list(self.sets))
+
+    def found_by(self) -> Float[Tensor, " candidates"]:
+        """The share of the seeds whose set has each link."""
+        return torch.stack([each.chosen.float() for each in self.sets]).mean(0)
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    target: str | None = None,
+    against: str | None = None,
+    corrupted: str | None = None,
+    kind: Kind = "sufficient",
+    share: float = 0.9,
+    seeds: Sequence[int] = (0, 1),
+    shares: Sequence[float] = SHARES,
+    progress: Progress = lambda what, done, size: None,
+) -> Explanation:
+    """Find the attention links that carry the prediction after a prompt.
+
+    Args:
+        model: dense or gated, of a supported family.
+        tokenizer: of the model.
+        prompt: text.
+        target: text of the token whose prediction is explained; the model's first choice if None.
+        against: text of another token: the metric is the logit difference then, else log p(target).
+        corrupted: a prompt of the same length in tokens; cut links then carry its values instead of nothing.
+        kind: ``sufficient``: all other links cut, ``share`` of the metric is left. ``complete``: besides, at most
+            1 - share is left when the set alone is cut.
+        share: of the metric.
+        seeds: of the search, each with a set of its own; the first is the explanation.
+        shares: other shares for which a set is given.
+        progress: told how far it is. KeyboardInterrupt in it, or anywhere in the search, ends the search with the best
+            set so far.
+
+    Raises:
+        GossamerError: on a prompt or target that cannot be explained, or a model that cannot be taken apart.
+    """
+    graph_of(model)
+    if not 0 < share < 1:
+        raise GossamerError(f"a share of {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.eval().requires_grad_(False)
+    try:
+        prediction = predict(model, tokenizer, prompt, target=target, against=against)
+        other = None if corrupted is None else prompt_tokens(model, tokenizer, corrupted, "the corrupted prompt")
+        return explain_prediction(
+            model, prediction, corrupted=other, kind=kind, share=share, seeds=seeds, shares=shares, progress=progress
+        )
+    finally:
+        model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def explain_prediction(
+    model: PreTrainedModel,
+    prediction: Prediction,
+    *,
+    corrupted: tuple[int, ...] | None = None,
+    kind: Kind = "sufficient",
+    share: float = 0.9,
+    seeds: Sequence[int] = (0, 1),
+    shares: Sequence[float] = SHARES,
+    progress: Progress = lambda what, done, size: None,
+) -> Explanation:
+    """:func:`explain` for a prediction by its tokens; the weights must not want gradients."""
+    masks = LinkMasks(model, prediction, corrupted)
+    sets: list[LinkSet] = []
+    by_share: dict[float, LinkSet] = {}
+    for at, seed in enumerate(seeds):
+        what = f"seed {at + 1} of {len(seeds)}"
+        search = LinkSearch(
+            masks, share=share, complete=kind == "complete", seed=seed, progress=partial(progress, what)
+        )
+        try:
+            sets.append(search.run())
+            if at == 0:
+                by_share = _other_shares(search, sets[0], shares, progress)
+        except KeyboardInterrupt:
+            if not sets:
+                sets.append(search.result())
+            break
+    details = _details(model, masks, sets, progress)
+    return Explanation(
+        prediction, corrupted, kind, share, masks.full, masks.nothing, len(masks), masks.links.cpu(),
+        tuple(seeds[: len(sets)]), tuple(sets), by_share, details,
+    )  # fmt: skip
+
+
+def _other_shares(
+    search: LinkSearch, found: LinkSet, shares: Sequence[float], progress: Progress
+) -> dict[float, LinkSet]:
+    by_share = {search.share: found}
+    for share in sorted(set(shares) - {search.share}, reverse=True):
+        progress(f"{share:.0%} of the metric", 0.0, len(found))
+        by_share[share] = search.at_share(share)
+    return dict(sorted(by_share.items()))
+
+
+def _details(
+    model: PreTrainedModel, masks: LinkMasks, sets: list[LinkSet], progress: Progress
+) -> tuple[ExplainedLink, ...]:
+    progress("why the links are open", 0.0, len(sets[0]))
+    search = LinkSearch(masks)
+    search.best = sets[0].chosen
+    strength = search.gradients().masked_fill(~sets[0].chosen, -1.0)
+    places = strength.topk(min(MOST_DETAILED, len(sets[0]))).indices
+    effects = link_effects(masks, sets[0].chosen, places)
+    links = [(layer, head, query, key) for layer, head, query, key in masks.links.cpu()[places].tolist()]
+    reasons = GateSplitter(model, masks.prediction.ids).explain(links)
+    votes = torch.stack([each.chosen.float() for each in sets]).mean(0)[places].tolist()
+    found = [ExplainedLink(*each) for each in zip(links, effects, reasons, votes, strict=True)]
+    return tuple(sorted(found, key=lambda each: -abs(each.effect.in_set)))
+
+
+def open_links_per_query(explanation: Explanation, model: PreTrainedModel) -> float:
+    """Links that the model has on the prompt, a query and head."""
+    layers = len(list(attention_modules(model)))
+    heads = model.config.num_attention_heads
+    return explanation.candidates / (layers * heads * len(explanation.prediction.ids))

@@ -1,0 +1,179 @@
+"""One prediction under masks on its attention links.
+
+    f(E)     = (m(E) - m(nothing)) / (m(everything) - m(nothing))        links outside E cut: what is left of the metric
+    f(not E) = the same with the links of E cut and all others kept
+
+Attention weights and gates are computed anew under every mask. A cut link carries nothing, or with a corrupted prompt
+what it carries there.
+
+The links that have a mask are those that are open on the prompt (in a dense model: all), on the corrupted one too where
+there is one. A link that opens only because others are cut counts as outside E.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from gossamer.circuits.streams import Pattern, StreamHooks, attention_hooks
+from gossamer.errors import GossamerError
+from gossamer.explanations.prediction import Prediction
+
+SMALLEST_DIFFERENCE = 1e-3
+"""Between the metric with all links and with none, nats: below it there is nothing to explain."""
+
+_TOKENS_AT_ONCE = 1_024
+"""Rows times tokens in one forward pass without gradients."""
+
+_RECOMPUTED = 256
+"""Tokens from which attention is computed again in the backward pass: its weights take more room than all else."""
+
+
+@dataclass(frozen=True)
+class MaskRow:
+    """One copy of the prompt in a pass.
+
+    Attributes:
+        mask: of the links, between 0 (cut) and 1 (kept).
+        others_kept: whether links without a mask are kept.
+    """
+
+    mask: Float[Tensor, " links"]
+    others_kept: bool
+
+
+@dataclass
+class _Recorder(StreamHooks):
+    """What the links of a prompt carry; weights and values are kept where they are wanted."""
+
+    wanted: bool
+    carrying: list[Bool[Tensor, "heads tokens tokens"]] = field(default_factory=list)
+    weights: list[Float[Tensor, "1 heads tokens tokens"]] = field(default_factory=list)
+    values: list[Float[Tensor, "1 heads tokens d_value"]] = field(default_factory=list)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        weights, values = pattern(q, k.repeat_interleave(groups, 1)), v.repeat_interleave(groups, 1)
+        self.carrying.append(weights[0] > 0)
+        if self.wanted:
+            self.weights.append(weights)
+            self.values.append(values)
+        return weights @ values
+
+
+@dataclass
+class _Masked(StreamHooks):
+    """Attention with a mask of its own in each row."""
+
+    places: list[Int[Tensor, " own"]]
+    rows: list[MaskRow]
+    corrupted: _Recorder | None
+    offsets: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ends = torch.tensor([len(place) for place in self.places]).cumsum(0).tolist()
+        self.offsets = [0, *ends]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        own = slice(self.offsets[layer], self.offsets[layer + 1])
+        masks = torch.stack([row.mask[own] for row in self.rows])
+        arguments = (layer, q, k, v, masks, pattern)
+        if torch.is_grad_enabled() and q.shape[2] > _RECOMPUTED:
+            return checkpoint(self._attend, *arguments, use_reentrant=False)
+        return self._attend(*arguments)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, masks: Tensor, pattern: Pattern) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        weights, values = pattern(q, k.repeat_interleave(groups, 1)), v.repeat_interleave(groups, 1)
+        rest = torch.tensor([float(row.others_kept) for row in self.rows], device=q.device, dtype=weights.dtype)
+        everywhere = rest[:, None].expand(-1, weights[0].numel())
+        kept = everywhere.index_copy(1, self.places[layer], masks.to(weights)).view_as(weights)
+        output = (weights * kept) @ values
+        if self.corrupted is not None:
+            output = output + (self.corrupted.weights[layer] * (1 - kept)) @ self.corrupted.values[layer]
+        return output
+
+
+class LinkMasks:
+    """A prediction, its links, and the metric under masks on them.
+
+    Args:
+        model: dense or gated, in ``eval()`` mode, its weights frozen.
+        prediction: what is explained.
+        corrupted: tokens of a prompt of the same length whose values cut links carry; None: they carry nothing.
+
+    Attributes:
+        links: ``[links, 4]``: layer, head, query position and key position of those that have a mask.
+        full, nothing: the metric with every link, and with none.
+
+    Raises:
+        GossamerError: if the corrupted prompt has another length; if cutting every link changes nothing.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prediction: Prediction, corrupted: tuple[int, ...] | None = None
+    ) -> None:
+        self.model, self.prediction = model, prediction
+        self.ids = torch.tensor([prediction.ids], device=model.device)
+        tokens = len(prediction.ids)
+        self.corrupted: _Recorder | None = None
+        candidates = torch.stack(self._record(prediction.ids, wanted=False).carrying)
+        if corrupted is not None:
+            if len(corrupted) != tokens:
+                raise GossamerError(
+                    f"--corrupted has {len(corrupted)} tokens and the prompt {tokens}; give prompts of equal length"
+                )
+            self.corrupted = self._record(corrupted, wanted=True)
+            candidates |= torch.stack(self.corrupted.carrying)
+        self.links: Int[Tensor, "links 4"] = candidates.nonzero()
+        self._places = [layer.flatten().nonzero()[:, 0] for layer in candidates]
+        none = torch.zeros(len(self.links), device=model.device)
+        self.full, self.nothing = self.metrics([MaskRow(none + 1, True), MaskRow(none, False)]).tolist()
+        if abs(self.full - self.nothing) < SMALLEST_DIFFERENCE:
+            raise GossamerError(
+                f"the {prediction.metric_name} is {self.full:.3f} with every attention link and {self.nothing:.3f} "
+                "with none: this prediction does not depend on attention; give a longer prompt or another target"
+            )
+
+    @torch.no_grad()
+    def _record(self, ids: tuple[int, ...], *, wanted: bool) -> _Recorder:
+        recorder = _Recorder(wanted)
+        with attention_hooks(self.model, recorder):
+            self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, logits_to_keep=1)
+        return recorder
+
+    def __len__(self) -> int:
+        return len(self.links)
+
+    def metrics(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
+        """The metric under each mask, all rows in one forward pass; differentiable by the masks."""
+        hooks = _Masked(self._places, rows, self.corrupted)
+        ids = self.ids.expand(len(rows), -1)
+        with attention_hooks(self.model, hooks):
+            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return self.prediction.metric(logits)
+
+    def share(self, metrics: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """f: which share of m(everything) - m(nothing) is left."""
+        return (metrics - self.nothing) / (self.full - self.nothing)
+
+    @torch.no_grad()
+    def evaluate(
+        self, sets: list[Bool[Tensor, " links"]], *, cut: bool = True
+    ) -> tuple[Float[Tensor, " sets"], Float[Tensor, " sets"]]:
+        """f(E) and f(not E) of some sets of links, as many in one pass as fit.
+
+        Args:
+            sets: True where a link is in the set.
+            cut: whether f(not E) is wanted; else it is NaN.
+        """
+        at_once = max(1, _TOKENS_AT_ONCE // self.ids.shape[1])
+        rows = [MaskRow(each.float(), False) for each in sets]
+        rows += [MaskRow(1 - each.float(), True) for each in sets] if cut else []
+        found = torch.cat([self.metrics(rows[at : at + at_once]) for at in range(0, len(rows), at_once)])
+        shares = self.share(found).cpu()
+        kept = shares[: len(sets)]
+        return kept, shares[len(sets) :] if cut else torch.full_like(kept, torch.nan)

@@ -1,0 +1,134 @@
+const MOST_DRAWN = 2000, FOLDED_FROM = 40;
+const percent = (share) => (100 * share).toFixed(0) + " %";
+const linkName = ([layer, head, query, key]) =>
+  [`layer ${layer} head ${head}: `, token(data.tokens[query]), ` (${query}) reads `, token(data.tokens[key]), ` (${key})`];
+const same = (a, b) => a.every((value, place) => value === b[place]);
+
+function tiles(pairs) {
+  return element("div", { class: "tiles" }, pairs.filter(([, value]) => value !== null).map(([name, value]) =>
+    element("div", { class: "tile" }, element("b", {}, value), element("span", {}, name))));
+}
+
+function predictionSection() {
+  const prompt = element("div", { class: "tokens", "aria-label": "Prompt" },
+    data.tokens.map((text, place) => element("span", { class: "token", title: "position " + place }, shown(text))));
+  const against = data.against ? [" rather than ", token(data.against.text)] : [];
+  section("prediction", "Prediction", prompt,
+    element("p", {}, "Why ", element("b", {}, token(data.target.text)), ...against, ` comes next. The metric is the ${data.metric} of this token: ` +
+      `${number(data.metric_full)} with every attention link, ${number(data.metric_none)} with none.`),
+    tiles([
+      ["links in the explanation, of " + number(data.candidates), number(data.size)],
+      ["of the metric is kept by them alone", percent(data.kept)],
+      ["is left when they are cut", percent(data.left_when_cut)],
+      ["overlap of the sets of " + data.seeds.length + " seeds (Jaccard)", data.overlap === null ? null : number(data.overlap, 2)],
+      ["times as many links in the dense model", data.dense ? number(data.dense_links_per_link, 1) : null],
+    ]),
+    element("p", { class: "soft" }, data.kind === "complete"
+      ? "The set is sufficient and necessary: with all other links cut, this share of the metric is kept; with these cut, no more than the rest is left."
+      : "The set is sufficient: with all other links cut, this share of the metric is kept. Other sets may be sufficient too; what is left when this one is cut says how much they carry."));
+}
+
+// Tokens that a link touches, and a mark for each run of others.
+function columns(links, folded) {
+  const touched = new Set([data.tokens.length - 1]);
+  links.forEach(([, , query, key]) => { touched.add(query); touched.add(key); });
+  const found = [];
+  data.tokens.forEach((text, place) => {
+    if (!folded || touched.has(place)) found.push({ label: shown(text).slice(0, 12), places: [place] });
+    else if (found.length && found[found.length - 1].gap) found[found.length - 1].places.push(place);
+    else found.push({ label: "…", places: [place], gap: true });
+  });
+  return found;
+}
+
+function arcs(record, links, strength, color, folded, chosen, choose) {
+  const tokens = columns(links, folded), column = new Map();
+  tokens.forEach(({ places }, at) => places.forEach((place) => column.set(place, at)));
+  const layers = 1 + Math.max(...record.links.map((link) => link[0]), 0);
+  const wide = Math.max(360, 40 + tokens.length * 40), rise = Math.max(12, Math.min(40, 480 / layers)), inset = 60;
+  const x = (place) => inset + (column.get(place) + .5) * (wide - inset - 4) / tokens.length;
+  const y = (level) => 12 + (layers - level) * rise;
+  const svg = drawn("svg", { viewBox: `0 0 ${wide} ${layers * rise + 90}`, role: "img", style: `min-width:${Math.min(wide, 900)}px;max-width:${1.3 * wide}px`,
+    "aria-label": `${links.length} links of the ${color} model` });
+  for (let level = 0; level <= layers; level += layers > 12 ? 5 : 1)
+    svg.append(drawn("line", { x1: 32, x2: wide, y1: y(level), y2: y(level), class: "grid" }),
+      drawn("text", { x: 2, y: y(level) + 4, class: "soft" }, level ? String(level - 1) : "in"));
+  tokens.forEach(({ label, places }) => svg.append(drawn("text", { x: 0, y: 0, "text-anchor": "end", direction: "ltr",
+    style: "unicode-bidi:isolate", transform: `translate(${x(places[0]) + 4},${y(0) + 12}) rotate(-50)` }, label)));
+  const most = Math.max(...links.map(strength), 1e-9);
+  for (const link of links.slice(0, MOST_DRAWN)) {
+    const [layer, , query, key] = link, picked = chosen && same(link, chosen);
+    const found = record.found_by[record.places.get(link.join())] ?? 0;
+    const path = drawn("path", {
+      d: `M${x(key)},${y(layer)} C${x(key)},${y(layer + .5)} ${x(query)},${y(layer + .5)} ${x(query)},${y(layer + 1)}`,
+      fill: "none", stroke: picked ? ink("--mark") : ink(color, found === 1 ? .85 : .4),
+      "stroke-width": (picked ? 2 : 0) + 0.8 + 5 * strength(link) / most, style: "cursor:pointer" },
+      drawn("title", {}, `layer ${layer} head ${link[1]}: ${shown(data.tokens[query])} reads ${shown(data.tokens[key])}`));
+    path.addEventListener("pointerenter", () => choose(link, true));
+    path.addEventListener("click", () => choose(link));
+    svg.append(path);
+  }
+  return element("div", { class: "scroll" }, svg);
+}
+
+function describe(record, link) {
+  if (!link) return element("p", { class: "soft" }, "Point at a link, or choose one from the list, to see what it does and why it is open.");
+  const detail = record.details.find((one) => same(one.link, link));
+  if (!detail) return element("p", {}, ...linkName(link), ". Only the strongest links were looked at one by one; this is none of them.");
+  const list = (texts) => texts.map((text) => [" ", token(text)]).flat();
+  const rows = detail.tests.map((test) => [`${test.writer} in the ${test.side}`, test.part, test.gate_fixed, test.gate_recomputed, test.closes ? "closes" : "stays open"]);
+  return element("div", {},
+    element("p", {}, element("b", {}, ...linkName(link)), `. Attention weight ${number(detail.weight, 2)}, gate logit ${number(detail.gate, 2)}. ` +
+      `Cut from the set it costs ${percent(detail.lost_from_set)} of the metric, cut alone from the whole model ${percent(detail.lost_alone)}. ` +
+      `Found by ${percent(detail.found_by)} of the seeds.`),
+    element("p", {}, "Where it writes it promotes", ...list(detail.promotes), " and demotes", ...list(detail.demotes), ", read off directly through the unembedding."),
+    element("h3", {}, "Why it is open"),
+    element("table", {}, element("thead", {}, element("tr", {}, ["query wrote", "key wrote", "part of the logit"].map((name) => element("th", { scope: "col" }, name)))),
+      element("tbody", {}, detail.pairs.map((pair) => element("tr", {}, [pair.query, pair.key, number(pair.part, 2)].map((cell) => element("td", {}, cell)))))),
+    rows.length ? element("table", {}, element("thead", {}, element("tr", {}, ["without", "its part", "gate, norm fixed", "gate, norm recomputed", ""].map((name) => element("th", { scope: "col" }, name)))),
+      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell) => element("td", {}, typeof cell === "number" ? number(cell, 2) : cell)))))) : null);
+}
+
+function linksSection(id, title, record, color) {
+  record.places = new Map(record.links.map((link, place) => [link.join(), place]));
+  const lost = new Map(record.details.map((one) => [one.link.join(), Math.abs(one.lost_from_set)]));
+  const strength = (link) => lost.get(link.join()) ?? 0;
+  const shares = Object.keys(record.shares).sort((a, b) => a - b);
+  let share = Math.max(0, shares.findIndex((one) => Number(one) === record.share)), chosen = null;
+  let folded = data.tokens.length > FOLDED_FROM;
+  const picture = element("div"), says = element("output"), details = element("div", { "aria-live": "polite" });
+  const wanted = () => `Share of the metric: at least ${percent(shares[share])}`;
+  const sliderName = element("span", {}, shares.length ? wanted() : "");
+  const slider = element("input", { type: "range", min: 0, max: shares.length - 1, step: 1, value: share,
+    oninput: (event) => { share = Number(event.target.value); sliderName.textContent = wanted(); draw(); } });
+  const fold = element("input", { type: "checkbox", onchange: (event) => { folded = event.target.checked; draw(); } });
+  fold.checked = folded;
+  const list = element("ol", { class: "sentences" }, record.details.map((one) => element("li", {},
+    element("button", { type: "button", onclick: () => choose(one.link) }, ...linkName(one.link), ` · ${percent(one.lost_from_set)}`))));
+  function choose(link, pointed = false) {
+    chosen = link;
+    details.replaceChildren(describe(record, link));
+    if (!pointed) draw();
+    [...list.querySelectorAll("button")].forEach((button, place) =>
+      button.setAttribute("aria-current", String(same(record.details[place].link, link))));
+  }
+  function draw() {
+    const set = shares.length ? record.shares[shares[share]] : record;
+    const links = [...set.links].sort((a, b) => strength(b) - strength(a));
+    says.textContent = `${number(set.size)} links keep ${percent(set.kept)} of the metric; ${percent(set.left_when_cut)} is left when they are cut.` +
+      (links.length > MOST_DRAWN ? ` The ${number(MOST_DRAWN)} strongest are drawn.` : "");
+    picture.replaceChildren(arcs(record, links, strength, color, folded, chosen, choose));
+  }
+  details.append(describe(record, null));
+  section(id, title, element("div", { class: "controls" },
+    shares.length > 1 ? element("label", {}, sliderName, slider) : null,
+    element("label", {}, "Fold tokens that no link touches", fold)), says, picture,
+    element("div", { class: "pair" }, element("div", {}, element("h3", {}, "Strongest links"), list), details),
+    numbers(["layer", "head", "query", "key", "found by"], record.links.slice(0, MOST_DRAWN).map((link, place) => [...link, record.found_by[place]])));
+  redraws.push(draw);
+  draw();
+}
+
+predictionSection();
+linksSection("links", data.dense ? "Links of the sparse model" : "Links", data, "sparse");
+if (data.dense) linksSection("dense", "Links of the dense model", data.dense, "dense");
