@@ -45,10 +45,11 @@ def key_value_table(title: str, facts: dict[str, object]) -> Table:
 
 
 def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
-    """The model and tokenizer of a run, a saved sparse model, or a dense model by name."""
+    """The model and tokenizer of a run, a saved sparse model, an adapter, or a dense model by name."""
     from transformers.utils import logging
 
     from gossamer.models.checkpoint import is_saved_model, load
+    from gossamer.models.lora_files import adapter_base, is_adapter, load_adapter
     from gossamer.models.pretrained import load_dense
     from gossamer.models.tokenizers import load_own_tokenizer
     from gossamer.runs.record import Run, load_sparse
@@ -59,4 +60,7 @@ def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedT
         return load_sparse(run), load_own_tokenizer(run.model)
     if is_saved_model(Path(target)):
         return load(target), load_own_tokenizer(target)
+    if is_adapter(Path(target)):
+        dense, tokenizer = load_dense(adapter_base(target))
+        return load_adapter(target, dense, inplace=True), tokenizer
     return load_dense(target)

@@ -60,6 +60,7 @@ def explain(
     from transformers.utils import logging
 
     from gossamer.explanations.explain import explain as explained
+    from gossamer.explanations.explain import explain_prediction
     from gossamer.explanations.record import explanation_record, in_words
     from gossamer.training.malloc import keep_freed_memory
 
@@ -67,7 +68,7 @@ def explain(
     keep_freed_memory()
     kind = (links or (Kind.complete if dense else Kind.sufficient)).value
     network, tokenizer = load_model_and_tokenizer(model)
-    other = None if dense is None else _dense(dense, tokenizer)
+    other = None if dense is None else _dense(dense, tokenizer, prompt)
     with console.status("explaining") as status:
 
         def settings(name: str) -> dict[str, Any]:
@@ -75,15 +76,15 @@ def explain(
                 status.update(escape(f"{name}{what}: {100 * done:.0f} %, smallest set {size:,} links"))
 
             return {
-                "against": against, "corrupted": corrupted, "kind": kind, "share": share,
-                "seeds": range(seed, seed + seeds), "progress": progress,
+                "kind": kind, "share": share, "seeds": range(seed, seed + seeds), "progress": progress,
             }  # fmt: skip
 
-        found = explained(network, tokenizer, prompt, target=target, **settings(""))
+        found = explained(
+            network, tokenizer, prompt, target=target, against=against, corrupted=corrupted, **settings("")
+        )
         beside = None
         if other is not None:
-            token = tokenizer.decode([found.prediction.target])
-            beside = explained(other, tokenizer, prompt, target=token, **settings("dense model, "))
+            beside = explain_prediction(other, found.prediction, corrupted=found.corrupted, **settings("dense model, "))
     if len(found.seeds) < seeds:
         warn(f"interrupted: {len(found.seeds)} of {seeds} searches were done; this is the smallest set so far")
     record = explanation_record(found, tokenizer, model=model, dense=beside)
@@ -101,8 +102,9 @@ def _check_out(out: Path) -> None:
         raise GossamerError(f"--out {out}: there is no directory {out.parent}; make it first")
 
 
-def _dense(name: str, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel":  # type: ignore[name-defined]
-    """The dense model, which has to have the same tokens."""
+def _dense(name: str, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> "PreTrainedModel":  # type: ignore[name-defined]
+    """The dense model, which has to have the same tokens and room for the prompt."""
+    from gossamer.explanations.prediction import prompt_tokens
     from gossamer.models.convert import is_gated
 
     network, own = load_model_and_tokenizer(name)
@@ -110,6 +112,7 @@ def _dense(name: str, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedModel"
         raise GossamerError(f"--dense {name} is a sparse model; give a dense one")
     if own.get_vocab() != tokenizer.get_vocab():
         raise GossamerError(f"--dense {name} has another vocabulary than MODEL; give the model it was made from")
+    prompt_tokens(network, tokenizer, prompt, "the prompt")
     return network
 
 

@@ -7,7 +7,8 @@
    are open.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -131,17 +132,22 @@ def explain(
         GossamerError: on a prompt or target that cannot be explained, or a model that cannot be taken apart.
     """
     graph_of(model)
-    if not 0 < share < 1:
-        raise GossamerError(f"a share of {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
+    with _frozen(model):
+        prediction = predict(model, tokenizer, prompt, target=target, against=against)
+        other = None if corrupted is None else prompt_tokens(model, tokenizer, corrupted, "the corrupted prompt")
+    return explain_prediction(
+        model, prediction, corrupted=other, kind=kind, share=share, seeds=seeds, shares=shares, progress=progress
+    )
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, the model is in ``eval()`` mode and its weights want no gradients; afterwards as before."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
     try:
-        prediction = predict(model, tokenizer, prompt, target=target, against=against)
-        other = None if corrupted is None else prompt_tokens(model, tokenizer, corrupted, "the corrupted prompt")
-        return explain_prediction(
-            model, prediction, corrupted=other, kind=kind, share=share, seeds=seeds, shares=shares, progress=progress
-        )
+        yield
     finally:
         model.train(was_training)
         for parameter in trained:
@@ -159,28 +165,31 @@ def explain_prediction(
     shares: Sequence[float] = SHARES,
     progress: Progress = lambda what, done, size: None,
 ) -> Explanation:
-    """:func:`explain` for a prediction by its tokens; the weights must not want gradients."""
-    masks = LinkMasks(model, prediction, corrupted)
-    sets: list[LinkSet] = []
-    by_share: dict[float, LinkSet] = {}
-    for at, seed in enumerate(seeds):
-        what = f"seed {at + 1} of {len(seeds)}"
-        search = LinkSearch(
-            masks, share=share, complete=kind == "complete", seed=seed, progress=partial(progress, what)
-        )
-        try:
-            sets.append(search.run())
-            if at == 0:
-                by_share = _other_shares(search, sets[0], shares, progress)
-        except KeyboardInterrupt:
-            if not sets:
-                sets.append(search.result())
-            break
-    details = _details(model, masks, sets, progress)
-    return Explanation(
-        prediction, corrupted, kind, share, masks.full, masks.nothing, len(masks), masks.links.cpu(),
-        tuple(seeds[: len(sets)]), tuple(sets), by_share, details,
-    )  # fmt: skip
+    """:func:`explain` for a prediction by its tokens."""
+    if not 0 < share < 1:
+        raise GossamerError(f"a share of {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
+    with _frozen(model):
+        masks = LinkMasks(model, prediction, corrupted)
+        sets: list[LinkSet] = []
+        by_share: dict[float, LinkSet] = {}
+        for at, seed in enumerate(seeds):
+            what = f"seed {at + 1} of {len(seeds)}"
+            search = LinkSearch(
+                masks, share=share, complete=kind == "complete", seed=seed, progress=partial(progress, what)
+            )
+            try:
+                sets.append(search.run())
+                if at == 0:
+                    by_share = _other_shares(search, sets[0], shares, progress)
+            except KeyboardInterrupt:
+                if not sets:
+                    sets.append(search.result())
+                break
+        details = _details(model, masks, sets, progress)
+        return Explanation(
+            prediction, corrupted, kind, share, masks.full, masks.nothing, len(masks), masks.links.cpu(),
+            tuple(seeds[: len(sets)]), tuple(sets), by_share, details,
+        )  # fmt: skip
 
 
 def _other_shares(

@@ -26,7 +26,8 @@ from gossamer.models.architectures import attention_modules, check_not_offloaded
 from gossamer.models.checkpoint import front_matter, gate_biases, is_local_model, is_run, unwrapped
 from gossamer.models.convert import add_gates, is_gated
 from gossamer.models.lora import has_adapters, inject_adapters, merge_adapters
-from gossamer.models.pretrained import load_dense
+from gossamer.models.pretrained import cache_folder, load_dense
+from gossamer.names import SMOLLM2
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -73,6 +74,8 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     config = copy.copy(next(iter(model.peft_config.values())))
     config.inference_mode = True
     base = config.base_model_name_or_path or "unknown"
+    if base == str(cache_folder() / SMOLLM2):
+        base = config.base_model_name_or_path = SMOLLM2
     # Not "auto": that asks the Hub for the dense model's configuration.
     adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = _base_weights(model)
@@ -94,9 +97,29 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
         (staging / "README.md").write_text(head + card, encoding="utf-8")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether the directory is one that :func:`save_adapter` wrote."""
+    return (folder / _GATES).exists()
+
+
+def adapter_base(path: str | os.PathLike[str]) -> str:
+    """The name of the dense model that adapters say they were trained on.
+
+    Raises:
+        GossamerError: if there are no adapters, or they name no model.
+    """
+    config, _ = _read_adapters(Path(path))
+    if not config.base_model_name_or_path:
+        raise GossamerError(
+            f"{path} does not say which dense model its adapters were trained on; "
+            f"gossamer merge {path} --model BASE --out DIR makes a whole model of them"
+        )
+    return str(config.base_model_name_or_path)
+
+
 def load_adapter(
     path: str | os.PathLike[str],
-    base: PreTrainedModel | str | os.PathLike[str],
+    base: PreTrainedModel | str | os.PathLike[str] | None = None,
     *,
     merge: bool = True,
     inplace: bool = False,
@@ -106,7 +129,7 @@ def load_adapter(
     Args:
         path: the directory.
         base: the dense model it was made from, or its name or directory as for
-            :func:`gossamer.models.pretrained.load_dense`.
+            :func:`gossamer.models.pretrained.load_dense`; the one that the adapters name if None.
         merge: add the adapters into the weights, which gives exactly the model that a run saves; else they stay
             adapters and can be trained further.
         inplace: change ``base`` itself instead of a copy, where it is a model.
@@ -122,7 +145,7 @@ def load_adapter(
         name = base.name_or_path or "the model given"
         model = base
     else:
-        name = str(base)
+        name = adapter_base(folder) if base is None else str(base)
         model, inplace = load_dense(name)[0], True
     check_not_offloaded(model)
     _check_base(model, name, folder, described, gates["base_samples"])

@@ -1,0 +1,101 @@
+"""gossamer explain, in this process, on runs, saved models, adapters and dense models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import gossamer
+from families import tiny_model
+from forked import run_command
+from gossamer.cli import app
+from gossamer.errors import GossamerError
+from gossamer.explanations.link_masks import LinkMasks
+from gossamer.explanations.prediction import Prediction
+from gossamer.models.lora import add_adapters
+
+PROMPT = "the sparse model reads one two"
+
+
+def call(*arguments: object) -> None:
+    app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("sparse") / "model"
+    gossamer.save(gossamer.add_gates(tiny_model("llama"), gate_bias=0.5), folder, tokenizer)
+    return folder
+
+
+def test_an_explanation_beside_the_dense_model(saved: Path, saved_llama: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "explain.html"
+    call("explain", saved, PROMPT, "--dense", saved_llama, "--share", 0.8, "--out", out)
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "explain.json").read_text())
+    assert record["kind"] == record["dense"]["kind"] == "complete"
+    assert f"{record['size']:,} links (complete) keep {100 * record['kept']:.0f} %" in printed
+    assert f"dense model: {record['dense']['size']:,} links" in printed
+    assert record["dense"]["candidates"] == 3 * 4 * len(record["ids"]) * (len(record["ids"]) + 1) // 2
+    assert record["dense_links_per_link"] == pytest.approx(record["dense"]["size"] / record["size"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["explain.html", "explain.json"]
+    model = gossamer.load(saved).requires_grad_(False)
+    masks = LinkMasks(model, Prediction(tuple(record["ids"]), record["target"]["id"]))
+    wanted = {tuple(link) for link in record["links"]}
+    kept, left = masks.evaluate([torch.tensor([tuple(link) in wanted for link in masks.links.tolist()])])
+    assert kept.item() == pytest.approx(record["kept"], abs=1e-5)
+    assert left.item() == pytest.approx(record["left_when_cut"], abs=1e-5)
+
+
+def test_adapters_are_explained_on_the_model_they_name(
+    saved_llama: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = gossamer.add_gates(tiny_model("llama"), gate_bias=0.5)
+    model.name_or_path = str(saved_llama)
+    add_adapters(model, rank=2, alpha=4)
+    gossamer.save_adapter(model, tmp_path / "adapter")
+    call("explain", tmp_path / "adapter", PROMPT, "--seeds", 1, "--share", 0.5, "--out", tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    whole = gossamer.load_adapter(tmp_path / "adapter").requires_grad_(False)
+    masks = LinkMasks(whole, Prediction(tuple(record["ids"]), record["target"]["id"]))
+    assert record["candidates"] == len(masks)
+    assert record["metric_full"] == pytest.approx(masks.full, abs=1e-5)
+    assert record["overlap"] is None
+
+
+def test_a_graph_for_other_tools(saved: Path, tmp_path: Path) -> None:
+    import networkx
+
+    call("explain", saved, PROMPT, "--target", "row", "--seeds", 1, "--share", 0.5, "--out", tmp_path / "x.graphml")
+    graph = networkx.read_graphml(tmp_path / "x.graphml")
+    assert graph.number_of_edges() > 0
+    assert {"layer", "head"} <= set(next(iter(graph.edges(data=True)))[2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((PROMPT, "--target", "the sparse"), "--target 'the sparse' is 2 tokens ('the', 'sparse'); give one"),
+        ((PROMPT, "--target", "Ω"), "--target 'Ω' is unknown to the tokenizer"),
+        (("",), "the prompt is empty"),
+        ((" ".join(["the"] * 99),), "the prompt has 99 tokens, more than the model's context, 64"),
+        ((PROMPT, "--out", "x.pdf"), "--out x.pdf: give a file that ends in .html, .json or .graphml"),
+        ((PROMPT, "--out", "no/where.html"), "--out no/where.html: there is no directory no"),
+        ((PROMPT, "--share", "2"), "a share of 2 of the metric cannot be kept"),
+    ],
+)
+def test_bad_input_ends_with_one_line(saved: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    import os
+
+    done = run_command(["explain", saved, *arguments], os.environ, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_dense_is_refused_as_the_dense_one(saved: Path) -> None:
+    with pytest.raises(GossamerError, match="is a sparse model; give a dense one"):
+        call("explain", saved, PROMPT, "--dense", saved)
