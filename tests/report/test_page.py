@@ -1,30 +1,22 @@
 """The page as a person meets it: in a real browser, with the mouse, the keyboard and a narrow window."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
 import gossamer
+from browser import opened
 from families import tiny_model
 from gossamer.circuits.attention_record import AttentionPrompt, write_attention
 from gossamer.report.html import write_report
-
-BROWSER = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
-DRIVER = shutil.which("chromedriver")
-if (BROWSER is None or DRIVER is None) and not os.environ.get("CI"):
-    pytest.skip("needs chromium and chromedriver (scripts/setup dev installs them)", allow_module_level=True)
 
 HOSTILE = ["<script>document.title='harmed'</script>", "<img src=x onerror=document.title='harmed'>", "</script>",
            "&lt;", "שלום", "‮abc", "\u2028", "`${1}`", "\n", " "]  # fmt: skip
@@ -77,22 +69,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def browser(run: Path) -> Iterator[webdriver.Chrome]:
-    """The page, opened; afterwards nothing may have been complained of, and no token may have run."""
-    assert BROWSER is not None, "no chromium: scripts/setup dev installs it"
-    assert DRIVER is not None, "no chromedriver: scripts/setup dev installs it"
-    options = Options()
-    options.binary_location = BROWSER
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
-        driver.get(write_report(run).as_uri())
+    """The page, opened; afterwards no token may have run."""
+    with opened(write_report(run)) as driver:
         yield driver
         assert driver.title == "gossamer: <b>run"
-        assert driver.get_log("browser") == []
-    finally:
-        driver.quit()
 
 
 def texts(browser: webdriver.Chrome, selector: str) -> list[str]:

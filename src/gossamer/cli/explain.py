@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gossamer.cli.common import app, console, load_model_and_tokenizer, warn
+from gossamer.cli.common import app, console, load_model_and_tokenizer, split_names, warn
 from gossamer.errors import GossamerError
+from gossamer.tables import Table
 
 _SUFFIXES = (".html", ".json", ".graphml")
 
@@ -23,7 +24,9 @@ class Kind(str, Enum):
 @app.command()
 def explain(
     model: Annotated[str, typer.Argument(help="A run, a saved sparse model, an adapter, or a dense model.")],
-    prompt: Annotated[str, typer.Argument(help="Text; what comes after it is explained.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text; what comes after it is explained. Without one, see --text.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="The token whose prediction is explained. [default: the model's first choice]")
     ] = None,
@@ -46,6 +49,15 @@ def explain(
     share: Annotated[float, typer.Option(help="Of the metric, kept by the links.")] = 0.9,
     seeds: Annotated[int, typer.Option(min=1, help="Searches; how far their sets agree is reported.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the first search.")] = 0,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a prompt: many predictions of the unseen part of this text, as for sparsify, in MODEL and "
+            "in --dense, sufficient and complete; --out is a .jsonl file, which a second call goes on with."
+        ),
+    ] = None,
+    predictions: Annotated[int, typer.Option(min=1, help="With --text: how many of each length.")] = 20,
+    seq_len: Annotated[str, typer.Option(help="With --text: tokens of context.")] = "16,32,64,128,256",
     out: Annotated[
         Path | None,
         typer.Option(help="File to write: .html (and a .json beside it), .json or .graphml."),
@@ -55,6 +67,12 @@ def explain(
 
     The links are found by search and checked by running the model with them alone, and without them.
     """
+    if (prompt is None) == (text is None):
+        raise GossamerError("give a PROMPT or --text, one of them")
+    if text is not None:
+        _explain_text(model, text, dense, predictions, _lengths(seq_len), share, seed, out)
+        return
+    assert prompt is not None
     if out is not None:
         _check_out(out)
     from transformers.utils import logging
@@ -127,3 +145,70 @@ def _write(out: Path, record: dict[str, Any]) -> None:
     write_record(out.with_suffix(".json"), record)
     if out.suffix == ".html":
         atomic_write_text(out, explanation_page(record))
+
+
+def _lengths(text: str) -> list[int]:
+    names = split_names(text)
+    if not names or not all(name.isdecimal() and int(name) >= 2 for name in names):
+        raise GossamerError(f"--seq-len {text!r}: give numbers of tokens from 2 on, with commas between, as 16,64")
+    return sorted({int(name) for name in names})
+
+
+def _explain_text(
+    model: str,
+    text: str,
+    dense: str | None,
+    predictions: int,
+    lengths: list[int],
+    share: float,
+    seed: int,
+    out: Path | None,
+) -> None:
+    """Many predictions, in two models."""
+    if dense is None:
+        raise GossamerError("--text compares two models; give --dense, the model that MODEL was made from")
+    if out is None or out.suffix != ".jsonl":
+        raise GossamerError("--text writes a line for each search; give --out a file that ends in .jsonl")
+    from transformers.utils import logging
+
+    from gossamer.explanations.predictions import explain_predictions, summarise
+    from gossamer.training.data import load_blocks
+
+    logging.disable_progress_bar()
+    network, tokenizer = load_model_and_tokenizer(model)
+    models = {"dense": _dense(dense, tokenizer, "the"), "sparse": network}
+    blocks = load_blocks(
+        text, tokenizer, seq_len=lengths[-1] + 1, train_blocks=1, validation_blocks=1, held_out_blocks=1024, seed=seed,
+        model=network,
+    ).held_out  # fmt: skip
+    described = {"model": model, "dense": dense, "text": text, "share": share, "seed": seed}
+    with console.status("explaining") as status:
+        rows = explain_predictions(
+            models, blocks, out, lengths=lengths, count=predictions, share=share, seed=seed, described=described,
+            progress=lambda what: status.update(escape(what)),
+        )  # fmt: skip
+    table = Table(title="Links that carry a prediction: median (quartiles)")
+    for column in (
+        "T",
+        "kind",
+        "dense",
+        "sparse",
+        "dense : sparse",
+        "left when cut, sparse",
+        "overlap, dense",
+        "sparse",
+    ):
+        table.add_column(column, justify="right")
+    for line in summarise(rows):
+        own, other = line["sparse"], line["dense"]
+        table.add_row(
+            f"{line['length']:,}", line["kind"], *(_middle(each["size"], 0) for each in (other, own)),
+            _middle(line["ratio"], 1), _middle(own["left_when_cut"], 2),
+            *(_middle(each["overlap"], 2) for each in (other, own)),
+        )  # fmt: skip
+    console.print(table)
+    console.print(str(out), markup=False, highlight=False, soft_wrap=True)
+
+
+def _middle(values: "Quartiles", digits: int) -> str:  # type: ignore[name-defined]
+    return f"{values.median:,.{digits}f} ({values.low:,.{digits}f}-{values.high:,.{digits}f})"

@@ -25,7 +25,6 @@ from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction, predict, prompt_tokens
 from gossamer.explanations.reasons import GateSplitter, Reason
 from gossamer.explanations.search import LinkSearch, LinkSet, overlap
-from gossamer.models.architectures import attention_modules
 
 Kind = Literal["sufficient", "complete"]
 
@@ -132,7 +131,7 @@ def explain(
         GossamerError: on a prompt or target that cannot be explained, or a model that cannot be taken apart.
     """
     graph_of(model)
-    with _frozen(model):
+    with frozen(model):
         prediction = predict(model, tokenizer, prompt, target=target, against=against)
         other = None if corrupted is None else prompt_tokens(model, tokenizer, corrupted, "the corrupted prompt")
     return explain_prediction(
@@ -141,7 +140,7 @@ def explain(
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Within it, the model is in ``eval()`` mode and its weights want no gradients; afterwards as before."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
@@ -168,7 +167,7 @@ def explain_prediction(
     """:func:`explain` for a prediction by its tokens."""
     if not 0 < share < 1:
         raise GossamerError(f"a share of {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
-    with _frozen(model):
+    with frozen(model):
         masks = LinkMasks(model, prediction, corrupted)
         sets: list[LinkSet] = []
         by_share: dict[float, LinkSet] = {}
@@ -216,10 +215,3 @@ def _details(
     votes = torch.stack([each.chosen.float() for each in sets]).mean(0)[places].tolist()
     found = [ExplainedLink(*each) for each in zip(links, effects, reasons, votes, strict=True)]
     return tuple(sorted(found, key=lambda each: -abs(each.effect.in_set)))
-
-
-def open_links_per_query(explanation: Explanation, model: PreTrainedModel) -> float:
-    """Links that the model has on the prompt, a query and head."""
-    layers = len(list(attention_modules(model)))
-    heads = model.config.num_attention_heads
-    return explanation.candidates / (layers * heads * len(explanation.prediction.ids))
