@@ -1,5 +1,7 @@
 """Explanations of small models: what is known by construction, and what running the model says."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -98,6 +100,9 @@ def test_the_record_says_what_was_found(model, tokenizer) -> None:
     assert record["dense_links_per_link"] == 1.0
     assert len(record["links"]) == record["size"] == len(record["found_by"])
     assert [link for link in record["links"] if link not in record["shares"]["0.8"]["links"]] == []
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for key in (*record, *record["details"][0], *record["details"][0]["tests"][0]):
+        assert f"`{key}`" in documented.replace("details[].", ""), key
     text = graphml(record)
     assert text.count("<edge ") == record["size"]
     lines = in_words(record)
