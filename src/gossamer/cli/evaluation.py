@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli.common import Precision, app, console, key_value_table, split_names
+from gossamer.cli.common import Precision, app, console, key_value_table, load_model_and_tokenizer, split_names
 from gossamer.cli.pictures import show_demo
 from gossamer.errors import GossamerError
 
@@ -80,7 +80,7 @@ def _evaluate_lengths(
             precision=precision.value,
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
-    console.print(lengths_table(metrics))
+    console.print(lengths_table(metrics["lengths"], f"By length; trained at T = {metrics['seq_len']}"))
 
 
 def _evaluate_tasks(
@@ -133,6 +133,54 @@ def evaluate_and_show(run: "Run", precision: Precision, batch_size: int) -> None
     for table in summary_tables(metrics):
         console.print(table)
     console.print(verdict(metrics), style="bold")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="smollm2-sparse, a run, a saved sparse model or an adapter.")],
+    text: Annotated[str, typer.Option(help="A file or directory of text, as for sparsify; all of it is read.")],
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model. [default: the one that MODEL says it was made from]")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 128,
+    tokens: Annotated[int, typer.Option(min=2, help="At most so many tokens of the text.")] = 32_768,
+    precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
+) -> None:
+    """Compare a sparse MODEL with its dense model on a text: loss, KL and open links."""
+    from itertools import chain
+
+    from gossamer.evaluation.lengths import lengths_table, measure_at_length
+    from gossamer.models.convert import is_gated
+    from gossamer.training.data import pack
+    from gossamer.training.documents import read_documents, text_files
+
+    sparse, tokenizer = load_model_and_tokenizer(model)
+    if not is_gated(sparse):
+        raise GossamerError(f"{model} is a dense model; give a sparse one")
+    original, _ = load_model_and_tokenizer(_dense_of(model) if dense is None else dense)
+    documents = chain.from_iterable(read_documents(file) for file in text_files(Path(text)))
+    blocks = pack(documents, tokenizer, seq_len, name=text, most=max(1, tokens // seq_len))
+    with console.status("comparing"):
+        row = measure_at_length(sparse, original, blocks, precision.value)
+    console.print(lengths_table([row], f"{model} beside its dense model on {text}, {row['tokens_evaluated']:,} tokens"))
+
+
+def _dense_of(model: str) -> str:
+    """The dense model that a sparse one says it was made from."""
+    from gossamer.models.checkpoint import saved_base
+    from gossamer.models.lora_files import adapter_base, is_adapter
+    from gossamer.models.shipped import SHIPPED, shipped_adapter
+    from gossamer.runs.record import Run
+
+    folder = Path(model)
+    if model in SHIPPED and not folder.exists():
+        return adapter_base(shipped_adapter(model))
+    if (folder / "blocks.safetensors").exists():
+        return Run(folder).dense
+    base = adapter_base(folder) if is_adapter(folder) else saved_base(folder)
+    if base == "unknown":
+        raise GossamerError(f"{model} does not say which dense model it was made from; give it as --dense")
+    return base
 
 
 @app.command()

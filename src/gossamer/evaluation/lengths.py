@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Int
+from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -75,16 +76,16 @@ def add_lengths(
 
     for length in lengths:
         progress(f"length {length:,}")
-        rows.append(_at_length(sparse, dense, held_out(length), precision))
+        rows.append(measure_at_length(sparse, dense, held_out(length), precision))
     metrics = {**json.loads(run.metrics.read_text()), "lengths": rows}
     atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def _at_length(
+def measure_at_length(
     sparse: PreTrainedModel, dense: PreTrainedModel, blocks: Int[Tensor, "blocks tokens"], precision: str
 ) -> dict[str, Any]:
-    """One entry of the list ``lengths``."""
+    """Loss, KL and open links on some blocks, as an entry of the list ``lengths`` of ``metrics.json``."""
     options: dict[str, Any] = {"batch_size": max(1, 2_048 // blocks.shape[1]), "precision": precision}
     sparse_metrics, dense_metrics = measure_beside_dense(sparse, dense, blocks, **options)
     assert sparse_metrics.kls is not None
@@ -103,13 +104,13 @@ def _at_length(
     }
 
 
-def lengths_table(metrics: dict[str, Any]) -> Table:
-    """What :func:`add_lengths` measured."""
-    table = Table(title=f"By length; trained at T = {metrics['seq_len']}")
+def lengths_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """What :func:`measure_at_length` measured."""
+    table = Table(title=escape(title))
     headings = ("T", "dense (nat)", "sparse (nat)", "sparse minus dense", "KL (nat)", "open (%)", "links per query")
     for heading in headings:
         table.add_column(heading, justify="right")
-    for row in metrics["lengths"]:
+    for row in rows:
         table.add_row(
             f"{row['seq_len']:,}",
             f"{row['loss_dense']:.4f}",

@@ -36,6 +36,7 @@ from gossamer.files import atomic_directory
 from gossamer.models.architectures import attention_modules
 from gossamer.models.convert import add_gates, is_gated
 from gossamer.models.lora import has_adapters
+from gossamer.names import SMOLLM2_SPARSE
 
 FORMAT = 1
 """Version of the directory's layout."""
@@ -147,7 +148,7 @@ def load(
     """Load a gated model that :func:`save` wrote, gates and all, in ``eval()`` mode.
 
     Args:
-        path: the directory.
+        path: the directory, or ``smollm2-sparse``, the model that comes with gossamer.
         dtype: of the weights; as saved if None.
         device: where to put them.
 
@@ -155,6 +156,10 @@ def load(
         GossamerError: if there is no such directory, or it is not a whole gossamer model.
     """
     folder = Path(path)
+    if str(path) == SMOLLM2_SPARSE and not folder.exists():
+        from gossamer.models.shipped import load_shipped  # whose files are read by what imports this module
+
+        return load_shipped(SMOLLM2_SPARSE)[0].to(device, dtype)
     if is_run(folder):
         raise GossamerError(f"{folder} is a run, not a saved model; its sparse model is in {folder / 'model'}")
     if (folder / "adapter_config.json").exists():
@@ -229,6 +234,11 @@ def _read_json(file: Path, folder: Path) -> dict[str, Any]:
         raise GossamerError(f"{folder} is not a saved gossamer model: no readable {file.name}") from error
     except ValueError as error:
         raise GossamerError(f"{file} is not valid JSON: {error}") from error
+
+
+def saved_base(folder: Path) -> str:
+    """The name of the dense model that a saved gated model was made from; ``unknown`` where it was not known."""
+    return str(_read_json(folder / "config.json", folder).get("base", "unknown"))
 
 
 def is_saved_model(folder: Path) -> bool:

@@ -54,12 +54,14 @@ Plain peft loads the adapters too, but not the gates; without them the model has
 """
 
 
-def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
+def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
     """Write adapters and gates of a gated model, without the weights below, for :func:`load_adapter`.
 
     Args:
         model: gated, with adapters on it that are not merged.
         path: the directory; one that exists is replaced, whole or not at all.
+        dtype: of the adapters in the file, ``torch.bfloat16`` for half the size; as they are if None. What they are
+            rounded by may open or close gates: measure the model that is loaded.
 
     Raises:
         GossamerError: if the model has no gates or no adapters, or the directory cannot be written.
@@ -87,7 +89,7 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     }
     with atomic_directory(Path(path)) as staging:
         config.save_pretrained(str(staging))
-        named = {f"{_PREFIX}{name}": value.detach().cpu().contiguous() for name, value in adapters.items()}
+        named = {f"{_PREFIX}{name}": value.detach().to("cpu", dtype).contiguous() for name, value in adapters.items()}
         save_file(named, staging / _WEIGHTS, metadata={"format": "pt"})
         gates = {"gate_bias": gate_biases(model).cpu().contiguous(), "base_samples": samples(weights)}
         save_file(gates, staging / _GATES, metadata={"gossamer": json.dumps(described)})
