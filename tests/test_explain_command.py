@@ -32,7 +32,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 
 def test_an_explanation_beside_the_dense_model(saved: Path, saved_llama: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "explain.html"
-    call("explain", saved, PROMPT, "--dense", saved_llama, "--share", 0.8, "--out", out)
+    call(
+        "explain",
+        saved,
+        PROMPT,
+        "--dense",
+        saved_llama,
+        "--share",
+        0.8,
+        "--out",
+        out,
+        "--figures",
+        tmp_path / "figures",
+    )
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "explain.json").read_text())
     assert record["kind"] == record["dense"]["kind"] == "complete"
@@ -40,7 +52,9 @@ def test_an_explanation_beside_the_dense_model(saved: Path, saved_llama: Path, t
     assert f"dense model: {record['dense']['size']:,} links" in printed
     assert record["dense"]["candidates"] == 3 * 4 * len(record["ids"]) * (len(record["ids"]) + 1) // 2
     assert record["dense_links_per_link"] == pytest.approx(record["dense"]["size"] / record["size"])
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["explain.html", "explain.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["explain.html", "explain.json", "figures"]
+    assert (tmp_path / "figures" / "explanation.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (tmp_path / "figures" / "explanation.svg").read_text()
     model = gossamer.load(saved).requires_grad_(False)
     masks = LinkMasks(model, Prediction(tuple(record["ids"]), record["target"]["id"]))
     wanted = {tuple(link) for link in record["links"]}

@@ -58,6 +58,9 @@ def explain(
     ] = None,
     predictions: Annotated[int, typer.Option(min=1, help="With --text: how many of each length.")] = 20,
     seq_len: Annotated[str, typer.Option(help="With --text: tokens of context.")] = "16,32,64,128,256",
+    figures: Annotated[
+        Path | None, typer.Option(help="Directory for the picture as PNG and SVG: pip install 'gossamer[report]'.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="File to write: .html (and a .json beside it), .json or .graphml."),
@@ -108,6 +111,10 @@ def explain(
     record = explanation_record(found, tokenizer, model=model, dense=beside)
     for line in in_words(record):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if figures is not None:
+        from gossamer.report.plots import explanation_figure, save_figures
+
+        save_figures([("explanation", explanation_figure(record))], figures)
     if out is not None:
         _write(out, record)
         console.print(str(out), markup=False, highlight=False, soft_wrap=True)

@@ -76,7 +76,7 @@ def report(
     given.
     """
     from gossamer.report.html import write_report
-    from gossamer.report.plots import save_figures
+    from gossamer.report.plots import all_figures, save_figures
     from gossamer.report.records import load_records
 
     records = load_records(run)
@@ -88,7 +88,7 @@ def report(
         if any(links["tokens"] not in recorded for links in circuits):
             warn(f"{run / 'attention.json'} lacks prompts of circuits found since; --tokens 32 records attention anew")
     if figures is not None:
-        save_figures(load_records(run), figures)
+        save_figures(all_figures(load_records(run)), figures)
     console.print(str(write_report(run, out)), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -17,7 +17,8 @@ Whether a set meets the constraints is always measured by running the model with
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +104,8 @@ class LinkSearch:
 
     def run(self) -> LinkSet:
         """Search; an interrupted search leaves the best set so far in ``best``."""
-        self.ranking = self.learn()
+        with _coarse_products():
+            self.ranking = self.learn()
         self._take_prefix(self.ranking)
         self.remove_links()
         return self.result()
@@ -217,8 +219,9 @@ class LinkSearch:
         rows = [MaskRow(mask, False), *([MaskRow(1 - mask, True)] if self.complete else [])]
         found = torch.zeros(len(mask))
         for row in rows:  # one after the other: half the memory
-            share = self.masks.share(self.masks.metrics([row])).sum()
-            (gradient,) = torch.autograd.grad(share, mask, retain_graph=True)
+            with _coarse_products():
+                share = self.masks.share(self.masks.metrics([row])).sum()
+                (gradient,) = torch.autograd.grad(share, mask, retain_graph=True)
             found = torch.maximum(found, gradient.abs().cpu())
         return found
 
@@ -234,6 +237,20 @@ class LinkSearch:
             reaching |= own
             read[links[own, 3]] = True
         return reaching
+
+
+@contextmanager
+def _coarse_products() -> Iterator[None]:
+    """Within it, float32 matrix products may round to bfloat16, where the processor is faster so.
+
+    For what ranks links. Which sets are accepted, and all that is reported, is measured outside it.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Multiplier:

@@ -74,6 +74,7 @@ class GateState:
         seed: of the noise; each layer folds its own index into it.
         first_row: where in the batch of a whole training step the rows of a forward pass begin.
         forced_open: every gate is open, whatever its logit: the dense model's own attention.
+        switched_off: attention goes through the dense model's own implementation, as asked for.
         counts: link counts by layer, filled where it is not None.
     """
 
@@ -82,6 +83,7 @@ class GateState:
     seed: int = 0
     first_row: int = 0
     forced_open: bool = False
+    switched_off: bool = False
     counts: dict[int, LinkCounts] | None = field(default=None, repr=False)
 
     def new_pass(self) -> GatePass:
@@ -98,8 +100,24 @@ class GatePassHook:
     def __call__(
         self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments with the pass; not for compiled code, which recomputes what it traced."""
-        if torch.compiler.is_compiling() or module.config._attn_implementation != IMPLEMENTATION:
+        """The arguments with the pass; not for compiled code, which recomputes what it traced.
+
+        Raises:
+            GossamerError: if the gates would do nothing without a word, or attention weights are asked for.
+        """
+        implementation = str(module.config._attn_implementation)
+        if not implementation.startswith(IMPLEMENTATION) and not self.state.switched_off:
+            raise GossamerError(
+                f"the attention implementation of this gated model was set to {implementation}, so its gates would do "
+                f"nothing: model.set_attn_implementation({IMPLEMENTATION!r}) brings them back, gossamer.as_dense(model) "
+                "runs it without them, gossamer.remove_gates(model) takes them off"
+            )
+        if kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)):
+            raise GossamerError(
+                "a gated model returns no attention weights; gossamer.circuits.activation_cache.run_with_cache(model, "
+                "ids, links=True).weights has them, closed links at 0"
+            )
+        if torch.compiler.is_compiling() or implementation != IMPLEMENTATION:
             return None
         return args, {**kwargs, "gate_pass": self.state.new_pass()}
 
@@ -214,7 +232,7 @@ def gated_attention_forward(
     """
     if s_aux is not None:
         raise GossamerError("attention sinks (s_aux) cannot be gated")
-    state = module.gate_state
+    state = getattr(module, "gate_state", None)
     if not isinstance(state, GateState):
         raise GossamerError("this attention module has no gates; gossamer.add_gates(model) puts them in")
     gates = state.new_pass() if gate_pass is None else gate_pass
@@ -289,7 +307,6 @@ def gated_mask(
     return mask & real[:, None, :, None]
 
 
-def register() -> None:
-    """Make the op known to transformers under :data:`IMPLEMENTATION`; doing it again changes nothing."""
-    AttentionInterface.register(IMPLEMENTATION, gated_attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, gated_mask)
+# When this module is imported, so that a gated model that was pickled elsewhere finds it.
+AttentionInterface.register(IMPLEMENTATION, gated_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, gated_mask)

@@ -176,8 +176,9 @@ def load(
     weights = read_weights(folder)
     gates = {name: weights.pop(name) for name in list(weights) if name.endswith(".gate_bias")}
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
     model, found = model_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype or config.dtype, output_loading_info=True
+        None, config=config, state_dict=weights, dtype=dtype or saved, output_loading_info=True
     )
     if missing := sorted(found["missing_keys"]):
         raise GossamerError(f"{folder} is not whole: it lacks {', '.join(missing[:3])}")

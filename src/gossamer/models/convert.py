@@ -1,19 +1,58 @@
 """Dense model -> gated model and back."""
 
 import copy
+import os
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import architecture_of, attention_modules, check_not_offloaded
-from gossamer.models.attention import IMPLEMENTATION, GatePassHook, GateState, gate_state, register
+from gossamer.models.attention import IMPLEMENTATION, GatePassHook, GateState, gate_state
 
 
 def is_gated(model: PreTrainedModel) -> bool:
-    """Whether the model has gates."""
-    return getattr(model.config, "_attn_implementation", None) == IMPLEMENTATION
+    """Whether the model has gates; not within :func:`gossamer.as_dense`."""
+    states = (getattr(module, "gate_state", None) for module in model.modules())
+    state = next((each for each in states if isinstance(each, GateState)), None)
+    return state is not None and not state.switched_off
+
+
+class SavePretrained:
+    """transformers' ``save_pretrained`` of a gated model: what :func:`gossamer.save` writes, beside what is there.
+
+    transformers' own would write a directory that loads as a dense model without a word.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self, save_directory: str | os.PathLike[str], *, state_dict: dict[str, Tensor] | None = None, **options: Any
+    ) -> None:
+        """Write the files of :func:`gossamer.save` into a directory.
+
+        Args:
+            save_directory: made if there is none.
+            state_dict: all weights, where the model's own are in parts in several processes.
+            options: of transformers; none of them is known but those that change nothing here.
+
+        Raises:
+            GossamerError: at other options.
+        """
+        from gossamer.models.checkpoint import write_model  # which imports this module
+
+        if unknown := sorted(name for name, value in options.items() if name not in _IGNORED and value):
+            raise GossamerError(f"save_pretrained of a gated model knows no {unknown[0]}; see gossamer.save")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_model(self.model, folder, None, state_dict)
+
+
+_IGNORED = ("is_main_process", "save_function", "max_shard_size", "safe_serialization")
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
@@ -54,7 +93,7 @@ def add_gates(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool =
         module.gate_bias = nn.Parameter(torch.full((heads,), float(gate_bias), device=weight.device))
         module.gate_state = state  # type: ignore[assignment]
         module.gate_layer = layer  # type: ignore[assignment]
-    register()
+    model.save_pretrained = SavePretrained(model)
     model.set_attn_implementation(IMPLEMENTATION)
     return model
 
@@ -72,7 +111,7 @@ def remove_gates(model: PreTrainedModel, *, inplace: bool = False) -> PreTrained
     implementation = gate_state(model).dense_implementation
     decoder = _decoder(model)
     decoder.gate_hook.remove()  # type: ignore[operator, union-attr]
-    del decoder.gate_hook
+    del decoder.gate_hook, model.save_pretrained
     for module in attention_modules(model):
         del module.gate_bias, module.gate_state, module.gate_layer
     model.set_attn_implementation(implementation)

@@ -145,7 +145,8 @@ def as_dense(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Raises:
         GossamerError: if the model has no gates.
     """
-    dense = gate_state(model).dense_implementation
+    state = gate_state(model)
+    was_switched_off = state.switched_off
     implementation = model.config._attn_implementation
     adapted = _adapted(model).values()
     off = [module.disable_adapters for module in adapted]
@@ -156,9 +157,11 @@ def as_dense(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         model.eval()
         for module in adapted:
             module.enable_adapters(False)
-        model.set_attn_implementation(dense)
+        state.switched_off = True
+        model.set_attn_implementation(state.dense_implementation)
         yield model
     finally:
+        state.switched_off = was_switched_off
         model.set_attn_implementation(implementation)
         for module, was_off in zip(adapted, off, strict=True):
             module.enable_adapters(not was_off)

@@ -5,7 +5,7 @@ Dense and sparse differ in line and marker as well as in colour (Okabe and Ito's
 
 import base64
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,18 @@ def circuit_figure(links: Mapping[str, Any], layers: int) -> "Figure":
     return figure
 
 
+def explanation_figure(record: Mapping[str, Any]) -> "Figure":
+    """The links of an explanation as a layered graph, the dense model's beside them: widths by what is lost without."""
+    models = {"sparse" if record.get("dense") else "model": record, "dense": record.get("dense")}
+    shown = {}
+    for name, of_model in models.items():
+        if of_model is not None:
+            lost = {tuple(each["link"]): each["lost_from_set"] for each in of_model["details"]}
+            shown[name] = {"links": [[*link, -lost.get(tuple(link), 0.0)] for link in of_model["links"]]}
+    layers = 1 + max(link[0] for of_model in shown.values() for link in of_model["links"])
+    return circuit_figure({"tokens": record["tokens"], "models": shown}, layers)
+
+
 def all_figures(records: Records) -> Iterator[tuple[str, "Figure"]]:
     """Every figure that the records of a run allow, with a name for its file."""
     metrics = records.metrics or {}
@@ -168,8 +180,8 @@ def all_figures(records: Records) -> Iterator[tuple[str, "Figure"]]:
             yield f"circuit_{task}", circuit_figure(record.links, layers)
 
 
-def save_figures(records: Records, folder: Path) -> list[Path]:
-    """Write every figure as PNG and as SVG into a folder.
+def save_figures(figures: Iterable[tuple[str, "Figure"]], folder: Path) -> list[Path]:
+    """Write figures, each with a name, as PNG and as SVG into a folder.
 
     Raises:
         GossamerError: without matplotlib; if the folder cannot be written.
@@ -177,7 +189,7 @@ def save_figures(records: Records, folder: Path) -> list[Path]:
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in all_figures(records):
+        for name, figure in figures:
             for suffix in (".png", ".svg"):
                 with atomic_file(folder / f"{name}{suffix}") as staging:
                     figure.savefig(staging, dpi=150)
