@@ -47,16 +47,17 @@ def test_a_copy_saves_itself_and_a_dense_model_as_ever(gated, tmp_path: Path) ->
     assert torch.equal(logits(gossamer.load(tmp_path / "other")), logits(other))
     dense = gossamer.remove_gates(gated)
     dense.save_pretrained(tmp_path / "dense")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(dense))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(dense))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_model_is_loaded_in_the_precision_it_was_saved_in(gated, tmp_path: Path, dtype: torch.dtype) -> None:
     gossamer.save(gated.to(dtype), tmp_path / "model")
-    loaded = gossamer.load(tmp_path / "model")
+    loaded, wanted = gossamer.load(tmp_path / "model"), gated.state_dict()
     assert loaded.lm_head.weight.dtype == dtype
-    if dtype != torch.float16:  # whose products on a CPU depend on the shapes
-        assert torch.equal(logits(loaded), logits(gated))
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value.to(dtype), wanted[name])
+        assert value.dtype == (torch.float32 if name.endswith("gate_bias") else dtype)
 
 
 def test_a_pickled_model_has_its_gates_in_a_new_process(gated, tmp_path: Path) -> None:
@@ -80,9 +81,7 @@ def test_another_attention_implementation_is_an_error(gated) -> None:
     gated.set_attn_implementation("gossamer")
     assert torch.equal(logits(gated), wanted)
     gated.set_attn_implementation("eager")
-    assert torch.equal(
-        logits(gossamer.remove_gates(gated)), logits(gossamer.remove_gates(gossamer.add_gates(tiny_model("llama"))))
-    )
+    torch.testing.assert_close(logits(gossamer.remove_gates(gated)), logits(tiny_model("llama")))
 
 
 def test_attention_weights_are_refused_not_left_out(gated) -> None:

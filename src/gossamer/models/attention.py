@@ -109,8 +109,8 @@ class GatePassHook:
         if not implementation.startswith(IMPLEMENTATION) and not self.state.switched_off:
             raise GossamerError(
                 f"the attention implementation of this gated model was set to {implementation}, so its gates would do "
-                f"nothing: model.set_attn_implementation({IMPLEMENTATION!r}) brings them back, gossamer.as_dense(model) "
-                "runs it without them, gossamer.remove_gates(model) takes them off"
+                f"nothing: model.set_attn_implementation({IMPLEMENTATION!r}) brings them back, "
+                "gossamer.as_dense(model) runs it without them, gossamer.remove_gates(model) takes them off"
             )
         if kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)):
             raise GossamerError(
