@@ -22,9 +22,9 @@ from gossamer.runs.record import Run
 from gossamer.training.data import load_blocks, pack
 
 LENGTHS = (16, 32, 64, 256, 1024)
-LENGTH_TOKENS = 16_384
+LENGTH_TOKENS = 8_192
 ABILITIES = ("ioi", "greater-than", "gendered-pronoun", "agreement", "induction", "docstring")
-PROMPTS = 200
+PROMPTS = 100
 PAGE = Path(__file__).parents[2] / "scripts" / "page.txt"
 PAGE_LENGTH = 128
 
@@ -32,7 +32,7 @@ CARD = Path(__file__).parent / "card.md"
 
 
 def main(run: Run, other: str, out: Path) -> None:
-    config, metrics = run.config(), json.loads(run.metrics.read_text())
+    config = run.config()
     dense, tokenizer = load_dense(config.model)
     save_adapter(load_adapter(run.adapter, config.model, merge=False), out, dtype=torch.bfloat16)
     sparse = load_adapter(out, config.model)
@@ -40,7 +40,7 @@ def main(run: Run, other: str, out: Path) -> None:
         "run": config.to_dict(),
         "tokens_trained": config.tokens_trained,
         "held_out": measure_at_length(sparse, dense, run.blocks("held_out"), "fp32"),
-        "bound": metrics["constraint_bound"],
+        "bound": run.record()["constraint"]["bound"],
     }
     record["run"].update(model="smollm2", text="textbooks, expository, jargon")
     held_out = record["held_out"]
