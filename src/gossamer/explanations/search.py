@@ -17,8 +17,7 @@ Whether a set meets the constraints is always measured by running the model with
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +49,7 @@ REMOVED_AT_ONCE = (0.5, 0.3, 0.15, 0.07, 0.03)
 ONE_BY_ONE = 8
 """Links whose removal is tried each for itself in one pass."""
 
-_GRADED_TOKENS = 512
+_GRADED_TOKENS = 256
 """Rows times tokens in one pass with gradients."""
 
 _PATH = (0.25, 0.5, 0.75, 1.0)
@@ -104,8 +103,7 @@ class LinkSearch:
 
     def run(self) -> LinkSet:
         """Search; an interrupted search leaves the best set so far in ``best``."""
-        with _coarse_products():
-            self.ranking = self.learn()
+        self.ranking = self.learn()
         self._take_prefix(self.ranking)
         self.remove_links()
         return self.result()
@@ -219,9 +217,8 @@ class LinkSearch:
         rows = [MaskRow(mask, False), *([MaskRow(1 - mask, True)] if self.complete else [])]
         found = torch.zeros(len(mask))
         for row in rows:  # one after the other: half the memory
-            with _coarse_products():
-                share = self.masks.share(self.masks.metrics([row])).sum()
-                (gradient,) = torch.autograd.grad(share, mask, retain_graph=True)
+            share = self.masks.share(self.masks.metrics([row])).sum()
+            (gradient,) = torch.autograd.grad(share, mask, retain_graph=True)
             found = torch.maximum(found, gradient.abs().cpu())
         return found
 
@@ -237,20 +234,6 @@ class LinkSearch:
             reaching |= own
             read[links[own, 3]] = True
         return reaching
-
-
-@contextmanager
-def _coarse_products() -> Iterator[None]:
-    """Within it, float32 matrix products may round to bfloat16, where the processor is faster so.
-
-    For what ranks links. Which sets are accepted, and all that is reported, is measured outside it.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class _Multiplier:
