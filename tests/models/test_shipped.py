@@ -1,4 +1,4 @@
-"""The sparse model that comes with gossamer, from its files alone: it is small, it loads, and its card says the truth."""
+"""The sparse model that comes with gossamer, from its files alone: small, loadable, and as its card says."""
 
 import json
 from pathlib import Path
