@@ -5,7 +5,9 @@
 ``gated_attention`` is the op itself. The ``gossamer`` command does the whole job.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,13 +67,27 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch and transformers take seconds to load."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(_MODULES[name]), name)
-    return value
+class _Public:
+    """A public name, imported when it is first used: torch and transformers take seconds to load.
+
+    A descriptor of the package's own class, not the package's ``__getattr__``: nnsight gives every object an attribute
+    ``save``, and with it nobody would ask for ``__getattr__``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, package: ModuleType, _: type) -> Any:
+        value = getattr(import_module(_MODULES[self.name]), self.name)
+        setattr(package, self.name, value)
+        return value
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+class _Package(ModuleType):
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *__all__})
+
+
+for _name in _MODULES:
+    setattr(_Package, _name, _Public(_name))
+sys.modules[__name__].__class__ = _Package

@@ -32,13 +32,13 @@ def plainly(model, ids: tuple[int, ...], kept: Tensor) -> Tensor:
         weights = weights * kept[module.layer_idx]
         return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
 
-    AttentionInterface.register("plain_links", attend)
+    AttentionInterface.register("gossamer_plain_links", attend)
     from transformers import AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionMaskInterface.register("plain_links", sdpa_mask)
+    AttentionMaskInterface.register("gossamer_plain_links", sdpa_mask)
     before = model.config._attn_implementation
-    model.config._attn_implementation = "plain_links"
+    model.config._attn_implementation = "gossamer_plain_links"
     try:
         with torch.no_grad():
             return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float().log_softmax(-1)[20]

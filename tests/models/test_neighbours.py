@@ -1,6 +1,9 @@
 """Gated models inside TransformerLens and nnsight say what they say outside."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,3 +167,16 @@ def test_nnsight_traces_a_gated_model_as_it_is(name: str) -> None:
     state = state[0] if isinstance(state, tuple) else state
     assert torch.equal(state, wanted.hidden_states[2])
     assert torch.equal(logits, wanted.logits)
+
+
+@needs_nnsight
+def test_nnsight_does_not_hide_public_names() -> None:
+    """It mounts ``save`` on every object, which modules find before their own ``__getattr__``."""
+    script = (
+        "import nnsight, torch\n"
+        "with nnsight.NNsight(torch.nn.Linear(2, 2)).trace(torch.zeros(1, 2)): pass\n"
+        "import gossamer\n"
+        "print(gossamer.save.__module__, gossamer.load.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True)
+    assert done.stdout.split() == ["gossamer.models.checkpoint"] * 2, done.stderr
