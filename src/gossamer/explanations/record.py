@@ -155,7 +155,7 @@ def in_words(record: dict[str, Any], count: int = 10) -> list[str]:
         promoted = " ".join(repr(text) for text in each["promotes"][:3])
         line = (
             f"layer {layer} head {head}: {tokens[query]!r} ({query}) reads {tokens[key]!r} ({key}), weight "
-            f"{each['weight']:.2f}; without it {100 * each['lost_from_set']:.0f} % of the metric are lost; promotes "
+            f"{each['weight']:.2f}; without it {100 * each['lost_from_set']:.0f} % of the metric is lost; promotes "
             f"{promoted}"
         )
         closing = [f"{test['writer']} in the {test['side']}" for test in each["tests"] if test["closes"]]
