@@ -15,6 +15,8 @@ from gossamer.errors import GossamerError
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
 from gossamer.models.lora import add_adapters
+from gossamer.models.pretrained import load_dense
+from plain_links import plainly
 
 PROMPT = "the sparse model reads one two"
 
@@ -55,12 +57,18 @@ def test_an_explanation_beside_the_dense_model(saved: Path, saved_llama: Path, t
     assert sorted(file.name for file in tmp_path.iterdir()) == ["explain.html", "explain.json", "figures"]
     assert (tmp_path / "figures" / "explanation.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in (tmp_path / "figures" / "explanation.svg").read_text()
-    model = gossamer.load(saved).requires_grad_(False)
-    masks = LinkMasks(model, Prediction(tuple(record["ids"]), record["target"]["id"]))
-    wanted = {tuple(link) for link in record["links"]}
-    kept, left = masks.evaluate([torch.tensor([tuple(link) in wanted for link in masks.links.tolist()])])
-    assert kept.item() == pytest.approx(record["kept"], abs=1e-5)
-    assert left.item() == pytest.approx(record["left_when_cut"], abs=1e-5)
+    for model, found in ((gossamer.load(saved), record), (load_dense(str(saved_llama))[0], record["dense"])):
+        own = torch.zeros(3, 4, len(record["ids"]), len(record["ids"]), dtype=torch.bool)
+        own[tuple(torch.tensor(found["links"]).T)] = True
+        everything = torch.ones_like(own)
+        kept, left, full, nothing = (
+            plainly(model, record["ids"], record["target"]["id"], mask).item()
+            for mask in (own, ~own, everything, ~everything)
+        )
+        assert full == pytest.approx(found["metric_full"], abs=1e-5)
+        assert nothing == pytest.approx(found["metric_none"], abs=1e-5)
+        assert (kept - nothing) / (full - nothing) == pytest.approx(found["kept"], abs=1e-4)
+        assert (left - nothing) / (full - nothing) == pytest.approx(found["left_when_cut"], abs=1e-4)
 
 
 def test_adapters_are_explained_on_the_model_they_name(
@@ -97,7 +105,10 @@ def test_a_graph_for_other_tools(saved: Path, tmp_path: Path) -> None:
         ((" ".join(["the"] * 99),), "the prompt has 99 tokens, more than the model's context, 64"),
         ((PROMPT, "--out", "x.pdf"), "--out x.pdf: give a file that ends in .html, .json or .graphml"),
         ((PROMPT, "--out", "no/where.html"), "--out no/where.html: there is no directory no"),
-        ((PROMPT, "--share", "2"), "a share of 2 of the metric cannot be kept"),
+        ((PROMPT, "--share", "2"), "--share 2 of the metric cannot be kept"),
+        (("--text", "x.txt", "--dense", "y", "--seq-len", "16,512", "--out", "x.jsonl"), "--seq-len 512 is more than"),
+        (("--text", "x.txt"), "give --dense, the model that MODEL was made from"),
+        ((), "give a PROMPT or --text, one of them"),
     ],
 )
 def test_bad_input_ends_with_one_line(saved: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

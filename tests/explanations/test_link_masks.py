@@ -3,47 +3,16 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 import gossamer
 from circuit_cases import FAMILIES, model_of
 from gossamer.errors import GossamerError
 from gossamer.explanations.link_masks import LinkMasks, MaskRow
 from gossamer.explanations.prediction import Prediction
+from plain_links import plainly
 
 IDS = tuple(range(5, 14))
 PREDICTION = Prediction(IDS, target=20)
-
-
-def plainly(model, ids: tuple[int, ...], kept: Tensor) -> Tensor:
-    """log p(20) after the tokens by an attention written down here: hard gates, softmax, and only ``kept`` links.
-
-    ``kept``: [layers, heads, tokens, tokens].
-    """
-
-    def attend(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
-        groups = query.shape[1] // key.shape[1]
-        scores = query @ key.repeat_interleave(groups, 1).mT * scaling
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if attention_mask is None else attention_mask
-        weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), -1)
-        if hasattr(module, "gate_bias"):
-            weights = weights * (scores + module.gate_bias[:, None, None] > 0)
-        weights = weights * kept[module.layer_idx]
-        return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
-
-    AttentionInterface.register("gossamer_plain_links", attend)
-    from transformers import AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionMaskInterface.register("gossamer_plain_links", sdpa_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "gossamer_plain_links"
-    try:
-        with torch.no_grad():
-            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float().log_softmax(-1)[20]
-    finally:
-        model.config._attn_implementation = before
 
 
 def dense_mask(model, masks: LinkMasks, chosen: Tensor) -> Tensor:
@@ -61,12 +30,12 @@ def test_kept_and_cut_are_what_the_definition_gives(family: str, gated: bool) ->
     chosen = torch.rand(len(masks), generator=torch.Generator().manual_seed(0)) < 0.6
     kept, left = masks.evaluate([chosen])
     everything = torch.ones(3, model.config.num_attention_heads, len(IDS), len(IDS), dtype=torch.bool)
-    full, nothing = plainly(model, IDS, everything), plainly(model, IDS, ~everything)
+    full, nothing = plainly(model, IDS, 20, everything), plainly(model, IDS, 20, ~everything)
     own = dense_mask(model, masks, chosen)
     assert masks.full == pytest.approx(full.item(), abs=1e-5)
     assert masks.nothing == pytest.approx(nothing.item(), abs=1e-5)
     for found, mask in ((kept, own), (left, ~own)):
-        wanted = (plainly(model, IDS, mask) - nothing) / (full - nothing)
+        wanted = (plainly(model, IDS, 20, mask) - nothing) / (full - nothing)
         assert found.item() == pytest.approx(wanted.item(), abs=1e-4 + 1e-5 / abs(full - nothing).item())
 
 

@@ -72,6 +72,8 @@ def explain(
     """
     if (prompt is None) == (text is None):
         raise GossamerError("give a PROMPT or --text, one of them")
+    if not 0 < share < 1:
+        raise GossamerError(f"--share {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
     if text is not None:
         _explain_text(model, text, dense, predictions, _lengths(seq_len), share, seed, out)
         return
@@ -82,7 +84,7 @@ def explain(
 
     from gossamer.explanations.explain import explain as explained
     from gossamer.explanations.explain import explain_prediction
-    from gossamer.explanations.record import explanation_record, in_words
+    from gossamer.explanations.record import explanation_record
     from gossamer.training.malloc import keep_freed_memory
 
     logging.disable_progress_bar()
@@ -108,7 +110,13 @@ def explain(
             beside = explain_prediction(other, found.prediction, corrupted=found.corrupted, **settings("dense model, "))
     if len(found.seeds) < seeds:
         warn(f"interrupted: {len(found.seeds)} of {seeds} searches were done; this is the smallest set so far")
-    record = explanation_record(found, tokenizer, model=model, dense=beside)
+    _show(explanation_record(found, tokenizer, model=model, dense=beside), figures, out)
+
+
+def _show(record: dict[str, Any], figures: Path | None, out: Path | None) -> None:
+    """An explanation in words, and in the files that were asked for."""
+    from gossamer.explanations.record import in_words
+
     for line in in_words(record):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if figures is not None:
@@ -178,10 +186,17 @@ def _explain_text(
         raise GossamerError("--text writes a line for each search; give --out a file that ends in .jsonl")
     from transformers.utils import logging
 
+    from gossamer.explanations.prediction import MOST_TOKENS_DENSE
     from gossamer.explanations.predictions import explain_predictions, summarise
     from gossamer.training.data import load_blocks
+    from gossamer.training.malloc import keep_freed_memory
 
+    if lengths[-1] > MOST_TOKENS_DENSE:
+        raise GossamerError(
+            f"--seq-len {lengths[-1]} is more than can be explained in a dense model; give at most {MOST_TOKENS_DENSE}"
+        )
     logging.disable_progress_bar()
+    keep_freed_memory()
     network, tokenizer = load_model_and_tokenizer(model)
     models = {"dense": _dense(dense, tokenizer, "the"), "sparse": network}
     blocks = load_blocks(

@@ -96,12 +96,9 @@ def link_effects(masks: LinkMasks, chosen: Bool[Tensor, " links"], places: Int[T
 
 def _losses(masks: LinkMasks, chosen: Tensor, places: Tensor) -> tuple[list[float], list[float]]:
     """The shares of the metric that are lost when each link is cut from the whole model, and from the set."""
-    everything = torch.ones_like(chosen)
-    whole = [everything.clone().index_fill_(0, place, False) for place in places]
-    smaller = [chosen.clone().index_fill_(0, place, False) for place in places]
-    # Cutting a link alone leaves those open that open because of it: f(not E) of the set of this link.
-    _, alone = masks.evaluate([~each for each in whole])
-    kept, _ = masks.evaluate([chosen, *smaller], cut=False)
+    single = [torch.zeros_like(chosen).index_fill_(0, place, True) for place in places]
+    alone = masks.left_when_cut(single)
+    kept, _ = masks.evaluate([chosen, *(chosen & ~each for each in single)], cut=False)
     return (1 - alone).tolist(), (kept[0] - kept[1:]).tolist()
 
 

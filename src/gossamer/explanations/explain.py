@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -80,7 +80,7 @@ class Explanation:
     full: float
     nothing: float
     candidates: int
-    links: Tensor
+    links: Int[Tensor, "candidates 4"]
     seeds: tuple[int, ...]
     sets: tuple[LinkSet, ...]
     by_share: dict[float, LinkSet]

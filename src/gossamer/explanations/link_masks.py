@@ -170,10 +170,16 @@ class LinkMasks:
             sets: True where a link is in the set.
             cut: whether f(not E) is wanted; else it is NaN.
         """
-        at_once = max(1, _TOKENS_AT_ONCE // self.ids.shape[1])
         rows = [MaskRow(each.float(), False) for each in sets]
-        rows += [MaskRow(1 - each.float(), True) for each in sets] if cut else []
-        found = torch.cat([self.metrics(rows[at : at + at_once]) for at in range(0, len(rows), at_once)])
-        shares = self.share(found).cpu()
-        kept = shares[: len(sets)]
-        return kept, shares[len(sets) :] if cut else torch.full_like(kept, torch.nan)
+        kept = self._shares(rows)
+        return kept, self.left_when_cut(sets) if cut else torch.full_like(kept, torch.nan)
+
+    @torch.no_grad()
+    def left_when_cut(self, sets: list[Bool[Tensor, " links"]]) -> Float[Tensor, " sets"]:
+        """f(not E) of some sets of links alone."""
+        return self._shares([MaskRow(1 - each.float(), True) for each in sets])
+
+    def _shares(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
+        at_once = max(1, _TOKENS_AT_ONCE // self.ids.shape[1])
+        found = [self.metrics(rows[at : at + at_once]) for at in range(0, len(rows), at_once)]
+        return self.share(torch.cat(found)).cpu()
