@@ -16,6 +16,7 @@ from gossamer.models.lora import add_adapters, merge_adapters
 from gossamer.training.checkpoints import checkpoint_error, checkpoints, last_valid_checkpoint
 from gossamer.training.constraints import CONSTRAINTS, Constraint, CrossEntropy, KLDivergence
 from gossamer.training.data import BlockDataset
+from gossamer.training.interpolation import SHARES
 from gossamer.training.settings import TrainingConfig
 from gossamer.training.sparsity import SparsityTrainer
 from gossamer.training.stream import BlockStream
@@ -144,6 +145,34 @@ def test_training_ends_inside_its_bound_or_says_that_no_shift_helps(tmp_path: Pa
     before = weights(out_of_reach)
     assert out_of_reach.calibrate().calibration is None
     assert same(before, weights(out_of_reach))
+
+
+def test_weights_that_cost_more_than_the_bound_are_drawn_towards_the_dense_ones(tmp_path: Path) -> None:
+    """At this learning rate, opening every gate again leaves the weights outside the bound."""
+    trainer = make_trainer(tmp_path, KLDivergence(epsilon=1e-4), checkpoint_every=0, learning_rate=0.03, train="all")
+    trainer.train()
+    before = weights(trainer)
+    assert trainer.calibrate().calibration is None
+    assert same(before, weights(trainer))
+
+    trainer.dense_weights = lambda: tiny_model("llama").state_dict()
+    trained = trainer.model.lm_head.weight.detach().clone()
+    final = trainer.calibrate()
+    assert trainer.violation(final) <= 0
+    assert final.interpolation in SHARES
+    assert trainer.validate().constrained == pytest.approx(final.constrained)
+    start = tiny_model("llama").lm_head.weight
+    torch.testing.assert_close(trainer.model.lm_head.weight, start.lerp(trained, final.interpolation))
+
+
+def test_weights_come_back_where_the_dense_ones_do_not_hold_the_bound_either(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, CrossEntropy(tau=0.01), steps=1, checkpoint_every=0, train="all")
+    trainer.dense_weights = lambda: tiny_model("llama").state_dict()
+    trainer.train()
+    before = weights(trainer)
+    final = trainer.calibrate()
+    assert (final.calibration, final.interpolation) == (None, 1.0)
+    assert same(before, weights(trainer))
 
 
 def test_the_start_is_one_unit_outside_the_bound(tmp_path: Path) -> None:

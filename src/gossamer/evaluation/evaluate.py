@@ -106,6 +106,7 @@ def _training_facts(run: Run) -> dict[str, Any]:
         "tokens_trained_before": record["measured"].get("tokens_before") or None,
         "selected_step": selected.get("step"),
         "gate_bias_shift": selected.get("calibration"),
+        "weight_interpolation": selected.get("interpolation", 1.0),
         "versions_trained": record["versions"],
     }
 

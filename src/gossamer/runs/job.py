@@ -139,6 +139,7 @@ class Job:
             run.blocks("validation"),
             run.checkpoints,
             margin=config.margin,
+            dense_weights=None if self.adapters else lambda: load_dense(run.dense)[0].state_dict(),
             steps=config.steps,
             tokenizer=tokenizer,
         )
@@ -279,14 +280,14 @@ class Job:
         return model
 
     def _tell(self, trainer: SparsityTrainer, final: Validation) -> None:
-        """Record what the weights that are kept measure, and warn where no shift of the gates holds the bound."""
+        """Record what the weights that are kept measure, and warn where calibration does not hold the bound."""
         if final.calibration is None:
             measured = f"{trainer.label} {final.constrained:.4f} ± {final.stderr:.4f}"
             over = trainer.violation(final) * trainer.tolerance
             self.warn(
                 f"{measured} on the validation text is {over:.4f} nat over {trainer.constraint.symbol} "
-                f"{trainer.bound:.4f} less its margin, and no common shift of the gate biases brings it inside; give "
-                "the run more --tokens, or a looser bound"
+                f"{trainer.bound:.4f} less its margin; neither a common shift of the gate biases brings it inside nor "
+                "weights drawn towards the dense ones; give the run more --tokens, or a looser bound"
             )
         record = self.run.record()
         record["measured"]["selected"] = asdict(final)

@@ -22,6 +22,9 @@ START_STEPS = 7
 LARGEST_SHIFT = 8.0
 """Of the biases, in :func:`calibrate`: almost every gate is open then."""
 
+SMALLEST_SHIFT, SHIFT_GROWTH = 0.125, 4.0
+"""The first shift that is tried, and the factor to the next."""
+
 CALIBRATION_STEPS = 4
 """Halvings of the range in which the smallest shift lies."""
 
@@ -116,9 +119,9 @@ def calibrate(model: PreTrainedModel, violation: Callable[[], float]) -> Calibra
         with shifted(model, shift):
             return violation() <= 0
 
-    low, high = 0.0, LARGEST_SHIFT / 64
+    low, high = 0.0, SMALLEST_SHIFT
     while not holds(high):
-        low, high = high, 2 * high
+        low, high = high, SHIFT_GROWTH * high
         if high > LARGEST_SHIFT:
             return Calibration(None, before)
     for _ in range(CALIBRATION_STEPS):

@@ -6,13 +6,14 @@
    batch is unseen text, so what it measures is the step's violation; a few measurements on validation blocks say how
    far batches are off. The dual step answers both.
 3. End: rates have fallen to 0. If the bound is missed on the validation blocks, the gate biases are shifted by the
-   smallest common amount that brings it back. A checkpoint on the way that held the bound with fewer links is taken
-   instead.
+   smallest common amount that brings it back; where none does, the weights are drawn towards the dense ones first. A
+   checkpoint on the way that held the bound with fewer links is taken instead.
 
 Results are reported on yet other blocks.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +33,8 @@ from gossamer.models.lora import as_dense
 from gossamer.ops import fold_seed
 from gossamer.training.checkpoints import checkpoint_error, checkpoints
 from gossamer.training.distributed import on_main_process
-from gossamer.training.gates import Calibration, calibrate, open_to
+from gossamer.training.gates import calibrate, open_to
+from gossamer.training.interpolation import SHARES, Interpolation
 from gossamer.training.multiplier import Multiplier, RunningViolation, lagrangian
 from gossamer.training.objective import expected_open_fraction
 from gossamer.training.settings import TrainingConfig
@@ -61,6 +63,7 @@ class Validation:
         stderr: standard error of its distance from the bound, nats; 0 where there is one block.
         open_fraction: open links / allowed links.
         calibration: the common shift of the gate biases after training; None where there was none.
+        interpolation: the share that was kept of what training changed in the weights.
     """
 
     step: int
@@ -68,6 +71,7 @@ class Validation:
     stderr: float
     open_fraction: float
     calibration: float | None = None
+    interpolation: float = 1.0
 
 
 class SparsityTrainer(PostTrainer):
@@ -83,6 +87,8 @@ class SparsityTrainer(PostTrainer):
         validation: blocks that neither the weights nor the reported metrics see.
         folder: of the checkpoints.
         margin: how far inside the bound to aim, nats; None for one standard error of each measurement.
+        dense_weights: reads the weights of the dense model by name, if they are wanted after training; None where only
+            gates and adapters are trained.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class SparsityTrainer(PostTrainer):
         folder: Path,
         *,
         margin: float | None = None,
+        dense_weights: Callable[[], Mapping[str, Tensor]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, config, blocks, folder, **kwargs)
@@ -106,6 +113,7 @@ class SparsityTrainer(PostTrainer):
         self.tolerance = self.constraint.tolerance(dense_loss)
         self.dense_loss = dense_loss
         self.margin = margin
+        self.dense_weights = dense_weights or dict
         self.validation = validation
         self.multiplier = Multiplier(config.multiplier, self.steps)
         self.running = RunningViolation(config.multiplier.decay)
@@ -279,17 +287,44 @@ class SparsityTrainer(PostTrainer):
         return self.validation_result
 
     def calibrate(self) -> Validation:
-        """Shift the gate biases if that is what the bound needs, and measure what the model is now."""
+        """Bring the model inside its bound, and measure what it is then.
+
+        The gate biases are shifted if that is what the bound needs. Where no shift holds it, the weights are drawn
+        towards the dense model's, and the gates are shifted from there. Where that does not hold it either, nothing is
+        changed.
+        """
+        last = self.validation_result or self.validate()
+        final = self._shift_gates(last)
+        if final.calibration is None:
+            final = self._interpolate() or final
+        self.validation_result = final
+        return final
+
+    def _shift_gates(self, before: Validation) -> Validation:
+        """What the smallest shift of the gate biases that holds the bound makes of ``before``."""
         results: list[Validation] = []
 
         def violation() -> float:
-            results.append(self.validation_result if not results and self.validation_result else self.validate())
+            results.append(self.validate() if results else before)
             return self.violation(results[-1])
 
-        found: Calibration = calibrate(cast(PreTrainedModel, self.model), violation)
-        result = results[0] if not found.shift else self.validate()
-        self.validation_result = replace(result, calibration=found.shift)
-        return self.validation_result
+        found = calibrate(cast(PreTrainedModel, self.model), violation)
+        return replace(self.validate() if found.shift else before, calibration=found.shift)
+
+    def _interpolate(self) -> Validation | None:
+        """Keep the largest share of the trained change from which a shift of the gates holds the bound, if any."""
+        self.reshard()
+        weights = Interpolation(cast(nn.Module, self.model), self.dense_weights())
+        if not weights.possible:
+            return None
+        for share in SHARES:
+            weights.keep(share)
+            found = self._shift_gates(self.validate())
+            if found.calibration is not None:
+                return replace(found, interpolation=share)
+            self.reshard()
+        weights.keep(1.0)
+        return None
 
     def write_extra_state(self, folder: Path) -> None:
         """Write what the dual steps go on from."""

@@ -324,6 +324,12 @@ class PostTrainer(Trainer):
             return None
         return cast(dict[str, Tensor], self.accelerator.get_state_dict(self.model_wrapped))
 
+    def reshard(self) -> None:
+        """Shard all weights again: FSDP2's root stays whole after a forward pass, and a change to it would be lost."""
+        for module in self.model_wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def superfluous_checkpoints(self) -> list[Path]:
         """Checkpoints that need not be kept: all but the last two."""
         return checkpoints(self.folder)[:-2]
@@ -343,9 +349,7 @@ class PostTrainer(Trainer):
         elif is_gated(self.model) and not self.is_fsdp_enabled:
             self.model.load_state_dict(read_weights(Path(resume_from_checkpoint)), strict=False)
         else:
-            for module in self.model_wrapped.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # the root stays whole after a forward pass, and whole weights load nothing
+            self.reshard()
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
