@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTra
 
 from conftest import sentences
 from families import CONFIGS
-from gossamer.circuits.compare import comparison_tables
+from gossamer.circuits.tables import comparison_tables
 from gossamer.cli import app, main
 from gossamer.cli.common import console
 from gossamer.errors import GossamerError

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gossamer.evaluation.evaluate import evaluate_run, verdict
+from gossamer.evaluation.evaluate import evaluate_run
+from gossamer.evaluation.tables import verdict
 from gossamer.measures.language import measure_language
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.job import post_train

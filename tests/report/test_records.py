@@ -13,7 +13,8 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from gossamer.circuits.compare import SearchConfig, compare_circuits, load_circuit
+from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.records import load_circuit
 from gossamer.circuits.tasks import TASKS
 from gossamer.cli import main
 from gossamer.demo.demonstrate import DemoConfig, demonstrate

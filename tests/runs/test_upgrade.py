@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.evaluation.evaluate import summary_tables, verdict
+from gossamer.evaluation.tables import summary_tables, verdict
 from gossamer.report.records import load_records
 from gossamer.report.series import training_charts
 from gossamer.runs.record import Run

@@ -11,24 +11,21 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.ability import Ability, measure_ability, require_ability, require_known_tokens
 from gossamer.circuits.activation_cache import Ablation
-from gossamer.circuits.circuit_files import Circuit
-from gossamer.circuits.graph import Graph, prune, top_edges
-from gossamer.circuits.metrics import EXPLAINED, Curve
+from gossamer.circuits.metrics import Curve
+from gossamer.circuits.records import check_record, circuit_folder, identity
 from gossamer.circuits.scores import find_score
 from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
 from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
@@ -36,7 +33,6 @@ from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_directory
 from gossamer.runs.record import Run, load_both, versions
-from gossamer.tables import Table
 
 
 @dataclass(frozen=True)
@@ -90,30 +86,12 @@ def compare_circuits(
             there is a record of other settings, before anything is searched.
     """
     config = config or SearchConfig()
-    if config.rephrased and not task.phrasings:
-        raise GossamerError(f"task {task.name} has no other phrasings")
-    if config.ablation == "mean" and config.levels == ("links",):
-        raise GossamerError("links have no mean to carry; ablate them by patch or zero")
-    score = find_score(config.score)
-    if score.links is None and config.levels == ("links",):
-        raise GossamerError(f"the score {score.name} is not defined for links; choose another one")
+    _check_config(task, config)
     corruption = config.corruption or task.corruptions[0]
-    settings: dict[str, Any] = {
-        **_identity(task, corruption, config.ablation),
-        "examples": config.examples,
-        "seed": config.seed,
-        "seeds": config.seeds,
-        "rephrased": config.rephrased,
-        "levels": list(config.levels),
-        "score": score.name,
-        "selection": "largest absolute score" if config.absolute else "lowest score",
-    }
-    folder = _folder(run, task, corruption, config.ablation)
+    folder = circuit_folder(run, task, corruption, config.ablation)
     dense, sparse, tokenizer = load_both(run)
     models = {"dense": dense, "sparse": sparse}
-    variations: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
-    if config.rephrased:
-        variations += [(config.seed, phrasing) for phrasing in task.phrasings]
+    variations = _variations(task, config)
     prompts = [
         task.prompts(tokenizer, config.examples, seed=seed, corruption=config.corruption, phrasing=phrasing)
         for seed, phrasing in variations
@@ -121,24 +99,10 @@ def compare_circuits(
     for model in models.values():
         for some in prompts:
             require_known_tokens(model, tokenizer, some)
-    settings["checksum"] = _checksum((each.clean, each.corrupted) for some in prompts for each in some.kept)
-    settings["answers_checksum"] = _checksum((each.answers, each.wrong) for some in prompts for each in some.kept)
+    settings = {**identity(task, corruption, config.ablation), **_settings(config), **_checksums(prompts)}
     if not config.replace:
-        _check_record(folder, settings)
-    abilities = {}
-    for name, model in models.items():
-        abilities[name] = [measure_ability(model, some) for some in prompts]
-        for ability in abilities[name]:
-            require_ability(ability, f"{task.name} ({name})", forced=config.forced)
-    found: dict[str, list[Circuits]] = {name: [] for name in models}
-    records: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
-    for place, some in enumerate(prompts):
-        part = f"variation {place + 1} of {len(prompts)}, " if len(prompts) > 1 else ""
-        for name, model in models.items():
-            told = f"{part}{name}: "
-            circuits, record = _of_model(model, some, abilities[name][place], config, told, progress)
-            found[name].append(circuits)
-            records[name].append(record)
+        check_record(folder, settings)
+    found, records = _search(models, prompts, task, config, progress)
     record = {
         **settings,
         "prompts": len(prompts[0].kept),
@@ -151,32 +115,49 @@ def compare_circuits(
         ],
         "overlap": {name: _overlap(circuits) for name, circuits in found.items()},
     }
+    first = {name: circuits[0] for name, circuits in found.items()}
     with atomic_directory(folder) as staging:
-        save_file({name: circuits[0].scores.contiguous() for name, circuits in found.items()},
-                  staging / "scores.safetensors")  # fmt: skip
-        links = _links_of_one_prompt({name: circuits[0] for name, circuits in found.items()}, tokenizer)
-        (staging / "links.json").write_text(json.dumps(links) + "\n")
+        scores = {name: circuits.scores.contiguous() for name, circuits in first.items()}
+        save_file(scores, staging / "scores.safetensors")
+        (staging / "links.json").write_text(json.dumps(_links_of_one_prompt(first, tokenizer)) + "\n")
         (staging / "circuits.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
-def _folder(run: Run, task: Task, corruption: str, ablation: Ablation) -> Path:
-    parts = [task.name]
-    if corruption != task.corruptions[0]:
-        parts.append(corruption)
-    if ablation != "patch":
-        parts.append(ablation)
-    return run.folder / "circuits" / "-".join(parts)
+def _check_config(task: Task, config: SearchConfig) -> None:
+    if config.rephrased and not task.phrasings:
+        raise GossamerError(f"task {task.name} has no other phrasings")
+    if config.ablation == "mean" and config.levels == ("links",):
+        raise GossamerError("links have no mean to carry; ablate them by patch or zero")
+    score = find_score(config.score)
+    if score.links is None and config.levels == ("links",):
+        raise GossamerError(f"the score {score.name} is not defined for links; choose another one")
 
 
-def _identity(task: Task, corruption: str, ablation: Ablation) -> dict[str, Any]:
-    """What a record is of; its folder's name alone does not tell."""
+def _variations(task: Task, config: SearchConfig) -> list[tuple[int, str | None]]:
+    """Seeds and phrasings of the prompts that are searched, one after the other."""
+    seeds: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
+    return seeds + ([(config.seed, phrasing) for phrasing in task.phrasings] if config.rephrased else [])
+
+
+def _settings(config: SearchConfig) -> dict[str, Any]:
+    """What a record says of the search, and another search has to share to take its place."""
     return {
-        "task": task.name,
-        "file_checksum": task.file_checksum,
-        "corruption": corruption,
-        "ablation": ablation,
-        "metric": task.metric,
+        "examples": config.examples,
+        "seed": config.seed,
+        "seeds": config.seeds,
+        "rephrased": config.rephrased,
+        "levels": list(config.levels),
+        "score": find_score(config.score).name,
+        "selection": "largest absolute score" if config.absolute else "lowest score",
+    }
+
+
+def _checksums(prompts: Sequence[Prompts]) -> dict[str, int]:
+    kept = [each for some in prompts for each in some.kept]
+    return {
+        "checksum": _checksum((each.clean, each.corrupted) for each in kept),
+        "answers_checksum": _checksum((each.answers, each.wrong) for each in kept),
     }
 
 
@@ -184,33 +165,27 @@ def _checksum(tokens: Iterable[tuple[Tensor, Tensor]]) -> int:
     return zlib.crc32(json.dumps([[part.tolist() for part in parts] for parts in tokens]).encode())
 
 
-_OTHERWISE = {
-    "file_checksum": "in another file, or in what stood in it before",
-    "checksum": "on other prompts",
-    "answers_checksum": "with other answers to the prompts",
-}
-
-
-def _difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """In words, how a record was made otherwise; None if it was not."""
-    for key, value in settings.items():
-        if key in record and record[key] != value:
-            return _OTHERWISE.get(key) or f"with {key} {record[key]}, not {value}"
-    return None
-
-
-def _check_record(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to put a record in the place of one that was made otherwise."""
-    try:
-        before = json.loads((folder / "circuits.json").read_text())
-    except (OSError, ValueError):
-        return
-    if "ig_steps" in before:  # Records once had the steps of EAP-IG in the place of the score's name.
-        before["score"] = {0: "eap", 5: "eap-ig-inputs"}.get(
-            before["ig_steps"], f"{before['ig_steps']} steps of EAP-IG"
-        )
-    if difference := _difference(before, settings):
-        raise GossamerError(f"{folder} holds circuits found {difference}; --replace puts the new ones in their place")
+def _search(
+    models: Mapping[str, PreTrainedModel],
+    prompts: Sequence[Prompts],
+    task: Task,
+    config: SearchConfig,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, list[Circuits]], dict[str, list[dict[str, Any]]]]:
+    """The circuits of each model on each variation's prompts, and their entries in the record."""
+    abilities = {name: [measure_ability(model, some) for some in prompts] for name, model in models.items()}
+    for name in models:
+        for ability in abilities[name]:
+            require_ability(ability, f"{task.name} ({name})", forced=config.forced)
+    found: dict[str, list[Circuits]] = {name: [] for name in models}
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    for place, some in enumerate(prompts):
+        part = f"variation {place + 1} of {len(prompts)}, " if len(prompts) > 1 else ""
+        for name, model in models.items():
+            circuits, record = _of_model(model, some, abilities[name][place], config, f"{part}{name}: ", progress)
+            found[name].append(circuits)
+            records[name].append(record)
+    return found, records
 
 
 def _of_model(
@@ -299,55 +274,6 @@ def _links_of_one_prompt(found: dict[str, Circuits], tokenizer: PreTrainedTokeni
     return record
 
 
-def load_circuit(
-    run: Run,
-    task: Task,
-    model: str,
-    edges: int | None = None,
-    *,
-    corruption: str | None = None,
-    ablation: Ablation = "patch",
-) -> Circuit:
-    """A circuit of edges from what :func:`compare_circuits` left, pruned.
-
-    Args:
-        run: whose circuits have been found.
-        task: what the models do.
-        model: ``dense`` or ``sparse``.
-        edges: how many of the best are kept; None: as many as explain 90 %.
-        corruption: kind of corrupted prompts with which it was found; the task's first if None.
-        ablation: under which it was found.
-
-    Raises:
-        GossamerError: if there is no such record, or its place is taken by that of another task; if no circuit explains
-            90 % and ``edges`` is None.
-    """
-    corruption = corruption or task.corruptions[0]
-    folder = _folder(run, task, corruption, ablation)
-    if not (folder / "circuits.json").exists():
-        raise GossamerError(f"{run.folder} has no circuits of {folder.name}; find them with gossamer circuits")
-    try:
-        record = json.loads((folder / "circuits.json").read_text())
-        if difference := _difference(record, _identity(task, corruption, ablation)):
-            raise GossamerError(
-                f"{folder} holds circuits found {difference}; find those of {task.name} with gossamer circuits"
-            )
-        scores = load_file(folder / "scores.safetensors")[model]
-        units = record["models"][model]["units"]
-        if "edges" not in record["models"][model]["levels"]:
-            raise GossamerError(
-                f"the circuits of {folder.name} in {run.folder} were found without edges; find those too"
-            )
-        size = edges if edges is not None else record["models"][model]["levels"]["edges"]["first_size"]
-        graph = Graph(units["layers"], units["heads"], units["parallel"])
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise GossamerError(f"the records in {folder} are damaged ({error}); find the circuits again") from error
-    if size is None:
-        raise GossamerError(f"no circuit of {folder.name} that was measured explains 90 %; say how many edges to keep")
-    kept = prune(graph, top_edges(graph, scores, size, absolute=record["selection"].startswith("largest")))
-    return Circuit(graph, units["width"], scores, kept)
-
-
 def _peak_megabytes() -> float:
     """Of this process so far; torch's allocations on a GPU."""
     if torch.cuda.is_available():
@@ -368,69 +294,3 @@ def _curve_record(curve: Curve) -> dict[str, Any]:
         "points": [asdict(point) for point in curve.points],
         "shares": [point.size for point in curve.shares],
     }
-
-
-SHOWN = (0.001, 0.01, 0.1)
-"""Kept shares whose faithfulness the terminal shows."""
-
-
-def comparison_tables(record: dict[str, Any]) -> list[Table]:
-    """The record as the terminal shows it."""
-    dense, sparse = record["models"]["dense"], record["models"]["sparse"]
-    ability = Table(title=f"{record['task']}, corruption {record['corruption']}, {record['prompts']} prompts")
-    for column in ("model", "right (%)", "metric, clean", "metric, corrupted", "seconds", "peak memory (MB)"):
-        ability.add_column(column, justify="left" if column == "model" else "right")
-    for name, model in record["models"].items():
-        numbers = (f"{model[key]:.3f}" for key in ("metric_clean", "metric_corrupted"))
-        rest = (f"{model['seconds']:.0f}", f"{model['peak_memory_megabytes']:,.0f}")
-        ability.add_row(name, f"{100 * model['accuracy']:.1f}", *numbers, *rest)
-    sizes = Table(title=f"Units that explain {100 * EXPLAINED:.0f} % (first crossing; for good)")
-    for column in ("level", "of", "dense", "sparse", "dense : sparse", "CPR dense", "CPR sparse"):
-        sizes.add_column(column, justify="left" if column == "level" else "right")
-    explained = Table(title="Faithfulness by kept share")
-    for column in ("level", "model", *(f"{100 * share:g} %" for share in SHOWN), "CMD"):
-        explained.add_column(column, justify="left" if column in ("level", "model") else "right")
-    for level in dense["levels"]:
-        a, b = dense["levels"][level], sparse["levels"][level]
-        ratio = f"{a['first_size'] / b['first_size']:.1f}" if a["first_size"] and b["first_size"] else "-"
-        counts = (f"{_count(x['first_size'])}; {_count(x['lasting_size'])}" for x in (a, b))
-        sizes.add_row(level, f"{a['total']:,}", *counts, ratio, f"{a['cpr']:.3f}", f"{b['cpr']:.3f}")
-        for name, curve in (("dense", a), ("sparse", b)):
-            at = {point["size"]: point["faithfulness"] for point in curve["points"]}
-            shown = [at.get(round(share * curve["total"])) for share in SHOWN]
-            cells = ("-" if value is None else f"{value:.3f}" for value in shown)
-            explained.add_row(level, name, *cells, f"{curve['cmd']:.3f}")
-    tables = [ability, sizes, explained, _pruned_table(record)]
-    return tables + ([_spread_table(record)] if len(record["variations"]) > 1 else [])
-
-
-def _pruned_table(record: dict[str, Any]) -> Table:
-    table = Table(title="The circuits at first crossing, less what is cut off")
-    for column in ("model", "circuit of", "heads", "MLPs", "edges", "links a prompt"):
-        table.add_column(column, justify="left" if column in ("model", "circuit of") else "right")
-    for name, model in record["models"].items():
-        for level, counts in model["circuit"].items():
-            links = counts.get("links_per_prompt")
-            cells = [_count(counts.get(key)) for key in ("heads", "mlps", "edges")]
-            table.add_row(name, level, *cells, "-" if links is None else f"{links:,.1f}")
-    return table
-
-
-def _spread_table(record: dict[str, Any]) -> Table:
-    """Mean ± standard deviation of the sizes at first crossing over the variations."""
-    table = Table(title=f"Over {len(record['variations'])} variations (seeds and phrasings): mean ± standard deviation")
-    for column in ("model", *record["models"]["dense"]["levels"], "overlap of edges"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name in record["models"]:
-        cells = []
-        for level in record["models"][name]["levels"]:
-            sizes = [each["models"][name]["levels"][level]["first_size"] for each in record["variations"]]
-            known = [size for size in sizes if size is not None]
-            cells.append(f"{mean(known):,.0f} ± {stdev(known):,.0f}" if len(known) > 1 else "-")
-        overlap = record["overlap"][name]
-        table.add_row(name, *cells, "-" if overlap is None else f"{overlap:.2f}")
-    return table
-
-
-def _count(size: int | None) -> str:
-    return "-" if size is None else f"{size:,}"

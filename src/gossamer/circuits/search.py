@@ -1,7 +1,8 @@
 """Circuits of one model for one task, at three levels: scores, circuits from them, the proof by intervention."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -89,11 +90,27 @@ def find_circuits(
     """
     if "links" in levels and score.links is None:
         raise GossamerError(f"the score {score.name} is not defined for links")
-    graph = graph_of(model)
     batches = tuple(prompts.batches(batch_size))
-    count = len(prompts.kept)
-    scores, node_scores = torch.zeros(graph.sources, graph.destinations), torch.zeros(graph.sources)
     means = mean_source_outputs(model, batches) if ablation == "mean" else {}
+    scored = _score_units(model, batches, means, levels, score, ablation, absolute, progress)
+    proof = _Proof(model, scored, means, ablation, batch_size, progress)
+    curves = {level: measure_curve(proof.total(level), partial(proof.metrics, level)) for level in levels}
+    return replace(scored, curves=curves)
+
+
+def _score_units(
+    model: PreTrainedModel,
+    batches: tuple[Batch, ...],
+    means: Mapping[int, Tensor],
+    levels: tuple[Level, ...],
+    score: Score,
+    ablation: Ablation,
+    absolute: bool,
+    progress: Callable[[str], None],
+) -> Circuits:
+    """The scores of all units of these levels, without curves."""
+    graph, count = graph_of(model), sum(len(batch.clean) for batch in batches)
+    scores, node_scores = torch.zeros(graph.sources, graph.destinations), torch.zeros(graph.sources)
     for done, batch in enumerate(batches if set(levels) - {"links"} else ()):
         progress(f"scores of nodes and edges, batch {done + 1} of {len(batches)}")
         average = means.get(batch.clean.shape[1])
@@ -108,42 +125,62 @@ def find_circuits(
         assert score.links is not None
         for done, batch in enumerate(batches):
             progress(f"scores of links, batch {done + 1} of {len(batches)}")
-            some = score.links(model, batch, ablation="zero" if ablation == "zero" else "patch")
-            links.append(some.cpu())
-    found = Circuits(graph, {}, scores, node_scores, tuple(links), batches, absolute)
-    lengths = [batch.clean.shape[1] for batch in batches for _ in batch.clean]
-    allowed = round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))
-    totals = {"nodes": graph.sources, "edges": int(graph.possible().sum()), "links": allowed}
+            links.append(score.links(model, batch, ablation="zero" if ablation == "zero" else "patch").cpu())
+    return Circuits(graph, {}, scores, node_scores, tuple(links), batches, absolute)
 
-    def kept_links(batch: int, size: int) -> Tensor:
-        if size < allowed:
-            return prune_links(top_links(links[batch], size, absolute=absolute))
+
+@dataclass(frozen=True)
+class _Proof:
+    """The metric of circuits of the best units, by intervention."""
+
+    model: PreTrainedModel
+    scored: Circuits
+    means: Mapping[int, Tensor]
+    ablation: Ablation
+    batch_size: int
+    progress: Callable[[str], None]
+
+    def total(self, level: Level) -> int:
+        """How many units the level has; links of one prompt, on average."""
+        graph = self.scored.graph
+        if level == "nodes":
+            return graph.sources
+        if level == "edges":
+            return int(graph.possible().sum())
+        lengths = [batch.clean.shape[1] for batch in self.scored.batches for _ in batch.clean]
+        return round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))
+
+    def metrics(self, level: Level, sizes: list[int]) -> list[float]:
+        """The task's metric, averaged over the prompts, of the best ``size`` units for each of ``sizes``."""
+        batches = self.scored.batches
+        metrics = torch.zeros(len(sizes), dtype=torch.double)
+        kept = None if level == "links" else [self._units(level, size) for size in sizes]
+        for place, batch in enumerate(batches):
+            self.progress(f"keeping {sizes[0]:,} to {sizes[-1]:,} {level}, batch {place + 1} of {len(batches)}")
+            other = run_with_cache(self.model, batch.corrupted, links=level == "links")
+            other.mean = self.means.get(batch.clean.shape[1])
+            for some in torch.arange(len(sizes)).split(max(1, self.batch_size // len(batch.clean))):
+                circuits = [self._links(place, sizes[at]) if kept is None else kept[at] for at in some.tolist()]
+                values = _RUN[level](self.model, batch, torch.stack(circuits), ablation=self.ablation, other=other)
+                metrics[some] += values.double().cpu().sum(1)
+        return (metrics / sum(len(batch.clean) for batch in batches)).tolist()
+
+    def _units(self, level: Level, size: int) -> Tensor:
+        return self.scored.nodes(size) if level == "nodes" else self.scored.edges(size)
+
+    def _links(self, batch: int, size: int) -> Tensor:
+        scores = self.scored.link_scores[batch]
+        if size < self.total("links"):
+            return prune_links(top_links(scores, size, absolute=self.scored.absolute))
         # A prompt longer than the mean has more links than the mean prompt's total.
-        return torch.ones_like(links[batch], dtype=torch.bool).tril()
+        return torch.ones_like(scores, dtype=torch.bool).tril()
 
-    keep: dict[str, Callable[..., Tensor]] = {"nodes": run_with_nodes, "edges": run_with_edges, "links": run_with_links}
-    for level in levels:
 
-        def measure(sizes: list[int], level: Level = level) -> list[float]:
-            metrics = torch.zeros(len(sizes), dtype=torch.double)
-            chosen = [
-                found.nodes(size) if level == "nodes" else found.edges(size) for size in sizes if level != "links"
-            ]
-            for place, batch in enumerate(batches):
-                progress(f"keeping {sizes[0]:,} to {sizes[-1]:,} {level}, batch {place + 1} of {len(batches)}")
-                other = run_with_cache(model, batch.corrupted, links=level == "links")
-                other.mean = means.get(batch.clean.shape[1])
-                at_once = max(1, batch_size // len(batch.clean))
-                for some in torch.arange(len(sizes)).split(at_once):
-                    circuits = torch.stack(
-                        [chosen[index] if chosen else kept_links(place, sizes[index]) for index in some.tolist()]
-                    )
-                    values = keep[level](model, batch, circuits, ablation=ablation, other=other)
-                    metrics[some] += values.double().cpu().sum(1) / count
-            return metrics.tolist()
-
-        found.curves[level] = measure_curve(totals[level], measure)
-    return found
+_RUN: dict[Level, Callable[..., Tensor]] = {
+    "nodes": run_with_nodes,
+    "edges": run_with_edges,
+    "links": run_with_links,
+}
 
 
 def faithfulness_of(

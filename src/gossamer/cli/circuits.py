@@ -113,7 +113,8 @@ def circuits(
     """
     from transformers.utils import logging
 
-    from gossamer.circuits.compare import SearchConfig, compare_circuits, comparison_tables
+    from gossamer.circuits.compare import SearchConfig, compare_circuits
+    from gossamer.circuits.tables import comparison_tables
     from gossamer.circuits.tasks import find_task
     from gossamer.runs.record import Run
     from gossamer.training.malloc import keep_freed_memory
@@ -165,7 +166,7 @@ def export(
 ) -> None:
     """Write a circuit that gossamer circuits has found for other tools."""
     from gossamer.circuits.circuit_files import write_circuit
-    from gossamer.circuits.compare import load_circuit
+    from gossamer.circuits.records import load_circuit
     from gossamer.circuits.tasks import find_task
     from gossamer.runs.record import Run
 

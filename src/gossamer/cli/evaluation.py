@@ -63,7 +63,8 @@ def _evaluate_lengths(
     precision: Precision,
     batch_size: int,
 ) -> None:
-    from gossamer.evaluation.lengths import add_lengths, lengths_table
+    from gossamer.evaluation.lengths import add_lengths
+    from gossamer.evaluation.tables import lengths_table
 
     try:
         asked = [int(length) for length in lengths.split(",")]
@@ -95,7 +96,8 @@ def _evaluate_tasks(
     from datasets.utils import logging as datasets_logging
     from transformers.utils import logging
 
-    from gossamer.evaluation.capability import add_tasks, check_tasks, task_table
+    from gossamer.evaluation.capability import add_tasks, check_tasks
+    from gossamer.evaluation.tables import task_table
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -121,7 +123,8 @@ def _evaluate_tasks(
 
 def evaluate_and_show(run: "Run", precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
     """Measure a run on held-out text, and print all tables and whether the constraint was met."""
-    from gossamer.evaluation.evaluate import evaluate_run, summary_tables, verdict
+    from gossamer.evaluation.evaluate import evaluate_run
+    from gossamer.evaluation.tables import summary_tables, verdict
 
     with console.status("evaluating") as status:
         metrics = evaluate_run(
@@ -149,7 +152,8 @@ def compare(
     """Compare a sparse MODEL with its dense model on a text: loss, KL and open links."""
     from itertools import chain
 
-    from gossamer.evaluation.lengths import lengths_table, measure_at_length
+    from gossamer.evaluation.lengths import measure_at_length
+    from gossamer.evaluation.tables import lengths_table
     from gossamer.models.convert import is_gated
     from gossamer.training.data import pack
     from gossamer.training.documents import read_documents, text_files
@@ -198,7 +202,7 @@ def inspect(
 
 
 def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
-    from gossamer.evaluation.evaluate import summary_tables, verdict
+    from gossamer.evaluation.tables import summary_tables, verdict
     from gossamer.runs.upgrade import upgraded_metrics
 
     console.print(key_value_table(f"Run {run.folder}", run.config().to_dict()))

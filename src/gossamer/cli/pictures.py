@@ -41,7 +41,7 @@ def demo(
 
 def show_demo(run: "Run") -> None:  # type: ignore[name-defined]
     """Print the circuits, the sentences and the accuracies that a demo has left."""
-    from gossamer.circuits.compare import comparison_tables
+    from gossamer.circuits.tables import comparison_tables
     from gossamer.demo.demonstrate import addition_table
 
     circuits = run.folder / "circuits" / "addition" / "circuits.json"

@@ -24,7 +24,6 @@ from gossamer.models.pretrained import load_dense
 from gossamer.models.tokenizers import load_own_tokenizer, strip_end_tokens
 from gossamer.models.vocabulary import require_vocabulary
 from gossamer.runs.record import Run, load_control, load_sparse
-from gossamer.tables import Table
 from gossamer.training.tokens import end_of_text
 
 
@@ -179,32 +178,6 @@ def _reader(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
 
     start = own.bos_token_id if own.bos_token_id is not None else end
     return Reader(tokenizer=own, prefix_token_id=start, **options)
-
-
-def task_table(metrics: dict[str, Any]) -> Table:
-    """The entry ``tasks`` of ``metrics.json`` for the terminal."""
-    names = [name for name in ("dense", "sparse", "control") if _have(metrics, name)]
-    table = Table(title="Tasks (value ± standard error)")
-    for heading in ("task", "metric", "examples", *names, "sparse minus dense"):
-        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
-    for task, record in metrics["tasks"].items():
-        models = record["models"]
-        for metric, dense in models["dense"].items():
-            cells = [_cell(models[name][metric]) if name in models else "" for name in names]
-            difference = models["sparse"][metric]["value"] - dense["value"]
-            better = "↑" if dense["higher_is_better"] else "↓"
-            table.add_row(task, f"{metric} {better}", str(record["examples"]), *cells, f"{difference:+.4f}")
-    return table
-
-
-def _have(metrics: dict[str, Any], name: str) -> bool:
-    return any(name in record["models"] for record in metrics["tasks"].values())
-
-
-def _cell(metric: dict[str, Any]) -> str:
-    if metric["stderr"] is None:
-        return f"{metric['value']:.4f}"
-    return f"{metric['value']:.4f} ± {metric['stderr']:.4f}"
 
 
 def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:

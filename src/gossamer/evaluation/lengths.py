@@ -6,17 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Int
-from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_write_text
-from gossamer.measures.language import measure_beside_dense, plus_minus, standard_error
+from gossamer.measures.language import measure_beside_dense, standard_error
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.beginning import blocks_of
 from gossamer.runs.record import Run, load_sparse
-from gossamer.tables import Table
 from gossamer.training.settings import TrainingConfig
 
 
@@ -102,22 +100,3 @@ def measure_at_length(
         "open_fraction": sparse_metrics.links.open_fraction,
         "open_links_per_query": sparse_metrics.links.open_links_per_query,
     }
-
-
-def lengths_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """What :func:`measure_at_length` measured."""
-    table = Table(title=escape(title))
-    headings = ("T", "dense (nat)", "sparse (nat)", "sparse minus dense", "KL (nat)", "open (%)", "links per query")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            f"{row['seq_len']:,}",
-            f"{row['loss_dense']:.4f}",
-            f"{row['loss_sparse']:.4f}",
-            f"{row['loss_sparse'] - row['loss_dense']:+.4f}{plus_minus(row.get('loss_difference_stderr'))}",
-            f"{row['kl']:.4f}{plus_minus(row.get('kl_stderr'))}",
-            f"{100 * row['open_fraction']:.3f}",
-            f"{row['open_links_per_query']:.3f}",
-        )
-    return table

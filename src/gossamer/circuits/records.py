@@ -1,0 +1,114 @@
+"""Where a run keeps its circuits, which settings they were found with, and one of them read back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.circuit_files import Circuit
+from gossamer.circuits.graph import Graph, prune, top_edges
+from gossamer.circuits.tasks.base import Task
+from gossamer.errors import GossamerError
+from gossamer.runs.record import Run
+
+
+def circuit_folder(run: Run, task: Task, corruption: str, ablation: Ablation) -> Path:
+    parts = [task.name]
+    if corruption != task.corruptions[0]:
+        parts.append(corruption)
+    if ablation != "patch":
+        parts.append(ablation)
+    return run.folder / "circuits" / "-".join(parts)
+
+
+def identity(task: Task, corruption: str, ablation: Ablation) -> dict[str, Any]:
+    """What a record is of; its folder's name alone does not tell."""
+    return {
+        "task": task.name,
+        "file_checksum": task.file_checksum,
+        "corruption": corruption,
+        "ablation": ablation,
+        "metric": task.metric,
+    }
+
+
+_OTHERWISE = {
+    "file_checksum": "in another file, or in what stood in it before",
+    "checksum": "on other prompts",
+    "answers_checksum": "with other answers to the prompts",
+}
+
+
+def _difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+    """In words, how a record was made otherwise; None if it was not."""
+    for key, value in settings.items():
+        if key in record and record[key] != value:
+            return _OTHERWISE.get(key) or f"with {key} {record[key]}, not {value}"
+    return None
+
+
+def check_record(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to put a record in the place of one that was made otherwise."""
+    try:
+        before = json.loads((folder / "circuits.json").read_text())
+    except (OSError, ValueError):
+        return
+    if "ig_steps" in before:  # Records once had the steps of EAP-IG in the place of the score's name.
+        before["score"] = {0: "eap", 5: "eap-ig-inputs"}.get(
+            before["ig_steps"], f"{before['ig_steps']} steps of EAP-IG"
+        )
+    if difference := _difference(before, settings):
+        raise GossamerError(f"{folder} holds circuits found {difference}; --replace puts the new ones in their place")
+
+
+def load_circuit(
+    run: Run,
+    task: Task,
+    model: str,
+    edges: int | None = None,
+    *,
+    corruption: str | None = None,
+    ablation: Ablation = "patch",
+) -> Circuit:
+    """A circuit of edges from what :func:`compare_circuits` left, pruned.
+
+    Args:
+        run: whose circuits have been found.
+        task: what the models do.
+        model: ``dense`` or ``sparse``.
+        edges: how many of the best are kept; None: as many as explain 90 %.
+        corruption: kind of corrupted prompts with which it was found; the task's first if None.
+        ablation: under which it was found.
+
+    Raises:
+        GossamerError: if there is no such record, or its place is taken by that of another task; if no circuit explains
+            90 % and ``edges`` is None.
+    """
+    corruption = corruption or task.corruptions[0]
+    folder = circuit_folder(run, task, corruption, ablation)
+    if not (folder / "circuits.json").exists():
+        raise GossamerError(f"{run.folder} has no circuits of {folder.name}; find them with gossamer circuits")
+    try:
+        record = json.loads((folder / "circuits.json").read_text())
+        if difference := _difference(record, identity(task, corruption, ablation)):
+            raise GossamerError(
+                f"{folder} holds circuits found {difference}; find those of {task.name} with gossamer circuits"
+            )
+        scores = load_file(folder / "scores.safetensors")[model]
+        units = record["models"][model]["units"]
+        if "edges" not in record["models"][model]["levels"]:
+            raise GossamerError(
+                f"the circuits of {folder.name} in {run.folder} were found without edges; find those too"
+            )
+        size = edges if edges is not None else record["models"][model]["levels"]["edges"]["first_size"]
+        graph = Graph(units["layers"], units["heads"], units["parallel"])
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise GossamerError(f"the records in {folder} are damaged ({error}); find the circuits again") from error
+    if size is None:
+        raise GossamerError(f"no circuit of {folder.name} that was measured explains 90 %; say how many edges to keep")
+    kept = prune(graph, top_edges(graph, scores, size, absolute=record["selection"].startswith("largest")))
+    return Circuit(graph, units["width"], scores, kept)

@@ -1,0 +1,72 @@
+"""What ``circuits.json`` holds, as tables for the terminal."""
+
+from statistics import mean, stdev
+from typing import Any
+
+from gossamer.circuits.metrics import EXPLAINED
+from gossamer.tables import Table
+
+SHOWN = (0.001, 0.01, 0.1)
+"""Kept shares whose faithfulness the terminal shows."""
+
+
+def comparison_tables(record: dict[str, Any]) -> list[Table]:
+    """The record as the terminal shows it."""
+    dense, sparse = record["models"]["dense"], record["models"]["sparse"]
+    ability = Table(title=f"{record['task']}, corruption {record['corruption']}, {record['prompts']} prompts")
+    for column in ("model", "right (%)", "metric, clean", "metric, corrupted", "seconds", "peak memory (MB)"):
+        ability.add_column(column, justify="left" if column == "model" else "right")
+    for name, model in record["models"].items():
+        numbers = (f"{model[key]:.3f}" for key in ("metric_clean", "metric_corrupted"))
+        rest = (f"{model['seconds']:.0f}", f"{model['peak_memory_megabytes']:,.0f}")
+        ability.add_row(name, f"{100 * model['accuracy']:.1f}", *numbers, *rest)
+    sizes = Table(title=f"Units that explain {100 * EXPLAINED:.0f} % (first crossing; for good)")
+    for column in ("level", "of", "dense", "sparse", "dense : sparse", "CPR dense", "CPR sparse"):
+        sizes.add_column(column, justify="left" if column == "level" else "right")
+    explained = Table(title="Faithfulness by kept share")
+    for column in ("level", "model", *(f"{100 * share:g} %" for share in SHOWN), "CMD"):
+        explained.add_column(column, justify="left" if column in ("level", "model") else "right")
+    for level in dense["levels"]:
+        a, b = dense["levels"][level], sparse["levels"][level]
+        ratio = f"{a['first_size'] / b['first_size']:.1f}" if a["first_size"] and b["first_size"] else "-"
+        counts = (f"{_count(x['first_size'])}; {_count(x['lasting_size'])}" for x in (a, b))
+        sizes.add_row(level, f"{a['total']:,}", *counts, ratio, f"{a['cpr']:.3f}", f"{b['cpr']:.3f}")
+        for name, curve in (("dense", a), ("sparse", b)):
+            at = {point["size"]: point["faithfulness"] for point in curve["points"]}
+            shown = [at.get(round(share * curve["total"])) for share in SHOWN]
+            cells = ("-" if value is None else f"{value:.3f}" for value in shown)
+            explained.add_row(level, name, *cells, f"{curve['cmd']:.3f}")
+    tables = [ability, sizes, explained, _pruned_table(record)]
+    return tables + ([_spread_table(record)] if len(record["variations"]) > 1 else [])
+
+
+def _pruned_table(record: dict[str, Any]) -> Table:
+    table = Table(title="The circuits at first crossing, less what is cut off")
+    for column in ("model", "circuit of", "heads", "MLPs", "edges", "links a prompt"):
+        table.add_column(column, justify="left" if column in ("model", "circuit of") else "right")
+    for name, model in record["models"].items():
+        for level, counts in model["circuit"].items():
+            links = counts.get("links_per_prompt")
+            cells = [_count(counts.get(key)) for key in ("heads", "mlps", "edges")]
+            table.add_row(name, level, *cells, "-" if links is None else f"{links:,.1f}")
+    return table
+
+
+def _spread_table(record: dict[str, Any]) -> Table:
+    """Mean ± standard deviation of the sizes at first crossing over the variations."""
+    table = Table(title=f"Over {len(record['variations'])} variations (seeds and phrasings): mean ± standard deviation")
+    for column in ("model", *record["models"]["dense"]["levels"], "overlap of edges"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in record["models"]:
+        cells = []
+        for level in record["models"][name]["levels"]:
+            sizes = [each["models"][name]["levels"][level]["first_size"] for each in record["variations"]]
+            known = [size for size in sizes if size is not None]
+            cells.append(f"{mean(known):,.0f} ± {stdev(known):,.0f}" if len(known) > 1 else "-")
+        overlap = record["overlap"][name]
+        table.add_row(name, *cells, "-" if overlap is None else f"{overlap:.2f}")
+    return table
+
+
+def _count(size: int | None) -> str:
+    return "-" if size is None else f"{size:,}"
