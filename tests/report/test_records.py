@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 
 from gossamer.circuits.compare import SearchConfig, compare_circuits
 from gossamer.circuits.records import load_circuit
+from gossamer.circuits.tables import comparison_tables
 from gossamer.circuits.tasks import TASKS
 from gossamer.cli import main
 from gossamer.demo.demonstrate import DemoConfig, demonstrate
@@ -126,6 +127,14 @@ def test_the_commands_write_pages_and_figures(run: Path, tmp_path: Path, monkeyp
     assert code == 0
     assert '"note":"your prompt"' in (tmp_path / "v.html").read_text()
     assert {file: file.stat().st_mtime for file in run.rglob("*")} == before
+
+
+def test_a_record_has_the_links_inside_its_circuits(run: Path) -> None:
+    record = json.loads((run / "circuits" / "addition" / "circuits.json").read_text())
+    assert all(model["circuit"]["nodes"]["links_inside"] >= 0 for model in record["models"].values())
+    for name, links in (("dense", 90.0), ("sparse", 4.5)):
+        record["models"][name]["circuit"]["nodes"]["links_inside"] = links
+    assert "dense : sparse = 20.0" in comparison_tables(record)[-1].caption
 
 
 def test_circuits_of_another_corruption_have_a_folder_of_their_own(run: Path, tmp_path: Path) -> None:

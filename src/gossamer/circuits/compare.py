@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.ability import Ability, measure_ability, require_ability, require_known_tokens
 from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.links_inside import links_inside, links_of_heads
 from gossamer.circuits.metrics import Curve
 from gossamer.circuits.records import check_record, circuit_folder, identity
 from gossamer.circuits.scores import find_score
@@ -181,8 +182,11 @@ def _search(
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for place, some in enumerate(prompts):
         part = f"variation {place + 1} of {len(prompts)}, " if len(prompts) > 1 else ""
+        links = links_of_heads(models["sparse"], some, config.batch_size)
         for name, model in models.items():
             circuits, record = _of_model(model, some, abilities[name][place], config, f"{part}{name}: ", progress)
+            if "nodes" in record["circuit"]:
+                record["circuit"]["nodes"]["links_inside"] = links_inside(circuits, links[name])
             found[name].append(circuits)
             records[name].append(record)
     return found, records

@@ -42,14 +42,21 @@ def comparison_tables(record: dict[str, Any]) -> list[Table]:
 
 def _pruned_table(record: dict[str, Any]) -> Table:
     table = Table(title="The circuits at first crossing, less what is cut off")
-    for column in ("model", "circuit of", "heads", "MLPs", "edges", "links a prompt"):
+    for column in ("model", "circuit of", "heads", "MLPs", "edges", "links a prompt", "links inside"):
         table.add_column(column, justify="left" if column in ("model", "circuit of") else "right")
+    inside = [model["circuit"].get("nodes", {}).get("links_inside") for model in record["models"].values()]
     for name, model in record["models"].items():
         for level, counts in model["circuit"].items():
-            links = counts.get("links_per_prompt")
             cells = [_count(counts.get(key)) for key in ("heads", "mlps", "edges")]
-            table.add_row(name, level, *cells, "-" if links is None else f"{links:,.1f}")
+            means = [_mean(counts.get(key)) for key in ("links_per_prompt", "links_inside")]
+            table.add_row(name, level, *cells, *means)
+    if all(inside):
+        table.caption = f"links inside the circuits of nodes, dense : sparse = {inside[0] / inside[1]:.1f}"
     return table
+
+
+def _mean(count: float | None) -> str:
+    return "-" if count is None else f"{count:,.1f}"
 
 
 def _spread_table(record: dict[str, Any]) -> Table:
