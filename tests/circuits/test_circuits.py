@@ -8,7 +8,7 @@ from circuit_cases import FAMILIES, batch_of, metric, model_of, near
 from families import tokens
 from gossamer.circuits.activation_cache import run_with_cache
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
-from gossamer.circuits.intervention import _PatchedEdges, run_with_edges, run_with_links, run_with_nodes
+from gossamer.circuits.intervention import PatchedEdges, run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.projections import projections_of
 from gossamer.circuits.scores import SCORES, eap, eap_ig_inputs, exact
 from gossamer.circuits.search import faithfulness_of, find_circuits, mean_source_outputs
@@ -16,7 +16,7 @@ from gossamer.circuits.streams import StreamHooks, graph_of, stream_hooks
 from gossamer.circuits.tasks.base import Batch, Example, Prompts, TokenizedExample
 
 
-class Interpolated(_PatchedEdges):
+class Interpolated(PatchedEdges):
     """Patched edges that autograd can follow."""
 
     def _write(self, sources: slice, values: torch.Tensor) -> None:

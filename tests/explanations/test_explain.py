@@ -7,12 +7,12 @@ import torch
 
 import gossamer
 from families import tiny_model
+from gossamer.circuits.mask_search import MaskSearch
 from gossamer.errors import GossamerError
 from gossamer.explanations.explain import explain, explain_prediction
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction, predict
 from gossamer.explanations.record import explanation_record, graphml, in_words
-from gossamer.explanations.search import LinkSearch
 from induction import induction_model, induction_prompts
 
 PROMPT = "the sparse model reads one two three"
@@ -58,7 +58,7 @@ def test_the_set_meets_what_was_asked(model, tokenizer, kind: str) -> None:
 def test_no_link_of_a_sufficient_set_can_be_left_out(model, tokenizer) -> None:
     network = model.requires_grad_(False)
     masks = LinkMasks(network, predict(network, tokenizer, PROMPT))
-    search = LinkSearch(masks, share=0.8)
+    search = MaskSearch(masks, share=0.8)
     found = search.run()
     without = [found.chosen.clone().index_fill_(0, link, False) for link in found.chosen.nonzero()]
     assert not any(search.accepts(without))

@@ -6,8 +6,9 @@ from torch import Tensor
 
 import gossamer
 from circuit_cases import FAMILIES, model_of
+from gossamer.circuits.mask_search import MaskRow
 from gossamer.errors import GossamerError
-from gossamer.explanations.link_masks import LinkMasks, MaskRow
+from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
 from plain_links import plainly
 

@@ -145,11 +145,11 @@ def test_circuits_of_another_corruption_have_a_folder_of_their_own(run: Path, tm
     record = compare_circuits(Run(copy), TASKS["addition"], config)
     assert (copy / "circuits" / "addition" / "circuits.json").read_text() == before
     assert json.loads((copy / "circuits" / "addition-carry" / "circuits.json").read_text()) == record
-    found = load_circuit(Run(copy), TASKS["addition"], "dense", 5, corruption="carry")
-    other = load_circuit(Run(copy), TASKS["addition"], "dense", 5)
+    found = load_circuit(copy, TASKS["addition"], "dense", 5, corruption="carry")
+    other = load_circuit(copy, TASKS["addition"], "dense", 5)
     assert not torch.equal(found.scores, other.scores)
     with pytest.raises(GossamerError, match="has no circuits of addition-carry-zero"):
-        load_circuit(Run(copy), TASKS["addition"], "dense", 5, corruption="carry", ablation="zero")
+        load_circuit(copy, TASKS["addition"], "dense", 5, corruption="carry", ablation="zero")
     with pytest.raises(GossamerError, match=r"found with score eap, not exact; --replace"):
         compare_circuits(Run(copy), TASKS["addition"], replace(config, score="exact"))
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -88,9 +89,24 @@ def compare_circuits(
     """
     config = config or SearchConfig()
     _check_config(task, config)
-    corruption = config.corruption or task.corruptions[0]
-    folder = circuit_folder(run, task, corruption, config.ablation)
     dense, sparse, tokenizer = load_both(run)
+    return compare_models(dense, sparse, tokenizer, task, run.folder, config, progress=progress)
+
+
+def compare_models(
+    dense: PreTrainedModel,
+    sparse: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    root: Path,
+    config: SearchConfig,
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """:func:`compare_circuits` for models that no run has made; the record lies in ``root/circuits``."""
+    _check_config(task, config)
+    corruption = config.corruption or task.corruptions[0]
+    folder = circuit_folder(root, task, corruption, config.ablation)
     models = {"dense": dense, "sparse": sparse}
     variations = _variations(task, config)
     prompts = [
@@ -225,7 +241,14 @@ def _of_model(
             "parallel": found.graph.parallel,
             "width": model.config.hidden_size,
         },
-        "levels": {level: _curve_record(curve) for level, curve in found.curves.items()},
+        "levels": {
+            level: {**_curve_record(curve), "left_when_cut": found.left_when_cut[level]}
+            for level, curve in found.curves.items()
+        },
+        "sets": {
+            level: {"size": len(each), "kept": each.kept, "left_when_cut": each.left_when_cut}
+            for level, each in found.sets.items()
+        },
         "circuit": _circuit_record(found),
     }
 

@@ -22,7 +22,7 @@ from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stre
 from gossamer.circuits.tasks.base import Batch
 
 
-class _Patched(StreamHooks):
+class Patched(StreamHooks):
     """What the sources write less what they would be replaced by; the streams are put together from it.
 
     Rows of the batch are circuit by circuit, within it prompt by prompt.
@@ -79,7 +79,7 @@ class _Patched(StreamHooks):
         self._write(slice(mlp, mlp + 1), contribution[None])
 
 
-class _PatchedNodes(_Patched):
+class PatchedNodes(Patched):
     """All destinations of a layer read the same stream."""
 
     def _stream(self, kind: str, layer: int) -> Float[Tensor, "rows tokens d_model"]:
@@ -96,7 +96,7 @@ class _PatchedNodes(_Patched):
         return self._stream("logits", 0)
 
 
-class _PatchedEdges(_Patched):
+class PatchedEdges(Patched):
     """Every destination reads a stream of its own.
 
     Query heads that share columns of a projection need them in turn: the batch is repeated as often as heads share
@@ -192,11 +192,11 @@ def run_with_edges(
     """
     circuits = kept[None] if kept.ndim == 2 else kept
     other = run_with_cache(model, batch.corrupted) if other is None else other
-    hooks = _PatchedEdges(graph_of(model), projections_of(model), circuits, other, ablation, neurons)
-    return _measured(model, batch, hooks, len(circuits)).view(*kept.shape[:-2], -1)
+    hooks = PatchedEdges(graph_of(model), projections_of(model), circuits, other, ablation, neurons)
+    return metric_with(model, batch, hooks, len(circuits)).view(*kept.shape[:-2], -1)
 
 
-def _measured(model: PreTrainedModel, batch: Batch, hooks: StreamHooks, circuits: int) -> Tensor:
+def metric_with(model: PreTrainedModel, batch: Batch, hooks: StreamHooks, circuits: int) -> Tensor:
     rows = batch.clean.to(model.device).repeat(circuits, 1)
     with stream_hooks(model, hooks):
         logits = model(input_ids=rows, use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -215,8 +215,8 @@ def run_with_nodes(
     """:func:`run_with_edges` with all edges that leave the kept nodes, in one stream instead of one per destination."""
     circuits = kept[None] if kept.ndim == 1 else kept
     other = run_with_cache(model, batch.corrupted) if other is None else other
-    hooks = _PatchedNodes(graph_of(model), circuits, other, ablation)
-    return _measured(model, batch, hooks, len(circuits)).view(*kept.shape[:-1], -1)
+    hooks = PatchedNodes(graph_of(model), circuits, other, ablation)
+    return metric_with(model, batch, hooks, len(circuits)).view(*kept.shape[:-1], -1)
 
 
 @dataclass
@@ -252,7 +252,7 @@ def run_with_links(
         other = None
     elif other is None:
         other = run_with_cache(model, batch.corrupted, links=True)
-    return _measured(model, batch, _PatchedLinks(circuits, other), len(circuits)).view(*kept.shape[:-5], -1)
+    return metric_with(model, batch, _PatchedLinks(circuits, other), len(circuits)).view(*kept.shape[:-5], -1)
 
 
 @dataclass

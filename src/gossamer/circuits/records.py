@@ -1,4 +1,4 @@
-"""Where a run keeps its circuits, which settings they were found with, and one of them read back."""
+"""Where circuits are kept, which settings they were found with, and one of them read back."""
 
 import json
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from gossamer.circuits.circuit_files import Circuit
 from gossamer.circuits.graph import Graph, prune, top_edges
 from gossamer.circuits.tasks.base import Task
 from gossamer.errors import GossamerError
-from gossamer.runs.record import Run
 
 
-def circuit_folder(run: Run, task: Task, corruption: str, ablation: Ablation) -> Path:
+def circuit_folder(root: Path, task: Task, corruption: str, ablation: Ablation) -> Path:
+    """Where the record lies below ``root``, a run's directory or another."""
     parts = [task.name]
     if corruption != task.corruptions[0]:
         parts.append(corruption)
     if ablation != "patch":
         parts.append(ablation)
-    return run.folder / "circuits" / "-".join(parts)
+    return root / "circuits" / "-".join(parts)
 
 
 def identity(task: Task, corruption: str, ablation: Ablation) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def check_record(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def load_circuit(
-    run: Run,
+    root: Path,
     task: Task,
     model: str,
     edges: int | None = None,
@@ -77,7 +77,7 @@ def load_circuit(
     """A circuit of edges from what :func:`compare_circuits` left, pruned.
 
     Args:
-        run: whose circuits have been found.
+        root: the directory of a run whose circuits have been found, or what ``--out`` of gossamer circuits named.
         task: what the models do.
         model: ``dense`` or ``sparse``.
         edges: how many of the best are kept; None: as many as explain 90 %.
@@ -89,9 +89,9 @@ def load_circuit(
             90 % and ``edges`` is None.
     """
     corruption = corruption or task.corruptions[0]
-    folder = circuit_folder(run, task, corruption, ablation)
+    folder = circuit_folder(root, task, corruption, ablation)
     if not (folder / "circuits.json").exists():
-        raise GossamerError(f"{run.folder} has no circuits of {folder.name}; find them with gossamer circuits")
+        raise GossamerError(f"{root} has no circuits of {folder.name}; find them with gossamer circuits")
     try:
         record = json.loads((folder / "circuits.json").read_text())
         if difference := _difference(record, identity(task, corruption, ablation)):
@@ -101,9 +101,7 @@ def load_circuit(
         scores = load_file(folder / "scores.safetensors")[model]
         units = record["models"][model]["units"]
         if "edges" not in record["models"][model]["levels"]:
-            raise GossamerError(
-                f"the circuits of {folder.name} in {run.folder} were found without edges; find those too"
-            )
+            raise GossamerError(f"the circuits of {folder.name} in {root} were found without edges; find those too")
         size = edges if edges is not None else record["models"][model]["levels"]["edges"]["first_size"]
         graph = Graph(units["layers"], units["heads"], units["parallel"])
     except (ValueError, KeyError, SafetensorError) as error:

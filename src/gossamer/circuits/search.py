@@ -1,7 +1,7 @@
 """Circuits of one model for one task, at three levels: scores, circuits from them, the proof by intervention."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from gossamer.circuits.activation_cache import Ablation, run_with_cache, source_outputs
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
+from gossamer.circuits.mask_search import UnitSet
 from gossamer.circuits.metrics import Curve, Point, measure_curve
 from gossamer.circuits.scores import Score
+from gossamer.circuits.scores.base import SetSearch
 from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
@@ -36,6 +38,8 @@ class Circuits:
         link_scores: of the attention links, by batch; empty if that level was not asked for.
         batches: the prompts that they belong to.
         absolute: whether the largest absolute scores were chosen, not the lowest.
+        sets: what a search found, by level, measured on the prompts that it looked at; empty with other scores.
+        left_when_cut: f of everything but the smallest circuit that explains enough, by level; None where none does.
     """
 
     graph: Graph
@@ -45,6 +49,8 @@ class Circuits:
     link_scores: tuple[Float[Tensor, "prompts layers heads tokens tokens"], ...]
     batches: tuple[Batch, ...]
     absolute: bool
+    sets: Mapping[Level, UnitSet] = field(default_factory=dict)
+    left_when_cut: Mapping[Level, float | None] = field(default_factory=dict)
 
     def nodes(self, count: int) -> Bool[Tensor, " sources"]:
         """The best ``count`` nodes."""
@@ -95,7 +101,9 @@ def find_circuits(
     scored = _score_units(model, batches, means, levels, score, ablation, absolute, progress)
     proof = _Proof(model, scored, means, ablation, batch_size, progress)
     curves = {level: measure_curve(proof.total(level), partial(proof.metrics, level)) for level in levels}
-    return replace(scored, curves=curves)
+    return replace(
+        scored, curves=curves, left_when_cut={level: proof.left_when_cut(level, curves[level]) for level in levels}
+    )
 
 
 def _score_units(
@@ -110,6 +118,9 @@ def _score_units(
 ) -> Circuits:
     """The scores of all units of these levels, without curves."""
     graph, count = graph_of(model), sum(len(batch.clean) for batch in batches)
+    if score.search is not None:
+        return _search_sets(model, batches, means, levels, score.search, ablation, absolute, progress)
+    assert score.edges is not None
     scores, node_scores = torch.zeros(graph.sources, graph.destinations), torch.zeros(graph.sources)
     for done, batch in enumerate(batches if set(levels) - {"links"} else ()):
         progress(f"scores of nodes and edges, batch {done + 1} of {len(batches)}")
@@ -127,6 +138,30 @@ def _score_units(
             progress(f"scores of links, batch {done + 1} of {len(batches)}")
             links.append(score.links(model, batch, ablation="zero" if ablation == "zero" else "patch").cpu())
     return Circuits(graph, {}, scores, node_scores, tuple(links), batches, absolute)
+
+
+def _search_sets(
+    model: PreTrainedModel,
+    batches: tuple[Batch, ...],
+    means: Mapping[int, Tensor],
+    levels: tuple[Level, ...],
+    search: SetSearch,
+    ablation: Ablation,
+    absolute: bool,
+    progress: Callable[[str], None],
+) -> Circuits:
+    """The sets of nodes and edges that a search finds, without curves."""
+    graph = graph_of(model)
+    scores: dict[Level, Tensor] = {
+        "nodes": torch.zeros(graph.sources),
+        "edges": torch.zeros(graph.sources, graph.destinations),
+    }
+    sets: dict[Level, UnitSet] = {}
+    for units in ("nodes", "edges"):
+        if units in levels:
+            found, sets[units] = search(model, batches, units, ablation=ablation, means=means, progress=progress)
+            scores[units] = found
+    return Circuits(graph, {}, scores["edges"], scores["nodes"], (), batches, absolute, sets)
 
 
 @dataclass(frozen=True)
@@ -150,30 +185,51 @@ class _Proof:
         lengths = [batch.clean.shape[1] for batch in self.scored.batches for _ in batch.clean]
         return round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))
 
-    def metrics(self, level: Level, sizes: list[int]) -> list[float]:
-        """The task's metric, averaged over the prompts, of the best ``size`` units for each of ``sizes``."""
+    def metrics(self, level: Level, sizes: list[int], *, cut: bool = False) -> list[float]:
+        """The metric, averaged over the prompts, of the best ``size`` units for each of ``sizes``.
+
+        Args:
+            cut: measure everything but those units.
+        """
         batches = self.scored.batches
         metrics = torch.zeros(len(sizes), dtype=torch.double)
-        kept = None if level == "links" else [self._units(level, size) for size in sizes]
+        units = None if level == "links" else [self._units(level, size) for size in sizes]
         for place, batch in enumerate(batches):
             self.progress(f"keeping {sizes[0]:,} to {sizes[-1]:,} {level}, batch {place + 1} of {len(batches)}")
             other = run_with_cache(self.model, batch.corrupted, links=level == "links")
             other.mean = self.means.get(batch.clean.shape[1])
             for some in torch.arange(len(sizes)).split(max(1, self.batch_size // len(batch.clean))):
-                circuits = [self._links(place, sizes[at]) if kept is None else kept[at] for at in some.tolist()]
-                values = _RUN[level](self.model, batch, torch.stack(circuits), ablation=self.ablation, other=other)
+                kept = [self._links(place, sizes[at]) if units is None else units[at] for at in some.tolist()]
+                circuits = torch.stack(kept)
+                if cut:
+                    circuits = self._everything(level, place) & ~circuits
+                values = _RUN[level](self.model, batch, circuits, ablation=self.ablation, other=other)
                 metrics[some] += values.double().cpu().sum(1)
         return (metrics / sum(len(batch.clean) for batch in batches)).tolist()
+
+    def left_when_cut(self, level: Level, curve: Curve) -> float | None:
+        """f of everything but the smallest circuit that explains enough; None where none does."""
+        if curve.first_size is None:
+            return None
+        (metric,) = self.metrics(level, [curve.first_size], cut=True)
+        return (metric - curve.nothing) / (curve.everything - curve.nothing)
 
     def _units(self, level: Level, size: int) -> Tensor:
         return self.scored.nodes(size) if level == "nodes" else self.scored.edges(size)
 
     def _links(self, batch: int, size: int) -> Tensor:
-        scores = self.scored.link_scores[batch]
         if size < self.total("links"):
-            return prune_links(top_links(scores, size, absolute=self.scored.absolute))
+            return prune_links(top_links(self.scored.link_scores[batch], size, absolute=self.scored.absolute))
         # A prompt longer than the mean has more links than the mean prompt's total.
-        return torch.ones_like(scores, dtype=torch.bool).tril()
+        return self._everything("links", batch)
+
+    def _everything(self, level: Level, batch: int) -> Tensor:
+        graph = self.scored.graph
+        if level == "nodes":
+            return torch.ones(graph.sources, dtype=torch.bool)
+        if level == "edges":
+            return graph.possible()
+        return torch.ones_like(self.scored.link_scores[batch], dtype=torch.bool).tril()
 
 
 _RUN: dict[Level, Callable[..., Tensor]] = {

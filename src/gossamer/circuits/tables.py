@@ -21,7 +21,8 @@ def comparison_tables(record: dict[str, Any]) -> list[Table]:
         rest = (f"{model['seconds']:.0f}", f"{model['peak_memory_megabytes']:,.0f}")
         ability.add_row(name, f"{100 * model['accuracy']:.1f}", *numbers, *rest)
     sizes = Table(title=f"Units that explain {100 * EXPLAINED:.0f} % (first crossing; for good)")
-    for column in ("level", "of", "dense", "sparse", "dense : sparse", "CPR dense", "CPR sparse"):
+    headings = ("level", "of", "dense", "sparse", "dense : sparse", "left when cut", "CPR dense", "CPR sparse")
+    for column in headings:
         sizes.add_column(column, justify="left" if column == "level" else "right")
     explained = Table(title="Faithfulness by kept share")
     for column in ("level", "model", *(f"{100 * share:g} %" for share in SHOWN), "CMD"):
@@ -30,13 +31,16 @@ def comparison_tables(record: dict[str, Any]) -> list[Table]:
         a, b = dense["levels"][level], sparse["levels"][level]
         ratio = f"{a['first_size'] / b['first_size']:.1f}" if a["first_size"] and b["first_size"] else "-"
         counts = (f"{_count(x['first_size'])}; {_count(x['lasting_size'])}" for x in (a, b))
-        sizes.add_row(level, f"{a['total']:,}", *counts, ratio, f"{a['cpr']:.3f}", f"{b['cpr']:.3f}")
+        left = "; ".join(_share(x.get("left_when_cut")) for x in (a, b))
+        sizes.add_row(level, f"{a['total']:,}", *counts, ratio, left, f"{a['cpr']:.3f}", f"{b['cpr']:.3f}")
         for name, curve in (("dense", a), ("sparse", b)):
             at = {point["size"]: point["faithfulness"] for point in curve["points"]}
             shown = [at.get(round(share * curve["total"])) for share in SHOWN]
             cells = ("-" if value is None else f"{value:.3f}" for value in shown)
             explained.add_row(level, name, *cells, f"{curve['cmd']:.3f}")
     tables = [ability, sizes, explained, _pruned_table(record)]
+    if dense.get("sets"):
+        tables.append(_sets_table(record))
     return tables + ([_spread_table(record)] if len(record["variations"]) > 1 else [])
 
 
@@ -53,6 +57,21 @@ def _pruned_table(record: dict[str, Any]) -> Table:
     if all(inside):
         table.caption = f"links inside the circuits of nodes, dense : sparse = {inside[0] / inside[1]:.1f}"
     return table
+
+
+def _sets_table(record: dict[str, Any]) -> Table:
+    table = Table(title="The sets that the search found, on the prompts that it looked at")
+    for column in ("level", "model", "units", "kept", "left when cut"):
+        table.add_column(column, justify="left" if column in ("level", "model") else "right")
+    for level in record["models"]["dense"]["sets"]:
+        for name, model in record["models"].items():
+            found = model["sets"][level]
+            table.add_row(level, name, _count(found["size"]), _share(found["kept"]), _share(found["left_when_cut"]))
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _mean(count: float | None) -> str:

@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from gossamer.cli.common import app, console, key_value_table, load_model_and_tokenizer, split_names
+from gossamer.cli.common import (
+    app,
+    console,
+    key_value_table,
+    load_dense_and_sparse,
+    load_model_and_tokenizer,
+    split_names,
+)
 from gossamer.errors import GossamerError
 from gossamer.tables import Table
 
@@ -74,7 +81,9 @@ def _some(texts: tuple[str, ...]) -> str:
 
 @app.command()
 def circuits(
-    run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    model: Annotated[
+        str, typer.Argument(help="A finished run; or, with --out, smollm2-sparse or a saved sparse model.")
+    ],
     task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
     examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
     corruption: Annotated[
@@ -91,7 +100,11 @@ def circuits(
         str, typer.Option(help="Kinds of units, with commas between: nodes, edges, links.")
     ] = "nodes,edges,links",
     score: Annotated[
-        str, typer.Option(help="What ranks the units: eap-ig-inputs, eap-ig-activations, eap or exact.")
+        str,
+        typer.Option(
+            help="What ranks the units: eap-ig-inputs, eap-ig-activations, eap or exact; learned-mask and "
+            "learned-mask-complete search for a set, without links."
+        ),
     ] = "eap-ig-inputs",
     ablation: Annotated[
         Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
@@ -105,18 +118,22 @@ def circuits(
     replace: Annotated[
         bool, typer.Option("--replace", help="Put the result in the place of one that was found with other settings.")
     ] = False,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model, where MODEL does not say what it was made from.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for the circuits. [default: the run's]")] = None,
 ) -> None:
-    """Find circuits of RUN's sparse model and of its dense original, check them by intervention, compare them.
+    """Find circuits of a sparse model and of its dense original, check them by intervention, compare them.
 
-    Leaves in RUN/circuits/TASK: circuits.json (the metrics), scores.safetensors (of all edges), links.json. Another
-    corruption than the task's first and another ablation than patch are added to the name: TASK-CORRUPTION-zero.
+    Leaves in RUN/circuits/TASK, or OUT/circuits/TASK: circuits.json (the metrics), scores.safetensors (of all edges),
+    links.json. Another corruption than the task's first and another ablation than patch are added to the name:
+    TASK-CORRUPTION-zero.
     """
     from transformers.utils import logging
 
-    from gossamer.circuits.compare import SearchConfig, compare_circuits
+    from gossamer.circuits.compare import SearchConfig, compare_models
     from gossamer.circuits.tables import comparison_tables
     from gossamer.circuits.tasks import find_task
-    from gossamer.runs.record import Run
     from gossamer.training.malloc import keep_freed_memory
 
     logging.disable_progress_bar()
@@ -135,10 +152,24 @@ def circuits(
         forced=force,
         replace=replace,
     )
+    root, chosen = _root(model) if out is None else out, find_task(task)
     with console.status("circuits") as status:
-        record = compare_circuits(Run(run), find_task(task), config, progress=lambda what: status.update(escape(what)))
+        record = compare_models(
+            *load_dense_and_sparse(model, dense),
+            chosen,
+            root,
+            config,
+            progress=lambda what: status.update(escape(what)),
+        )
     for table in comparison_tables(record):
         console.print(table)
+
+
+def _root(model: str) -> Path:
+    """The directory of a run, which its circuits go to."""
+    if not (Path(model) / "blocks.safetensors").exists():
+        raise GossamerError(f"{model} is not a run; for circuits of another sparse model, give a directory as --out")
+    return Path(model)
 
 
 def _levels(text: str) -> "tuple[Level, ...]":  # type: ignore[name-defined]
@@ -152,7 +183,9 @@ def _levels(text: str) -> "tuple[Level, ...]":  # type: ignore[name-defined]
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Directory of a run whose circuits have been found.")],
+    run: Annotated[
+        Path, typer.Argument(help="Directory of a run whose circuits have been found, or that of circuits --out.")
+    ],
     task: Annotated[str, typer.Option(help="The task, as gossamer circuits was given it.")],
     out: Annotated[
         Path, typer.Option(help="File to write: .json or .pt (as EAP-IG and the MIB leaderboard), .graphml.")
@@ -168,10 +201,9 @@ def export(
     from gossamer.circuits.circuit_files import write_circuit
     from gossamer.circuits.records import load_circuit
     from gossamer.circuits.tasks import find_task
-    from gossamer.runs.record import Run
 
     chosen = find_task(task)
-    circuit = load_circuit(Run(run), chosen, model.value, edges, corruption=corruption, ablation=ablation.value)
+    circuit = load_circuit(run, chosen, model.value, edges, corruption=corruption, ablation=ablation.value)
     write_circuit(out, circuit)
     console.print(f"{out}: {int(circuit.kept.sum()):,} of {int(circuit.graph.possible().sum()):,} edges", markup=False)
 

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from gossamer.errors import GossamerError
 from gossamer.tables import Table
 
 app = typer.Typer(
@@ -67,3 +68,33 @@ def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedT
         dense, tokenizer = load_dense(adapter_base(target))
         return load_adapter(target, dense, inplace=True), tokenizer
     return load_dense(target)
+
+
+def load_dense_and_sparse(
+    model: str, dense: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
+    """A sparse model, the dense one that it was made from or that is named, and their tokenizer."""
+    from gossamer.models.convert import is_gated
+
+    sparse, tokenizer = load_model_and_tokenizer(model)
+    if not is_gated(sparse):
+        raise GossamerError(f"{model} is a dense model; give a sparse one")
+    return load_model_and_tokenizer(_dense_of(model) if dense is None else dense)[0], sparse, tokenizer
+
+
+def _dense_of(model: str) -> str:
+    """The dense model that a sparse one says it was made from."""
+    from gossamer.models.checkpoint import saved_base
+    from gossamer.models.lora_files import adapter_base, is_adapter
+    from gossamer.models.shipped import SHIPPED, shipped_adapter
+    from gossamer.runs.record import Run
+
+    folder = Path(model)
+    if model in SHIPPED and not folder.exists():
+        return adapter_base(shipped_adapter(model))
+    if (folder / "blocks.safetensors").exists():
+        return Run(folder).dense
+    base = adapter_base(folder) if is_adapter(folder) else saved_base(folder)
+    if base == "unknown":
+        raise GossamerError(f"{model} does not say which dense model it was made from; give it as --dense")
+    return base

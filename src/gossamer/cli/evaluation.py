@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from gossamer.cli.common import Precision, app, console, key_value_table, load_model_and_tokenizer, split_names
+from gossamer.cli.common import (
+    Precision,
+    app,
+    console,
+    key_value_table,
+    load_dense_and_sparse,
+    load_model_and_tokenizer,
+    split_names,
+)
 from gossamer.cli.pictures import show_demo
 from gossamer.errors import GossamerError
 
@@ -154,14 +162,10 @@ def compare(
 
     from gossamer.evaluation.lengths import measure_at_length
     from gossamer.evaluation.tables import lengths_table
-    from gossamer.models.convert import is_gated
     from gossamer.training.data import pack
     from gossamer.training.documents import read_documents, text_files
 
-    sparse, tokenizer = load_model_and_tokenizer(model)
-    if not is_gated(sparse):
-        raise GossamerError(f"{model} is a dense model; give a sparse one")
-    original, _ = load_model_and_tokenizer(_dense_of(model) if dense is None else dense)
+    original, sparse, tokenizer = load_dense_and_sparse(model, dense)
     documents = chain.from_iterable(read_documents(file) for file in text_files(Path(text)))
     blocks = pack(documents, tokenizer, seq_len, name=text, most=max(1, tokens // seq_len))
     with console.status("comparing"):
@@ -169,27 +173,11 @@ def compare(
     console.print(lengths_table([row], f"{model} beside its dense model on {text}, {row['tokens_evaluated']:,} tokens"))
 
 
-def _dense_of(model: str) -> str:
-    """The dense model that a sparse one says it was made from."""
-    from gossamer.models.checkpoint import saved_base
-    from gossamer.models.lora_files import adapter_base, is_adapter
-    from gossamer.models.shipped import SHIPPED, shipped_adapter
-    from gossamer.runs.record import Run
-
-    folder = Path(model)
-    if model in SHIPPED and not folder.exists():
-        return adapter_base(shipped_adapter(model))
-    if (folder / "blocks.safetensors").exists():
-        return Run(folder).dense
-    base = adapter_base(folder) if is_adapter(folder) else saved_base(folder)
-    if base == "unknown":
-        raise GossamerError(f"{model} does not say which dense model it was made from; give it as --dense")
-    return base
-
-
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(help="A run, a saved sparse model, or a dense model as for sparsify.")],
+    target: Annotated[
+        str, typer.Argument(help="A run, smollm2-sparse, a saved sparse model, an adapter, or a dense model.")
+    ],
 ) -> None:
     """Show what TARGET is: its settings and metrics, or whether gossamer can gate it."""
     from gossamer.runs.record import Run
@@ -220,11 +208,11 @@ def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
 def inspect_model(target: str) -> None:
     """Print what a saved sparse or a dense model is."""
     from gossamer.models.architectures import architecture_of
-    from gossamer.models.checkpoint import gate_biases, is_saved_model, load
-    from gossamer.models.pretrained import load_dense
+    from gossamer.models.checkpoint import gate_biases
+    from gossamer.models.convert import is_gated
 
-    gated = is_saved_model(Path(target))
-    model = load(target) if gated else load_dense(target)[0]
+    model, _ = load_model_and_tokenizer(target)
+    gated = is_gated(model)
     config = model.config
     facts: dict[str, object] = {
         "family": config.model_type,

@@ -7,8 +7,7 @@
    are open.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -18,13 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gossamer.circuits.mask_search import MaskSearch, UnitSet, overlap
 from gossamer.circuits.streams import graph_of
 from gossamer.errors import GossamerError
 from gossamer.explanations.effects import LinkEffect, link_effects
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction, predict, prompt_tokens
 from gossamer.explanations.reasons import GateSplitter, Reason
-from gossamer.explanations.search import LinkSearch, LinkSet, overlap
+from gossamer.models.frozen import frozen
 
 Kind = Literal["sufficient", "complete"]
 
@@ -82,8 +82,8 @@ class Explanation:
     candidates: int
     links: Int[Tensor, "candidates 4"]
     seeds: tuple[int, ...]
-    sets: tuple[LinkSet, ...]
-    by_share: dict[float, LinkSet]
+    sets: tuple[UnitSet, ...]
+    by_share: dict[float, UnitSet]
     details: tuple[ExplainedLink, ...]
 
     @property
@@ -139,20 +139,6 @@ def explain(
     )
 
 
-@contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model is in ``eval()`` mode and its weights want no gradients; afterwards as before."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 def explain_prediction(
     model: PreTrainedModel,
     prediction: Prediction,
@@ -169,11 +155,11 @@ def explain_prediction(
         raise GossamerError(f"a share of {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
     with frozen(model):
         masks = LinkMasks(model, prediction, corrupted)
-        sets: list[LinkSet] = []
-        by_share: dict[float, LinkSet] = {}
+        sets: list[UnitSet] = []
+        by_share: dict[float, UnitSet] = {}
         for at, seed in enumerate(seeds):
             what = f"seed {at + 1} of {len(seeds)}"
-            search = LinkSearch(
+            search = MaskSearch(
                 masks, share=share, complete=kind == "complete", seed=seed, progress=partial(progress, what)
             )
             try:
@@ -192,8 +178,8 @@ def explain_prediction(
 
 
 def _other_shares(
-    search: LinkSearch, found: LinkSet, shares: Sequence[float], progress: Progress
-) -> dict[float, LinkSet]:
+    search: MaskSearch, found: UnitSet, shares: Sequence[float], progress: Progress
+) -> dict[float, UnitSet]:
     by_share = {search.share: found}
     for share in sorted(set(shares) - {search.share}, reverse=True):
         progress(f"{share:.0%} of the metric", 0.0, len(found))
@@ -202,10 +188,10 @@ def _other_shares(
 
 
 def _details(
-    model: PreTrainedModel, masks: LinkMasks, sets: list[LinkSet], progress: Progress
+    model: PreTrainedModel, masks: LinkMasks, sets: list[UnitSet], progress: Progress
 ) -> tuple[ExplainedLink, ...]:
     progress("why the links are open", 0.0, len(sets[0]))
-    search = LinkSearch(masks)
+    search = MaskSearch(masks)
     search.best = sets[0].chosen
     strength = search.gradients().masked_fill(~sets[0].chosen, -1.0)
     places = strength.topk(min(MOST_DETAILED, len(sets[0]))).indices

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from gossamer.circuits.mask_search import MaskRow
 from gossamer.circuits.streams import Pattern, StreamHooks, attention_hooks
 from gossamer.errors import GossamerError
 from gossamer.explanations.prediction import Prediction
@@ -28,21 +29,11 @@ SMALLEST_DIFFERENCE = 1e-3
 _TOKENS_AT_ONCE = 1_024
 """Rows times tokens in one forward pass without gradients."""
 
+_GRADED_TOKENS = 256
+"""Rows times tokens in one pass with gradients."""
+
 _RECOMPUTED = 256
 """Tokens from which attention is computed again in the backward pass: its weights take more room than all else."""
-
-
-@dataclass(frozen=True)
-class MaskRow:
-    """One copy of the prompt in a pass.
-
-    Attributes:
-        mask: of the links, between 0 (cut) and 1 (kept).
-        others_kept: whether links without a mask are kept.
-    """
-
-    mask: Float[Tensor, " links"]
-    others_kept: bool
 
 
 @dataclass
@@ -156,6 +147,27 @@ class LinkMasks:
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         return self.prediction.metric(logits)
 
+    @property
+    def rows_with_gradients(self) -> int:
+        """How many masks a pass with gradients takes, about."""
+        return max(1, _GRADED_TOKENS // self.ids.shape[1])
+
+    def shares(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
+        """f under each mask, all rows in one forward pass; differentiable by the masks."""
+        return self.share(self.metrics(rows))
+
+    def reaching(self, chosen: Bool[Tensor, " links"]) -> Bool[Tensor, " links"]:
+        """Those of the chosen links from which a path leads to the last position's prediction."""
+        links = self.links.cpu()
+        read = torch.zeros(self.ids.shape[1], dtype=torch.bool)
+        read[-1] = True
+        reaching = torch.zeros_like(chosen)
+        for layer in range(int(links[:, 0].max()), -1, -1):
+            own = chosen & (links[:, 0] == layer) & read[links[:, 2]]
+            reaching |= own
+            read[links[own, 3]] = True
+        return reaching
+
     def share(self, metrics: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """f: which share of m(everything) - m(nothing) is left."""
         return (metrics - self.nothing) / (self.full - self.nothing)
@@ -171,15 +183,15 @@ class LinkMasks:
             cut: whether f(not E) is wanted; else it is NaN.
         """
         rows = [MaskRow(each.float(), False) for each in sets]
-        kept = self._shares(rows)
+        kept = self._measured(rows)
         return kept, self.left_when_cut(sets) if cut else torch.full_like(kept, torch.nan)
 
     @torch.no_grad()
     def left_when_cut(self, sets: list[Bool[Tensor, " links"]]) -> Float[Tensor, " sets"]:
         """f(not E) of some sets of links alone."""
-        return self._shares([MaskRow(1 - each.float(), True) for each in sets])
+        return self._measured([MaskRow(1 - each.float(), True) for each in sets])
 
-    def _shares(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
+    def _measured(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
         at_once = max(1, _TOKENS_AT_ONCE // self.ids.shape[1])
         found = [self.metrics(rows[at : at + at_once]) for at in range(0, len(rows), at_once)]
         return self.share(torch.cat(found)).cpu()

@@ -18,12 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gossamer.circuits.mask_search import MaskSearch, overlap
 from gossamer.circuits.streams import Pattern, StreamHooks, attention_hooks
 from gossamer.errors import GossamerError
-from gossamer.explanations.explain import Kind, frozen
+from gossamer.explanations.explain import Kind
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
-from gossamer.explanations.search import LinkSearch, overlap
+from gossamer.models.frozen import frozen
 
 LIKELY = 0.3
 """Probability above which a token counts as predicted well."""
@@ -182,7 +183,7 @@ def _sets(model: PreTrainedModel, prediction: Prediction, kind: Kind, share: flo
     """Two sets of one prediction."""
     with frozen(model):
         masks = LinkMasks(model, prediction)
-        sets = [LinkSearch(masks, share=share, complete=kind == "complete", seed=seed + at).run() for at in range(2)]
+        sets = [MaskSearch(masks, share=share, complete=kind == "complete", seed=seed + at).run() for at in range(2)]
     return {
         "metric_full": masks.full,
         "metric_none": masks.nothing,

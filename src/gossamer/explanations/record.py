@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gossamer.circuits.mask_search import UnitSet
 from gossamer.explanations.explain import ExplainedLink, Explanation
 from gossamer.explanations.reasons import Reason
-from gossamer.explanations.search import LinkSet
 from gossamer.files import atomic_write_text
 
 FORMAT = 1
@@ -77,7 +77,7 @@ def _of_model(explanation: Explanation, tokenizer: PreTrainedTokenizerBase) -> d
     }
 
 
-def _links(explanation: Explanation, chosen: LinkSet) -> list[list[int]]:
+def _links(explanation: Explanation, chosen: UnitSet) -> list[list[int]]:
     links: Tensor = explanation.links[chosen.chosen]
     found: list[list[int]] = links.tolist()
     return found

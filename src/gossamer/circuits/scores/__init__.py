@@ -5,11 +5,14 @@ from gossamer.circuits.scores.eap import EAP
 from gossamer.circuits.scores.eap_ig_activations import EAP_IG_ACTIVATIONS
 from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
 from gossamer.circuits.scores.exact import EXACT
+from gossamer.circuits.scores.learned_mask import LEARNED_MASK, LEARNED_MASK_COMPLETE
 from gossamer.errors import GossamerError
 
 __all__ = ["SCORES", "Score", "find_score"]
 
-SCORES: dict[str, Score] = {score.name: score for score in (EAP_IG_INPUTS, EAP_IG_ACTIVATIONS, EAP, EXACT)}
+SCORES: dict[str, Score] = {
+    score.name: score for score in (EAP_IG_INPUTS, EAP_IG_ACTIVATIONS, EAP, EXACT, LEARNED_MASK, LEARNED_MASK_COMPLETE)
+}
 
 
 def find_score(name: str) -> Score:

@@ -1,6 +1,9 @@
-"""What a score is: an estimate, for each unit, of how much the metric changes when the unit carries something else."""
+"""What a score is: an estimate, for each unit, of how much the metric changes when the unit carries something else.
 
-from collections.abc import Callable
+Or the result of a search for a set of units, which ranks those of the set before all others.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,6 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.mask_search import UnitSet
+from gossamer.circuits.task_masks import Units
 from gossamer.circuits.tasks.base import Batch
 
 
@@ -34,6 +39,32 @@ class UnitScores(Protocol):
         ...
 
 
+class SetSearch(Protocol):
+    """A search, on all prompts of a task together, for a set of nodes or edges that does what the model does."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        units: Units,
+        *,
+        ablation: Ablation,
+        means: Mapping[int, Float[Tensor, "sources tokens d_model"]],
+        progress: Callable[[str], None],
+    ) -> tuple[Tensor, UnitSet]:
+        """
+        Args:
+            units: ``nodes`` or ``edges``.
+            ablation: what units outside the set carry.
+            means: what sources carry under mean ablation, by the prompts' length.
+            progress: is told in a few words what is being done.
+
+        Returns:
+            Scores of the units, as :class:`UnitScores` gives them, lowest for the set's own; and the set.
+        """
+        ...
+
+
 LinkScores = Callable[..., Float[Tensor, "prompts layers heads tokens tokens"]]
 """Scores of the attention links of each prompt: a function of model, batch and ``ablation``, "patch" or "zero"."""
 
@@ -47,9 +78,12 @@ class Score:
         edges: of component edges.
         nodes: of nodes; None where a node's score is the sum over the edges that leave it.
         links: of attention links; None if it is not defined for them.
+        search: finds sets of nodes and of edges, where the score is not one of each unit by itself; then ``edges`` and
+            ``nodes`` are None.
     """
 
     name: str
-    edges: UnitScores
+    edges: UnitScores | None = None
     nodes: UnitScores | None = None
     links: LinkScores | None = None
+    search: SetSearch | None = None

@@ -25,6 +25,7 @@ from gossamer.circuits.graph import Graph
 from gossamer.circuits.projections import Projection, Projections, projections_of
 from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
 from gossamer.circuits.tasks.base import Batch
+from gossamer.models.frozen import frozen
 
 AT_ONCE = 32
 """Destinations whose gradients at the stream are held at once."""
@@ -175,17 +176,11 @@ def _scores_of_run(taps: _Taps, difference: Tensor) -> Tensor:
 
 def _run(model: PreTrainedModel, batch: Batch, taps: _Taps) -> None:
     """One forward and one backward pass; the graph of autograd is kept for the way from q, k and v to the stream."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.requires_grad_(False)
-    try:
-        with stream_hooks(model, taps), torch.enable_grad():
-            logits = model(input_ids=batch.clean.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
-            total = batch.measure(logits).sum()
-            found = torch.autograd.grad(total, list(taps.wanted.values()), retain_graph=not taps.links)
-        taps.gradients.update(zip(taps.wanted, found, strict=True))
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    with frozen(model), stream_hooks(model, taps), torch.enable_grad():
+        logits = model(input_ids=batch.clean.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
+        total = batch.measure(logits).sum()
+        found = torch.autograd.grad(total, list(taps.wanted.values()), retain_graph=not taps.links)
+    taps.gradients.update(zip(taps.wanted, found, strict=True))
 
 
 def _at_stream(

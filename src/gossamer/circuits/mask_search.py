@@ -1,36 +1,37 @@
-"""A small set of links that explains a prediction: a learned hard mask, then what can be left out is left out.
+"""A small set of units that does a model's work: a learned hard mask, then what can be left out is left out.
 
-    minimise   log sum over links of sigmoid(theta)
+    minimise   log sum over units of sigmoid(theta)
     subject to f(E) >= share                                  sufficient
                f(not E) <= 1 - share                          and, for a complete set, necessary
 
 with E = {theta + n > 0}, n logistic noise, straight-through gradients, the weights frozen and a PI-controlled
-multiplier for each constraint: the training objective of gossamer on one prompt. theta starts from the links'
-attribution, the gradient of f by their masks along the path from no link to all of them.
+multiplier for each constraint: the training objective of gossamer with masks instead of gates. theta starts from the
+units' attribution, the gradient of f by their masks along the path from no unit to all of them.
 
 1. The mask is learned, several samples of it in each pass.
-2. The links are ranked by theta; the shortest beginning of the ranking that meets the constraints is taken.
-3. From it links are removed, those with the smallest gradients first and many at once, then one by one, until none can
-   be removed. Links from which no path leads to the prediction go first.
+2. The units are ranked by theta; the shortest beginning of the ranking that meets the constraints is taken.
+3. From it units are removed, those with the smallest gradients first and many at once, then one by one, until none can
+   be removed. Units from which no path leads to the prediction go first.
 
-Whether a set meets the constraints is always measured by running the model with hard masks.
+Whether a set meets the constraints is always measured by running the model with hard masks. The units are the links of
+one prompt (:mod:`gossamer.explanations.link_masks`), or the nodes or edges of a task
+(:mod:`gossamer.circuits.task_masks`).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gossamer.explanations.link_masks import LinkMasks, MaskRow
-
 STEPS = 80
 """Of the mask's optimiser."""
 
 SAMPLES = 4
-"""Of the mask, in each step, where the prompt is short."""
+"""Of the mask, in each step, as far as the masks take so many rows at once."""
 
 RATE = 0.3
 """Of Adam, over the first 60 % of the steps; then it falls to a tenth."""
@@ -47,25 +48,62 @@ REMOVED_AT_ONCE = (0.5, 0.3, 0.15, 0.07, 0.03)
 """Shares of the set whose removal is tried in one pass."""
 
 ONE_BY_ONE = 8
-"""Links whose removal is tried each for itself in one pass."""
-
-_GRADED_TOKENS = 256
-"""Rows times tokens in one pass with gradients."""
+"""Units whose removal is tried each for itself in one pass."""
 
 _PATH = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
-class LinkSet:
-    """Links and what running the model with and without them gives.
+class MaskRow:
+    """A mask in a pass of several.
 
     Attributes:
-        chosen: which of the links that have a mask.
+        mask: of the units, between 0 (cut) and 1 (kept).
+        others_kept: whether what has no mask of its own is kept.
+    """
+
+    mask: Float[Tensor, " units"]
+    others_kept: bool
+
+
+class Masks(Protocol):
+    """Units that can be masked, and how much of the metric is left under masks on them."""
+
+    def __len__(self) -> int:
+        """How many units have a mask."""
+        ...
+
+    @property
+    def rows_with_gradients(self) -> int:
+        """How many masks :meth:`shares` takes at once, about."""
+        ...
+
+    def shares(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
+        """f under each mask, differentiable by the masks; of a task, on some of its prompts."""
+        ...
+
+    def evaluate(
+        self, sets: list[Bool[Tensor, " units"]], *, cut: bool = True
+    ) -> tuple[Float[Tensor, " sets"], Float[Tensor, " sets"]]:
+        """f(E) and f(not E) of some sets; the second is NaN where ``cut`` is False."""
+        ...
+
+    def reaching(self, chosen: Bool[Tensor, " units"]) -> Bool[Tensor, " units"]:
+        """Those of the chosen units from which a path of chosen units leads to the prediction."""
+        ...
+
+
+@dataclass(frozen=True)
+class UnitSet:
+    """Units and what running the model with and without them gives.
+
+    Attributes:
+        chosen: which of the units that have a mask.
         kept: f(E), the share of the metric that is left when all others are cut.
         left_when_cut: f(not E), the share that is left when these are cut.
     """
 
-    chosen: Bool[Tensor, " links"]
+    chosen: Bool[Tensor, " units"]
     kept: float
     left_when_cut: float
 
@@ -73,23 +111,23 @@ class LinkSet:
         return int(self.chosen.sum())
 
 
-class LinkSearch:
-    """The search for a set of links of one prediction.
+class MaskSearch:
+    """The search for a set of units.
 
     Args:
-        masks: the prediction.
+        masks: of the units.
         share: of the metric that the set has to keep.
         complete: whether the set has to be necessary too: at most 1 - share may be left without it.
         seed: of the noise.
         progress: called with the share of the work done and the size of the smallest set so far.
 
     Attributes:
-        best: the smallest set so far that meets the constraints; all links at first.
+        best: the smallest set so far that meets the constraints; all units at first.
     """
 
     def __init__(
         self,
-        masks: LinkMasks,
+        masks: Masks,
         *,
         share: float = 0.9,
         complete: bool = False,
@@ -98,51 +136,51 @@ class LinkSearch:
     ) -> None:
         self.masks, self.share, self.complete, self.progress = masks, share, complete, progress
         self.generator = torch.Generator().manual_seed(seed)
-        self.best: Bool[Tensor, " links"] = torch.ones(len(masks), dtype=torch.bool)
-        self.ranking: Float[Tensor, " links"] | None = None
+        self.best: Bool[Tensor, " units"] = torch.ones(len(masks), dtype=torch.bool)
+        self.ranking: Float[Tensor, " units"] | None = None
 
-    def run(self) -> LinkSet:
+    def run(self) -> UnitSet:
         """Search; an interrupted search leaves the best set so far in ``best``."""
         self.ranking = self.learn()
         self._take_prefix(self.ranking)
-        self.remove_links()
+        self.remove()
         return self.result()
 
-    def result(self) -> LinkSet:
+    def result(self) -> UnitSet:
         """The best set so far, measured."""
         kept, left = self.masks.evaluate([self.best])
-        return LinkSet(self.best, kept.item(), left.item())
+        return UnitSet(self.best, kept.item(), left.item())
 
-    def at_share(self, share: float) -> LinkSet:
+    def at_share(self, share: float) -> UnitSet:
         """The set for another share, from the ranking that was learned and the set that was found."""
         assert self.ranking is not None
-        other = LinkSearch(self.masks, share=share, complete=self.complete)
+        other = MaskSearch(self.masks, share=share, complete=self.complete)
         other.best = self.best if other.accepts([self.best])[0] else other.best
         other._take_prefix(self.ranking)
-        other.remove_links()
+        other.remove()
         return other.result()
 
-    def accepts(self, sets: list[Bool[Tensor, " links"]]) -> list[bool]:
+    def accepts(self, sets: list[Bool[Tensor, " units"]]) -> list[bool]:
         """Which of some sets meet the constraints."""
         kept, left = self.masks.evaluate(sets, cut=self.complete)
         inside = kept >= self.share
         return (inside & (left <= 1 - self.share) if self.complete else inside).tolist()
 
-    def attribution(self) -> Float[Tensor, " links"]:
-        """The mean size of the gradient of f by each link's mask, along the path from no link to all of them."""
+    def attribution(self) -> Float[Tensor, " units"]:
+        """The mean size of the gradient of f by each unit's mask, along the path from no unit to all of them."""
         total = torch.zeros(len(self.masks))
         for weight in _PATH:
             mask = torch.full_like(total, weight).requires_grad_()
-            (gradient,) = torch.autograd.grad(self.masks.share(self.masks.metrics([MaskRow(mask, False)])).sum(), mask)
+            (gradient,) = torch.autograd.grad(self.masks.shares([MaskRow(mask, False)]).sum(), mask)
             total += gradient.abs().cpu() / len(_PATH)
         return total
 
-    def learn(self) -> Float[Tensor, " links"]:
+    def learn(self) -> Float[Tensor, " units"]:
         """theta after training."""
         theta = _start(self.attribution()).requires_grad_()
         optimizer = torch.optim.Adam([theta], betas=(0.8, 0.99))
         sides = 2 if self.complete else 1
-        samples = max(1, min(SAMPLES, _GRADED_TOKENS // (sides * len(self.masks.prediction.ids))))
+        samples = max(1, min(SAMPLES, self.masks.rows_with_gradients // sides))
         multipliers = [_Multiplier() for _ in range(sides)]
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * min(1.0, max(0.1, (1 - step / STEPS) / 0.4))
@@ -151,7 +189,7 @@ class LinkSearch:
                 mask = self._sampled(theta)
                 rows.append(MaskRow(mask, False))
                 rows += [MaskRow(1 - mask, True)] if self.complete else []
-            shares = self.masks.share(self.masks.metrics(rows)).view(samples, sides).mean(0)
+            shares = self.masks.shares(rows).view(samples, sides).mean(0)
             violations = [self.share + SLACK - shares[0], *(shares[1:] - (1 - self.share - SLACK))]
             objective = theta.sigmoid().sum().log()
             for multiplier, violation in zip(multipliers, violations, strict=True):
@@ -162,12 +200,12 @@ class LinkSearch:
             self.progress(0.7 * (step + 1) / STEPS, int((theta > 0).sum()))
         return theta.detach()
 
-    def _sampled(self, theta: Float[Tensor, " links"]) -> Float[Tensor, " links"]:
+    def _sampled(self, theta: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
         noise = torch.logit(torch.rand(len(theta), generator=self.generator), eps=1e-6)
         soft = torch.sigmoid(theta + noise)
         return (soft > 0.5).float() + soft - soft.detach()
 
-    def _take_prefix(self, ranking: Float[Tensor, " links"]) -> None:
+    def _take_prefix(self, ranking: Float[Tensor, " units"]) -> None:
         """Make the shortest acceptable beginning of the ranking the best set, if it is smaller."""
         order = ranking.argsort(descending=True, stable=True)
         most, likely = int(self.best.sum()), max(1, int((ranking > 0).sum()))
@@ -180,10 +218,10 @@ class LinkSearch:
                 self.best = min(some[accepted.index(True)], self.best, key=lambda each: int(each.sum()))
                 return
 
-    def remove_links(self) -> None:
+    def remove(self) -> None:
         """Remove from the best set whatever the constraints do not need."""
         start = len(self.best.nonzero())
-        self._try([self.best & self.reaching()])
+        self._try([self.masks.reaching(self.best)])
         needed = torch.zeros_like(self.best)
         while len(free := (self.best & ~needed).nonzero()[:, 0]):
             left = math.log(len(free) + 1) / math.log(start + 1)
@@ -193,17 +231,17 @@ class LinkSearch:
             if self._try([self._without(order[:count]) for count in counts]):
                 continue
             single = order[:ONE_BY_ONE]
-            accepted = torch.tensor(self.accepts([self._without(link) for link in single]))
+            accepted = torch.tensor(self.accepts([self._without(unit) for unit in single]))
             needed[single[~accepted]] = True
             together = single[accepted]
             while len(together) and not self._try([self._without(together)]):
                 together = together[: len(together) // 2]
-        self._try([self.best & self.reaching()])
+        self._try([self.masks.reaching(self.best)])
 
-    def _without(self, links: Tensor) -> Bool[Tensor, " links"]:
-        return self.best.clone().index_fill_(0, links.reshape(-1), False)
+    def _without(self, units: Tensor) -> Bool[Tensor, " units"]:
+        return self.best.clone().index_fill_(0, units.reshape(-1), False)
 
-    def _try(self, sets: list[Bool[Tensor, " links"]]) -> bool:
+    def _try(self, sets: list[Bool[Tensor, " units"]]) -> bool:
         """Make the first acceptable set the best."""
         accepted = self.accepts(sets)
         if not any(accepted):
@@ -211,29 +249,15 @@ class LinkSearch:
         self.best = sets[accepted.index(True)]
         return True
 
-    def gradients(self) -> Float[Tensor, " links"]:
+    def gradients(self) -> Float[Tensor, " units"]:
         """The size of the gradients of f(E), and of f(not E) for a complete set, at the best set: the larger one."""
         mask = self.best.float().requires_grad_()
         rows = [MaskRow(mask, False), *([MaskRow(1 - mask, True)] if self.complete else [])]
         found = torch.zeros(len(mask))
         for row in rows:  # one after the other: half the memory
-            share = self.masks.share(self.masks.metrics([row])).sum()
-            (gradient,) = torch.autograd.grad(share, mask, retain_graph=True)
+            (gradient,) = torch.autograd.grad(self.masks.shares([row]).sum(), mask, retain_graph=True)
             found = torch.maximum(found, gradient.abs().cpu())
         return found
-
-    def reaching(self) -> Bool[Tensor, " links"]:
-        """Links of the best set from which a path leads to the last position's prediction."""
-        links = self.masks.links.cpu()
-        tokens = len(self.masks.prediction.ids)
-        read = torch.zeros(tokens, dtype=torch.bool)
-        read[-1] = True
-        reaching = torch.zeros_like(self.best)
-        for layer in range(int(links[:, 0].max()), -1, -1):
-            own = self.best & (links[:, 0] == layer) & read[links[:, 2]]
-            reaching |= own
-            read[links[own, 3]] = True
-        return reaching
 
 
 class _Multiplier:
@@ -249,14 +273,14 @@ class _Multiplier:
         return max(self.integral + PROPORTIONAL * clipped, LEAST_MULTIPLIER)
 
 
-def _start(attribution: Float[Tensor, " links"]) -> Float[Tensor, " links"]:
+def _start(attribution: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
     """theta between -1 and 3, the higher the larger the attribution; the upper fifth is above 1."""
     count = max(1, len(attribution) // 5)
     middle = attribution.topk(count).values[-1].clamp(min=1e-12)
     return (1 + 0.5 * (attribution.clamp(min=1e-12) / middle).log()).clamp(-1.0, 3.0)
 
 
-def overlap(sets: list[LinkSet]) -> float | None:
+def overlap(sets: list[UnitSet]) -> float | None:
     """The mean Jaccard index of all pairs of sets; None for fewer than two."""
     pairs = [(a.chosen, b.chosen) for at, a in enumerate(sets) for b in sets[at + 1 :]]
     if not pairs:

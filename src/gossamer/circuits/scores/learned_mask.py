@@ -1,0 +1,55 @@
+"""A hard mask learned on all prompts of a task together: a search for a small set of nodes or of edges.
+
+The method is that of :mod:`gossamer.circuits.mask_search`, whose objective is gossamer's own, with masks instead of
+gates. Masks on edges were learned before by edge pruning (Bhaskar et al. 2024, arXiv 2406.16778).
+
+A sufficient set keeps nine tenths of the metric when all other units are replaced. A complete one is necessary too: at
+most one tenth is left when it is replaced itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.mask_search import MaskSearch, UnitSet
+from gossamer.circuits.metrics import EXPLAINED
+from gossamer.circuits.scores.base import Score
+from gossamer.circuits.task_masks import TaskMasks, Units
+from gossamer.circuits.tasks.base import Batch
+from gossamer.models.frozen import frozen
+
+
+def search_set(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    units: Units,
+    *,
+    complete: bool,
+    ablation: Ablation,
+    means: Mapping[int, Tensor],
+    progress: Callable[[str], None],
+) -> tuple[Tensor, UnitSet]:
+    """The set, and scores that rank its units by theta before all others, by theta too; all negative.
+
+    Args:
+        complete: whether the set has to be necessary too.
+    """
+
+    def show(done: float, size: int) -> None:
+        progress(f"mask on {units}: {100 * done:.0f} %, smallest set {size:,}")
+
+    with frozen(model):
+        masks = TaskMasks(model, batches, units, ablation, means)
+        search = MaskSearch(masks, share=EXPLAINED, complete=complete, progress=show)
+        found = search.run()
+    assert search.ranking is not None
+    ranks = search.ranking - search.ranking.min() + 1
+    scores = -(ranks + ranks.max() * found.chosen)
+    return (scores if units == "nodes" else masks.scattered(scores)), found
+
+
+LEARNED_MASK = Score("learned-mask", search=partial(search_set, complete=False))
+LEARNED_MASK_COMPLETE = Score("learned-mask-complete", search=partial(search_set, complete=True))
