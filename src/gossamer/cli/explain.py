@@ -1,6 +1,7 @@
 """explain: which attention links carry one prediction, and why each of them is open."""
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +81,23 @@ def explain(
     assert prompt is not None
     if out is not None:
         _check_out(out)
+    asked = {"target": target, "against": against, "corrupted": corrupted}
+    search = {
+        "kind": (links or (Kind.complete if dense else Kind.sufficient)).value,
+        "share": share,
+        "seeds": range(seed, seed + seeds),
+    }
+    _show(_explain_prompt(model, prompt, dense, asked, search), figures, out)
+
+
+def _explain_prompt(
+    model: str,
+    prompt: str,
+    dense: str | None,
+    asked: dict[str, Any],
+    search: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of one prediction's explanation, dense beside sparse if a dense model is named."""
     from transformers.utils import logging
 
     from gossamer.explanations.explain import explain as explained
@@ -89,28 +107,27 @@ def explain(
 
     logging.disable_progress_bar()
     keep_freed_memory()
-    kind = (links or (Kind.complete if dense else Kind.sufficient)).value
     network, tokenizer = load_model_and_tokenizer(model)
     other = None if dense is None else _dense(dense, tokenizer, prompt)
+    beside = None
     with console.status("explaining") as status:
 
-        def settings(name: str) -> dict[str, Any]:
-            def progress(what: str, done: float, size: int) -> None:
-                status.update(escape(f"{name}{what}: {100 * done:.0f} %, smallest set {size:,} links"))
+        def progress(name: str, what: str, done: float, size: int) -> None:
+            status.update(escape(f"{name}{what}: {100 * done:.0f} %, smallest set {size:,} links"))
 
-            return {
-                "kind": kind, "share": share, "seeds": range(seed, seed + seeds), "progress": progress,
-            }  # fmt: skip
-
-        found = explained(
-            network, tokenizer, prompt, target=target, against=against, corrupted=corrupted, **settings("")
-        )
-        beside = None
+        own = partial(progress, "")
+        found = explained(network, tokenizer, prompt, progress=own, **asked, **search)
         if other is not None:
-            beside = explain_prediction(other, found.prediction, corrupted=found.corrupted, **settings("dense model, "))
-    if len(found.seeds) < seeds:
-        warn(f"interrupted: {len(found.seeds)} of {seeds} searches were done; this is the smallest set so far")
-    _show(explanation_record(found, tokenizer, model=model, dense=beside), figures, out)
+            dense_progress = partial(progress, "dense model, ")
+            beside = explain_prediction(
+                other, found.prediction, corrupted=found.corrupted, progress=dense_progress, **search
+            )
+    if len(found.seeds) < len(search["seeds"]):
+        warn(
+            f"interrupted: {len(found.seeds)} of {len(search['seeds'])} searches were done; this is the smallest set "
+            "so far"
+        )
+    return explanation_record(found, tokenizer, model=model, dense=beside)
 
 
 def _show(record: dict[str, Any], figures: Path | None, out: Path | None) -> None:
@@ -209,27 +226,23 @@ def _explain_text(
             models, blocks, out, lengths=lengths, count=predictions, share=share, seed=seed, described=described,
             progress=lambda what: status.update(escape(what)),
         )  # fmt: skip
+    console.print(_summary_table(summarise(rows)))
+    console.print(str(out), markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary_table(lines: list[dict[str, Any]]) -> Table:
     table = Table(title="Links that carry a prediction: median (quartiles)")
-    for column in (
-        "T",
-        "kind",
-        "dense",
-        "sparse",
-        "dense : sparse",
-        "left when cut, sparse",
-        "overlap, dense",
-        "sparse",
-    ):
+    headings = ("T", "kind", "dense", "sparse", "dense : sparse", "left when cut, sparse", "overlap, dense", "sparse")
+    for column in headings:
         table.add_column(column, justify="right")
-    for line in summarise(rows):
+    for line in lines:
         own, other = line["sparse"], line["dense"]
         table.add_row(
             f"{line['length']:,}", line["kind"], *(_middle(each["size"], 0) for each in (other, own)),
             _middle(line["ratio"], 1), _middle(own["left_when_cut"], 2),
             *(_middle(each["overlap"], 2) for each in (other, own)),
         )  # fmt: skip
-    console.print(table)
-    console.print(str(out), markup=False, highlight=False, soft_wrap=True)
+    return table
 
 
 def _middle(values: "Quartiles", digits: int) -> str:  # type: ignore[name-defined]
