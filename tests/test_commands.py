@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import typer
 from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import sentences
@@ -255,6 +256,20 @@ def output(encoding: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -
         except SystemExit as stopped:
             code = stopped.code
     return stream.buffer.getvalue().decode(encoding, errors="strict"), code
+
+
+def test_help_shows_every_default_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rich's markup, text in brackets is a style, and would be shown nowhere."""
+    monkeypatch.setenv("COLUMNS", "200")
+    named = 0
+    for name, command in typer.main.get_command(app).commands.items():
+        shown = " ".join(output("utf-8", monkeypatch, name, "--help")[0].split())
+        for parameter in command.params:
+            default = getattr(parameter, "show_default", None)
+            named += isinstance(default, str)
+            assert not isinstance(default, str) or f"[default: ({default})]" in shown, (name, parameter.name)
+            assert not re.search(r"(?<!\\)\[[a-z]", getattr(parameter, "help", None) or ""), (name, parameter.name)
+    assert named > 10
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437", "utf-8"])

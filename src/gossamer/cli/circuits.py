@@ -34,15 +34,38 @@ class ModelChoice(str, Enum):
     sparse = "sparse"
 
 
+_Corruption = Annotated[str | None, typer.Option(help="Kind of corrupted prompts.", show_default="the task's first")]
+_Levels = Annotated[str, typer.Option(help="Kinds of units, with commas between: nodes, edges, links.")]
+_Score = Annotated[
+    str,
+    typer.Option(
+        help="What ranks the units: eap-ig-inputs, eap-ig-activations, eap or exact; learned-mask and "
+        "learned-mask-complete search for a set, without links."
+    ),
+]
+_Seeds = Annotated[int, typer.Option(min=1, help="Repeat with so many seeds, from --seed on, and show the spread.")]
+_Rephrased = Annotated[
+    bool, typer.Option("--rephrased", help="Repeat with each of the task's other sets of templates.")
+]
+_Outside = Annotated[
+    Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
+]
+_Signed = Annotated[
+    bool, typer.Option("--signed", help="Choose the units that help most, not those with the largest absolute score.")
+]
+_Replace = Annotated[
+    bool, typer.Option("--replace", help="Put the result in the place of one that was found with other settings.")
+]
+_Dense = Annotated[str | None, typer.Option(help="The dense model, where MODEL does not say what it was made from.")]
+
+
 @app.command()
 def task(
     name: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file with examples of one's own.")],
     model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
     examples: Annotated[int, typer.Option(min=1, help="How many examples the model is asked.")] = 100,
     show: Annotated[int, typer.Option(min=0, help="How many of them are printed.")] = 3,
-    corruption: Annotated[
-        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
-    ] = None,
+    corruption: _Corruption = None,
     seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
 ) -> None:
     """Show examples of a task, and how well MODEL does it."""
@@ -86,42 +109,19 @@ def circuits(
     ],
     task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
     examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
-    corruption: Annotated[
-        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
-    ] = None,
+    corruption: _Corruption = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Repeat with so many seeds, from --seed on, and show the spread.")
-    ] = 1,
-    rephrased: Annotated[
-        bool, typer.Option("--rephrased", help="Repeat with each of the task's other sets of templates.")
-    ] = False,
-    levels: Annotated[
-        str, typer.Option(help="Kinds of units, with commas between: nodes, edges, links.")
-    ] = "nodes,edges,links",
-    score: Annotated[
-        str,
-        typer.Option(
-            help="What ranks the units: eap-ig-inputs, eap-ig-activations, eap or exact; learned-mask and "
-            "learned-mask-complete search for a set, without links."
-        ),
-    ] = "eap-ig-inputs",
-    ablation: Annotated[
-        Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
-    ] = Ablation.patch,
-    signed: Annotated[
-        bool,
-        typer.Option("--signed", help="Choose the units that help most, not those with the largest absolute score."),
-    ] = False,
+    seeds: _Seeds = 1,
+    rephrased: _Rephrased = False,
+    levels: _Levels = "nodes,edges,links",
+    score: _Score = "eap-ig-inputs",
+    ablation: _Outside = Ablation.patch,
+    signed: _Signed = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Go on even if a model cannot do the task.")] = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Put the result in the place of one that was found with other settings.")
-    ] = False,
-    dense: Annotated[
-        str | None, typer.Option(help="The dense model, where MODEL does not say what it was made from.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for the circuits. [default: the run's]")] = None,
+    replace: _Replace = False,
+    dense: _Dense = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for the circuits.", show_default="the run's")] = None,
 ) -> None:
     """Find circuits of a sparse model and of its dense original, check them by intervention, compare them.
 
@@ -129,15 +129,8 @@ def circuits(
     links.json. Another corruption than the task's first and another ablation than patch are added to the name:
     TASK-CORRUPTION-zero.
     """
-    from transformers.utils import logging
+    from gossamer.circuits.compare import SearchConfig
 
-    from gossamer.circuits.compare import SearchConfig, compare_models
-    from gossamer.circuits.tables import comparison_tables
-    from gossamer.circuits.tasks import find_task
-    from gossamer.training.malloc import keep_freed_memory
-
-    logging.disable_progress_bar()
-    keep_freed_memory()
     config = SearchConfig(
         examples=examples,
         corruption=corruption,
@@ -152,15 +145,23 @@ def circuits(
         forced=force,
         replace=replace,
     )
-    root, chosen = _root(model) if out is None else out, find_task(task)
+    _find_circuits(model, dense, task, _root(model) if out is None else out, config)
+
+
+def _find_circuits(model: str, dense: str | None, task: str, root: Path, config: "SearchConfig") -> None:  # type: ignore[name-defined]
+    from transformers.utils import logging
+
+    from gossamer.circuits.compare import compare_models
+    from gossamer.circuits.tables import comparison_tables
+    from gossamer.circuits.tasks import find_task
+    from gossamer.training.malloc import keep_freed_memory
+
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    chosen = find_task(task)
     with console.status("circuits") as status:
-        record = compare_models(
-            *load_dense_and_sparse(model, dense),
-            chosen,
-            root,
-            config,
-            progress=lambda what: status.update(escape(what)),
-        )
+        models = load_dense_and_sparse(model, dense)
+        record = compare_models(*models, chosen, root, config, progress=lambda what: status.update(escape(what)))
     for table in comparison_tables(record):
         console.print(table)
 
@@ -192,9 +193,11 @@ def export(
     ],
     model: Annotated[ModelChoice, typer.Option(help="Whose circuit.")] = ModelChoice.sparse,
     edges: Annotated[
-        int | None, typer.Option(min=1, help="Edges kept, before pruning. [default: those that explain 90 %]")
+        int | None, typer.Option(min=1, help="Edges kept, before pruning.", show_default="those that explain 90 %")
     ] = None,
-    corruption: Annotated[str | None, typer.Option(help="With which it was found. [default: the task's first]")] = None,
+    corruption: Annotated[
+        str | None, typer.Option(help="With which it was found.", show_default="the task's first")
+    ] = None,
     ablation: Annotated[Ablation, typer.Option(help="Under which it was found.")] = Ablation.patch,
 ) -> None:
     """Write a circuit that gossamer circuits has found for other tools."""
@@ -226,7 +229,7 @@ def evaluate_circuit(
     ] = False,
     examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
     corruption: Annotated[
-        str | None, typer.Option(help="Kind of corrupted prompts. [default: the task's first]")
+        str | None, typer.Option(help="Kind of corrupted prompts.", show_default="the task's first")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = Ablation.patch,

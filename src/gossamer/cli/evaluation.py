@@ -33,17 +33,19 @@ def evaluate(
         typer.Option(help="Directory with tasks of one's own, in YAML files as lm-eval-harness reads them."),
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question. [default: the task's own]")
+        int | None, typer.Option(min=0, help="Examples before each question.", show_default="the task's own")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many examples of each task. [default: all]")
+        int | None, typer.Option(min=1, help="At most so many examples of each task.", show_default="all")
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Also at these sequence lengths, with commas between: 256,512,1024.")
     ] = None,
     held_out_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="So many unseen tokens at each of --lengths, or all there are. [default: as the run]"),
+        typer.Option(
+            min=1, help="So many unseen tokens at each of --lengths, or all there are.", show_default="as the run"
+        ),
     ] = None,
 ) -> None:
     """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
@@ -151,7 +153,7 @@ def compare(
     model: Annotated[str, typer.Argument(help="smollm2-sparse, a run, a saved sparse model or an adapter.")],
     text: Annotated[str, typer.Option(help="A file or directory of text, as for sparsify; all of it is read.")],
     dense: Annotated[
-        str | None, typer.Option(help="The dense model. [default: the one that MODEL says it was made from]")
+        str | None, typer.Option(help="The dense model.", show_default="the one that MODEL says it was made from")
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 128,
     tokens: Annotated[int, typer.Option(min=2, help="At most so many tokens of the text.")] = 32_768,

@@ -22,6 +22,22 @@ class Kind(str, Enum):
     complete = "complete"
 
 
+_Links = Annotated[
+    Kind | None,
+    typer.Option(
+        help="sufficient: the links alone keep the share. complete: without them no more than the rest is left.",
+        show_default="sufficient; complete with --dense",
+    ),
+]
+_Text = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of a prompt: many predictions of the unseen part of this text, as for sparsify, in MODEL and "
+        "in --dense, sufficient and complete; --out is a .jsonl file, which a second call goes on with."
+    ),
+]
+
+
 @app.command()
 def explain(
     model: Annotated[str, typer.Argument(help="A run, a saved sparse model, an adapter, or a dense model.")],
@@ -29,7 +45,8 @@ def explain(
         str | None, typer.Argument(help="Text; what comes after it is explained. Without one, see --text.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="The token whose prediction is explained. [default: the model's first choice]")
+        str | None,
+        typer.Option(help="The token whose prediction is explained.", show_default="the model's first choice"),
     ] = None,
     against: Annotated[
         str | None, typer.Option(help="Another token: explain the logit difference, not the log-probability.")
@@ -40,27 +57,15 @@ def explain(
     corrupted: Annotated[
         str | None, typer.Option(help="A prompt of equal length: cut links carry its values instead of nothing.")
     ] = None,
-    links: Annotated[
-        Kind | None,
-        typer.Option(
-            help="sufficient: the links alone keep the share. complete: without them no more than the rest is left. "
-            "[default: sufficient; complete with --dense]"
-        ),
-    ] = None,
+    links: _Links = None,
     share: Annotated[float, typer.Option(help="Of the metric, kept by the links.")] = 0.9,
     seeds: Annotated[int, typer.Option(min=1, help="Searches; how far their sets agree is reported.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of the first search.")] = 0,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of a prompt: many predictions of the unseen part of this text, as for sparsify, in MODEL and "
-            "in --dense, sufficient and complete; --out is a .jsonl file, which a second call goes on with."
-        ),
-    ] = None,
+    text: _Text = None,
     predictions: Annotated[int, typer.Option(min=1, help="With --text: how many of each length.")] = 20,
     seq_len: Annotated[str, typer.Option(help="With --text: tokens of context.")] = "16,32,64,128,256",
     figures: Annotated[
-        Path | None, typer.Option(help="Directory for the picture as PNG and SVG: pip install 'gossamer[report]'.")
+        Path | None, typer.Option(help="Directory for the picture as PNG and SVG; needs the extra: report.")
     ] = None,
     out: Annotated[
         Path | None,

@@ -61,13 +61,15 @@ def show_demo(run: "Run") -> None:  # type: ignore[name-defined]
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
-    out: Annotated[Path | None, typer.Option(help="File of the page. [default: report.html in RUN]")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of the page.", show_default="report.html in RUN")] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write every figure as PNG and SVG into this directory.")
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Record attention anew, with so many tokens of each held-out text. [default: 32]"),
+        typer.Option(
+            min=2, help="Record attention anew, with so many tokens of each held-out text.", show_default="32"
+        ),
     ] = None,
 ) -> None:
     """Write the page of RUN: attention of some prompts, dense beside sparse, circuits, and every figure.
@@ -124,7 +126,7 @@ def _both(run: "Run") -> "tuple[dict[str, PreTrainedModel], PreTrainedTokenizerB
 def view(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
     prompt: Annotated[str, typer.Argument(help="Any text.")],
-    out: Annotated[Path | None, typer.Option(help="File of the page. [default: view.html in RUN]")] = None,
+    out: Annotated[Path | None, typer.Option(help="File of the page.", show_default="view.html in RUN")] = None,
 ) -> None:
     """Show how the dense and the sparse model of RUN attend on a new PROMPT, as a page of its own."""
     from dataclasses import replace

@@ -191,13 +191,14 @@ def import_(
         str | None, typer.Option(help="A directory or Hub id whose tokenizer is saved along (GPT-2's: gpt2).")
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads. [default: from the file, or GPT-2's for its width]")
+        int | None, typer.Option(min=1, help="Attention heads.", show_default="from the file, or GPT-2's for its width")
     ] = None,
     activation: Annotated[
         MLPActivation, typer.Option(help="Of the MLPs: GPT-2's own gelu_new, or the exact gelu of newer nanoGPT.")
     ] = MLPActivation.gelu_new,
     vocab_size: Annotated[
-        int | None, typer.Option(min=1, help="Keep so many vocabulary rows: 50257 drops the padding. [default: all]")
+        int | None,
+        typer.Option(min=1, help="Keep so many vocabulary rows: 50257 drops the padding.", show_default="all"),
     ] = None,
 ) -> None:
     """Turn a GPT-2 CHECKPOINT trained under gates elsewhere into a sparse model of gossamer's."""
