@@ -321,8 +321,7 @@ class Inner(StreamHooks):
 
     def attend(self, layer, q, k, v, pattern):
         if layer == 1:
-            groups = q.shape[1] // k.shape[1]
-            self.seen = {"q": q, "k": k.repeat_interleave(groups, 1), "v": v.repeat_interleave(groups, 1)}
+            self.seen = {"q": q, "k": k, "v": v}
         return super().attend(layer, q, k, v, pattern)
 
 

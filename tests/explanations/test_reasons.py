@@ -26,8 +26,7 @@ class Logits(StreamHooks):
         return x if self.change is None or self.change[0] != layer else x + self.change[1]
 
     def attend(self, layer, q, k, v, pattern: Pattern):
-        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        self.found.append(q[0] @ keys[0].mT * pattern.scale)
+        self.found.append(q[0] @ k[0].mT * pattern.scale)
         return super().attend(layer, q, k, v, pattern)
 
 

@@ -42,14 +42,35 @@ class ActivationCache:
 
 
 @dataclass
-class _Recorder(StreamHooks):
+class LinkRecorder(StreamHooks):
+    """Keeps what the attention links of a run carry: attention weights, closed links at 0, and values, by layer.
+
+    Attributes:
+        links: whether to keep them; a subclass may only look at what :meth:`keep` is shown.
+    """
+
+    links: bool = True
+    weights: list[Float[Tensor, "batch heads tokens tokens"]] = field(default_factory=list)
+    values: list[Float[Tensor, "batch heads tokens d_value"]] = field(default_factory=list)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        weights = pattern(q, k)
+        self.keep(weights, v)
+        return weights @ v
+
+    def keep(self, weights: Tensor, values: Tensor) -> None:
+        """What one layer's links carry; layers come in their order."""
+        if self.links:
+            self.weights.append(weights)
+            self.values.append(values)
+
+
+@dataclass(kw_only=True)
+class _Recorder(LinkRecorder):
     graph: Graph
-    links: bool
     streams: bool = True
     written: Tensor | None = None
     read: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    weights: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
 
     def read_input(self, x: Tensor) -> Tensor:
         self.written = x.new_empty(self.graph.sources, *x.shape)
@@ -60,15 +81,6 @@ class _Recorder(StreamHooks):
         if self.streams:
             self.read["q", layer] = x
         return x
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        values = v.repeat_interleave(groups, 1)
-        weights = pattern(q, k.repeat_interleave(groups, 1))
-        if self.links:
-            self.weights.append(weights)
-            self.values.append(values)
-        return weights @ values
 
     def write_heads(self, layer: int, contributions: Tensor) -> None:
         assert self.written is not None
@@ -94,7 +106,7 @@ def run_with_cache(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, links: bool = False
 ) -> ActivationCache:
     """Run the model and record it; ``links`` keeps attention weights and values too."""
-    recorder = _Recorder(graph_of(model), links)
+    recorder = _Recorder(graph=graph_of(model), links=links)
     with stream_hooks(model, recorder):
         logits = model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
     assert recorder.written is not None
@@ -106,7 +118,7 @@ def source_outputs(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "sources batch tokens d_model"]:
     """What each source adds to the stream, and nothing else."""
-    recorder = _Recorder(graph_of(model), links=False, streams=False)
+    recorder = _Recorder(graph=graph_of(model), links=False, streams=False)
     with stream_hooks(model, recorder):
         model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
     assert recorder.written is not None

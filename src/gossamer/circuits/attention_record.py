@@ -6,7 +6,7 @@
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gossamer.circuits.streams import Pattern, StreamHooks, graph_of, stream_hooks
+from gossamer.circuits.activation_cache import LinkRecorder
+from gossamer.circuits.streams import attention_hooks, graph_of
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_write_text
 from gossamer.models.vocabulary import require_embeddings
@@ -40,27 +41,16 @@ class AttentionPrompt:
     note: str
 
 
-@dataclass
-class _Watcher(StreamHooks):
-    weights: list[Tensor] = field(default_factory=list)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        weights = pattern(q, k.repeat_interleave(groups, 1))
-        self.weights.append(weights)
-        return weights @ v.repeat_interleave(groups, 1)
-
-
 @torch.no_grad()
 def attention_of(
     model: PreTrainedModel, ids: Sequence[int]
 ) -> tuple[Float[Tensor, "layers heads tokens tokens"], Float[Tensor, "tokens vocab"]]:
     """The attention weights of one prompt, closed links at 0, and the next-token probabilities."""
-    watcher = _Watcher()
+    recorder = LinkRecorder()
     rows = torch.tensor([list(ids)], device=model.device)
-    with stream_hooks(model, watcher):
+    with attention_hooks(model, recorder):
         logits = model(input_ids=rows, use_cache=False).logits[0]
-    return torch.stack([weights[0] for weights in watcher.weights]).float().cpu(), logits.float().softmax(-1).cpu()
+    return torch.stack([weights[0] for weights in recorder.weights]).float().cpu(), logits.float().softmax(-1).cpu()
 
 
 def record_attention(

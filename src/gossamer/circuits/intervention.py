@@ -148,12 +148,9 @@ class PatchedEdges(Patched):
         return y.flatten(0, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        heads, groups = q.shape[1], q.shape[1] // k.shape[1]
-        own, repetitions = torch.arange(heads, device=q.device), self._repetitions(layer)
-        picked = []
-        for x, place in ((q, own), (k, own // groups), (v, own // groups)):
-            picked.append(x.unflatten(0, (repetitions, -1))[own % repetitions, :, place].transpose(0, 1))
-        return pattern(*picked[:2]) @ picked[2]
+        own, repetitions = torch.arange(q.shape[1], device=q.device), self._repetitions(layer)
+        q, k, v = (x.unflatten(0, (repetitions, -1))[own % repetitions, :, own].transpose(0, 1) for x in (q, k, v))
+        return pattern(q, k) @ v
 
     def read_mlp(self, layer: int, x: Tensor) -> Tensor:
         return self._streams("mlp", layer)[0]
@@ -225,10 +222,9 @@ class _PatchedLinks(StreamHooks):
     other: ActivationCache | None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        weights, values = pattern(q, k.repeat_interleave(groups, 1)), v.repeat_interleave(groups, 1)
+        weights = pattern(q, k)
         kept = self.kept[:, :, layer].to(weights)
-        own = (weights * kept.flatten(0, 1)) @ values
+        own = (weights * kept.flatten(0, 1)) @ v
         if self.other is None:
             return own
         return own + ((self.other.weights[layer] * (1 - kept)) @ self.other.values[layer]).flatten(0, 1)
@@ -260,9 +256,7 @@ class _CutLinks(StreamHooks):
     cut: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        weights = pattern(q, k.repeat_interleave(groups, 1))
-        return weights.masked_fill(self.cut[layer], 0.0) @ v.repeat_interleave(groups, 1)
+        return pattern(q, k).masked_fill(self.cut[layer], 0.0) @ v
 
 
 @torch.no_grad()
@@ -287,11 +281,9 @@ class _InterchangedLinks(StreamHooks):
     donors: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
         own = self.exchanged[layer]
-        weights = pattern(q, k.repeat_interleave(groups, 1)).masked_fill(own, 0.0)
         donated = self.other.weights[layer][self.donors] * own
-        return weights @ v.repeat_interleave(groups, 1) + donated @ self.other.values[layer][self.donors]
+        return pattern(q, k).masked_fill(own, 0.0) @ v + donated @ self.other.values[layer][self.donors]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Within :func:`stream_hooks`, a :class:`StreamHooks` sees, and may change, what e
     read_input(x)              the stream as it begins: token and position embeddings
     read_attention(layer, x)   the stream that a layer's attention reads, before any norm
     project(layer, name, ...)  what enters and leaves each of the projections to q, k and v
-    attend(layer, ...)         queries, keys (positions applied) and values; returns the heads' outputs. If
+    attend(layer, ...)         queries, keys (positions applied) and values of each head; returns the heads' outputs. If
                                read_attention() repeated the batch, they are of all its repetitions, and the outputs of
                                one are returned
     scale_heads(layer, gain)   the factors of a norm between the heads and the stream, where there is one
@@ -33,6 +33,7 @@ from gossamer.circuits.graph import Graph
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import Architecture, architecture_of, attention_modules
 from gossamer.models.attention import GateState, gated_mask
+from gossamer.ops.weights import attention_logits, attention_weights, causal_pairs, per_query_head
 
 IMPLEMENTATION = "gossamer_circuits"
 """The name under which the visited attention is registered with transformers."""
@@ -61,9 +62,11 @@ class StreamHooks:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: "Pattern"
     ) -> Float[Tensor, "batch heads tokens d_value"]:
-        """Heads' outputs; ``pattern(q, k)`` gives the attention weights with closed links at 0."""
-        groups = q.shape[1] // k.shape[1]
-        return pattern(q, k.repeat_interleave(groups, 1)) @ v.repeat_interleave(groups, 1)
+        """Heads' outputs; ``pattern(q, k)`` gives the attention weights with closed links at 0.
+
+        q, k and v are ``[batch, heads, tokens, ...]``: keys and values once for each query head.
+        """
+        return pattern(q, k) @ v
 
     def scale_heads(self, layer: int, gain: Float[Tensor, "batch tokens d_model"]) -> None:
         """By what a norm after attention multiplies what the heads write; only where there is one."""
@@ -96,13 +99,9 @@ class Pattern:
         self, q: Float[Tensor, "batch heads tokens d"], k: Float[Tensor, "batch heads tokens d"]
     ) -> Float[Tensor, "batch heads tokens tokens"]:
         """Keys are given once for each query head."""
-        logits = q @ k.mT * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        mask = self.mask
-        if mask is None:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        weights = torch.softmax(logits.masked_fill(~mask, -torch.inf), dim=-1)
+        logits = attention_logits(q, k, self.scale, self.softcap)
+        allowed = causal_pairs(q.shape[2], k.shape[2], q.device) if self.mask is None else self.mask
+        weights = attention_weights(logits, allowed)
         if self.bias is not None:
             weights = weights * (logits.detach() + self.bias[:, None, None] > 0)
         return weights
@@ -167,7 +166,9 @@ class _Attention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         """What transformers' attention function returns: ``[rows, tokens, heads, d_value]``."""
-        return self.hooks.attend(self.layer, q, k, v, pattern).transpose(1, 2)
+        heads = q.shape[1]
+        outputs = self.hooks.attend(self.layer, q, per_query_head(k, heads), per_query_head(v, heads), pattern)
+        return outputs.transpose(1, 2)
 
 
 class _Layer(_Attention):

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from gossamer.measures.language import measure_language
 from gossamer.models.attention import gated_mask
+from gossamer.ops.weights import attention_logits, attention_weights, causal_pairs, per_query_head
 
 IMPLEMENTATION = "gossamer_topk"
 
@@ -57,17 +58,14 @@ def topk_attention(model: PreTrainedModel, k: int, *, renormalise: bool) -> Iter
         softcap: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        key, value = (per_query_head(x, query.shape[1]) for x in (key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        logits = (query.float() @ key.float().transpose(-1, -2)) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = attention_logits(query.float(), key.float(), scale, softcap)
         allowed = attention_mask
         if allowed is None:
-            shape = logits.shape[-2:]
-            allowed = torch.ones(shape, dtype=torch.bool, device=logits.device).tril(shape[1] - shape[0])[None, None]
-        pattern = torch.softmax(logits.masked_fill(~allowed, float("-inf")), dim=-1).nan_to_num(0.0)
+            queries, keys = logits.shape[-2:]
+            allowed = causal_pairs(queries, keys, logits.device)[None, None]
+        pattern = attention_weights(logits, allowed)
         pattern = topk_pattern(pattern, allowed.expand_as(pattern), k, renormalise)
         per_query = allowed.expand(query.shape[0], 1, *logits.shape[-2:]).sum(-1)
         links.append((int(per_query.clamp(max=k).sum()), int(per_query.sum())))

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gossamer.circuits.streams import Pattern, StreamHooks, norm_gain, output_maps, stream_hooks
+from gossamer.circuits.activation_cache import LinkRecorder
+from gossamer.circuits.streams import norm_gain, output_maps, stream_hooks
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.models.architectures import architecture_of
 
@@ -40,18 +41,9 @@ class LinkEffect:
 
 
 @dataclass
-class _Recorder(StreamHooks):
-    weights: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+class _Recorder(LinkRecorder):
     gains: dict[int, Tensor] = field(default_factory=dict)
     final: Tensor | None = None
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        weights, values = pattern(q, k.repeat_interleave(groups, 1)), v.repeat_interleave(groups, 1)
-        self.weights.append(weights[0])
-        self.values.append(values[0])
-        return weights @ values
 
     def scale_heads(self, layer: int, gain: Tensor) -> None:
         self.gains[layer] = gain[0]
@@ -78,8 +70,8 @@ def link_effects(masks: LinkMasks, chosen: Bool[Tensor, " links"], places: Int[T
     alone, in_set = _losses(masks, chosen, places)
     found = []
     for at, (layer, head, query, key) in enumerate(masks.links.cpu()[places].tolist()):
-        weight = recorder.weights[layer][head, query, key]
-        written = weight * recorder.values[layer][head, key] @ maps[layer][head]
+        weight = recorder.weights[layer][0, head, query, key]
+        written = weight * recorder.values[layer][0, head, key] @ maps[layer][head]
         if layer in recorder.gains:
             written = written * recorder.gains[layer][query]
         assert recorder.final is not None

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from gossamer.circuits.activation_cache import LinkRecorder
 from gossamer.circuits.mask_search import MaskRow
 from gossamer.circuits.streams import Pattern, StreamHooks, attention_hooks
 from gossamer.errors import GossamerError
@@ -37,22 +38,14 @@ _RECOMPUTED = 256
 
 
 @dataclass
-class _Recorder(StreamHooks):
-    """What the links of a prompt carry; weights and values are kept where they are wanted."""
+class _Recorder(LinkRecorder):
+    """Which links of a prompt carry something, and with ``links`` what they carry."""
 
-    wanted: bool
     carrying: list[Bool[Tensor, "heads tokens tokens"]] = field(default_factory=list)
-    weights: list[Float[Tensor, "1 heads tokens tokens"]] = field(default_factory=list)
-    values: list[Float[Tensor, "1 heads tokens d_value"]] = field(default_factory=list)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        weights, values = pattern(q, k.repeat_interleave(groups, 1)), v.repeat_interleave(groups, 1)
+    def keep(self, weights: Tensor, values: Tensor) -> None:
         self.carrying.append(weights[0] > 0)
-        if self.wanted:
-            self.weights.append(weights)
-            self.values.append(values)
-        return weights @ values
+        super().keep(weights, values)
 
 
 @dataclass
@@ -77,12 +70,11 @@ class _Masked(StreamHooks):
         return self._attend(*arguments)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, masks: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        weights, values = pattern(q, k.repeat_interleave(groups, 1)), v.repeat_interleave(groups, 1)
+        weights = pattern(q, k)
         rest = torch.tensor([float(row.others_kept) for row in self.rows], device=q.device, dtype=weights.dtype)
         everywhere = rest[:, None].expand(-1, weights[0].numel())
         kept = everywhere.index_copy(1, self.places[layer], masks.to(weights)).view_as(weights)
-        output = (weights * kept) @ values
+        output = (weights * kept) @ v
         if self.corrupted is not None:
             output = output + (self.corrupted.weights[layer] * (1 - kept)) @ self.corrupted.values[layer]
         return output
@@ -111,13 +103,13 @@ class LinkMasks:
         self.ids = torch.tensor([prediction.ids], device=model.device)
         tokens = len(prediction.ids)
         self.corrupted: _Recorder | None = None
-        candidates = torch.stack(self._record(prediction.ids, wanted=False).carrying)
+        candidates = torch.stack(self._record(prediction.ids, links=False).carrying)
         if corrupted is not None:
             if len(corrupted) != tokens:
                 raise GossamerError(
                     f"--corrupted has {len(corrupted)} tokens and the prompt {tokens}; give prompts of equal length"
                 )
-            self.corrupted = self._record(corrupted, wanted=True)
+            self.corrupted = self._record(corrupted, links=True)
             candidates |= torch.stack(self.corrupted.carrying)
         self.links: Int[Tensor, "links 4"] = candidates.nonzero()
         self._places = [layer.flatten().nonzero()[:, 0] for layer in candidates]
@@ -130,8 +122,8 @@ class LinkMasks:
             )
 
     @torch.no_grad()
-    def _record(self, ids: tuple[int, ...], *, wanted: bool) -> _Recorder:
-        recorder = _Recorder(wanted)
+    def _record(self, ids: tuple[int, ...], *, links: bool) -> _Recorder:
+        recorder = _Recorder(links)
         with attention_hooks(self.model, recorder):
             self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False, logits_to_keep=1)
         return recorder

@@ -58,7 +58,7 @@ class Quartiles:
 
 class _NoLinks(StreamHooks):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        return v.new_zeros(*q.shape[:3], v.shape[-1])
+        return torch.zeros_like(v)
 
 
 @torch.no_grad()

@@ -124,7 +124,7 @@ class _QueriesAndKeys(StreamHooks):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         if layer == self.layer:
-            self.q, self.k, self.pattern = q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), pattern
+            self.q, self.k, self.pattern = q, k, pattern
             raise _Reached
         return super().attend(layer, q, k, v, pattern)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs
+from gossamer.ops.weights import attention_logits, attention_weights, per_query_head
 
 
 def gated_attention(
@@ -28,7 +29,7 @@ def gated_attention(
 ) -> GatedAttentionOutput:
     """Gated attention of the given pairs; sampled where ``noise_keys`` are given. Computed in float32 at least."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    value = v.to(exact).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    value = per_query_head(v.to(exact), q.shape[1])
     gate_logits, pattern, allowed, log_sum_exp = _links(q, k, gate_bias, pairs, scale, softcap)
     noisy = gate_logits
     if noise_keys is not None:
@@ -67,12 +68,9 @@ def _links(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """G, P and which pairs are allowed, each ``[batch, heads, queries, keys]``, and the log of P's denominator."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    key = k.to(exact).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    key = per_query_head(k.to(exact), q.shape[1])
     allowed = pairs.allowed(slice(0, pairs.queries), slice(0, pairs.keys))
     allowed = allowed.expand(q.shape[0], q.shape[1], -1, -1)
-    logits = q.to(exact) @ key.transpose(-1, -2) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    masked = logits.masked_fill(~allowed, float("-inf"))
-    pattern = torch.where(allowed, torch.softmax(masked, dim=-1), 0.0)
-    return logits + gate_bias.to(exact)[:, None, None], pattern, allowed, masked.logsumexp(-1)
+    logits = attention_logits(q.to(exact), key, scale, softcap)
+    log_sum_exp = logits.masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    return logits + gate_bias.to(exact)[:, None, None], attention_weights(logits, allowed), allowed, log_sum_exp

@@ -84,13 +84,12 @@ class _Taps(StreamHooks):
         return y
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        expanded = {"q": q.clone(), "k": k.repeat_interleave(groups, 1), "v": v.repeat_interleave(groups, 1)}
-        output = pattern(expanded["q"], expanded["k"]) @ expanded["v"]
+        q = q.clone()
+        output = pattern(q, k) @ v
         if self.links:
             self.wanted["output", layer] = output
         else:
-            self.wanted.update({(kind, layer): x for kind, x in expanded.items()})
+            self.wanted.update({("q", layer): q, ("k", layer): k, ("v", layer): v})
         return output
 
     def _want(self, kind: str, layer: int, x: Tensor) -> Tensor:
