@@ -129,10 +129,10 @@ def test_nodes_edges_and_links_agree_where_they_must(family: str) -> None:
 
 def _without_heads(model, batch: Batch, layer: int) -> torch.Tensor:
     """The metric with the output projection of a layer fed with zeros."""
-    from gossamer.models.architectures import ARCHITECTURES, attention_modules
+    from gossamer.models.architectures import architecture_of, attention_modules
 
     attention = list(attention_modules(model))[layer]
-    projection = attention.get_submodule(ARCHITECTURES[model.config.model_type].projections[-1])
+    projection = attention.get_submodule(architecture_of(model).projections[-1])
     hook = projection.register_forward_pre_hook(lambda _, args: (torch.zeros_like(args[0]),))
     try:
         return metric(model, batch, batch.clean)
@@ -345,7 +345,7 @@ def test_places_are_where_the_heads_come_from(family: str) -> None:
             weight[columns] = saved.flip(1)
             after = inner()
             weight[columns] = saved
-            sharing = (place.columns[:, 0] == columns[0]).tolist()
+            sharing = place.sharing()[head].tolist()
             for other in "qkv":
                 changed = [not torch.allclose(after[other][:, h], before[other][:, h]) for h in range(4)]
-                assert changed == ([place.mixed or shared for shared in sharing] if other == kind else [False] * 4)
+                assert changed == (sharing if other == kind else [False] * 4)

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
+from gossamer.errors import GossamerError
+from gossamer.models.architectures import PROVEN
 
 Ablation = Literal["patch", "zero", "mean"]
 """What units outside a circuit carry: the corrupted run's values, zero, or the mean over corrupted runs."""
@@ -110,7 +112,27 @@ def run_with_cache(
     with stream_hooks(model, recorder):
         logits = model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
     assert recorder.written is not None
-    return ActivationCache(recorder.written, recorder.read, recorder.weights, recorder.values, logits)
+    cache = ActivationCache(recorder.written, recorder.read, recorder.weights, recorder.values, logits)
+    if model.config.model_type not in PROVEN:
+        _check(model, cache)
+    return cache
+
+
+def _check(model: PreTrainedModel, cache: ActivationCache) -> None:
+    """Stop at a family whose heads and MLPs are not all that writes: what they did not write must be biases alone.
+
+    Raises:
+        GossamerError: naming the family.
+    """
+    graph = graph_of(model)
+    for kind, layer in cache.read:
+        rest = cache.constant(graph, kind, layer)
+        limit = max(1e-3, 8 * torch.finfo(rest.dtype).eps) * cache.read[kind, layer].abs().max()
+        if not (rest - rest[:1, :1]).abs().max() <= limit:
+            raise GossamerError(
+                f"heads and MLPs of {model.config.model_type} are not all that writes into its residual stream, so it "
+                "cannot be split; circuits and explanations need that, sparsify and evaluate do not"
+            )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.activation_cache import Ablation, ActivationCache, replacement, run_with_cache
 from gossamer.circuits.graph import Graph
-from gossamer.circuits.projections import Projection, Projections, projections_of
+from gossamer.circuits.projections import Projection, Projections, projections_of, repetitions
 from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
 from gossamer.circuits.tasks.base import Batch
 
@@ -114,6 +114,7 @@ class PatchedEdges(Patched):
     ) -> None:
         super().__init__(graph, kept, other, ablation, neurons)
         self.places = places
+        self.repetitions = [repetitions(projections) for projections in places]
         self.norm: Norm | None = None
 
     def _streams(self, kind: str, layer: int) -> Float[Tensor, "destinations rows tokens d_model"]:
@@ -123,33 +124,27 @@ class PatchedEdges(Patched):
         reads = slice(first, first + (graph.heads if kind in "qkv" else 1))
         return self._mixed(self.kept[:, : graph.sources_of(first), reads], kind, layer)
 
-    def _repetitions(self, layer: int) -> int:
-        places = self.places[layer]
-        if any(place.mixed for place in places.values()):
-            return self.graph.heads
-        return self.graph.heads // len(places["k"].columns[:, 0].unique())
-
     def read_attention(self, layer: int, x: Tensor, norm: Norm) -> Tensor:
         self.norm = norm
-        return x.repeat(self._repetitions(layer), 1, 1)
+        return x.repeat(self.repetitions[layer], 1, 1)
 
     def project(self, layer: int, name: str, x: Tensor, y: Tensor) -> Tensor:
         assert self.norm is not None
-        repetitions = self._repetitions(layer)
-        y = y.clone().unflatten(0, (repetitions, -1))
+        turns = self.repetitions[layer]
+        y = y.clone().unflatten(0, (turns, -1))
         for kind, place in self.places[layer].items():
             if place.name != name:
                 continue
             normed = self.norm(self._streams(kind, layer).flatten(0, 1)).unflatten(0, (self.graph.heads, -1))
-            for turn in range(repetitions):
-                heads = list(range(turn, self.graph.heads, repetitions))
-                columns = place.turns(heads)
+            for turn in range(turns):
+                heads = list(range(turn, self.graph.heads, turns))
+                columns = place.columns[heads]
                 y[turn, :, :, columns.flatten()] = _projected(place, columns, normed[heads])
         return y.flatten(0, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        own, repetitions = torch.arange(q.shape[1], device=q.device), self._repetitions(layer)
-        q, k, v = (x.unflatten(0, (repetitions, -1))[own % repetitions, :, own].transpose(0, 1) for x in (q, k, v))
+        own, turns = torch.arange(q.shape[1], device=q.device), self.repetitions[layer]
+        q, k, v = (x.unflatten(0, (turns, -1))[own % turns, :, own].transpose(0, 1) for x in (q, k, v))
         return pattern(q, k) @ v
 
     def read_mlp(self, layer: int, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Within :func:`stream_hooks`, a :class:`StreamHooks` sees, and may change, what e
     attend(layer, ...)         queries, keys (positions applied) and values of each head; returns the heads' outputs. If
                                read_attention() repeated the batch, they are of all its repetitions, and the outputs of
                                one are returned
-    scale_heads(layer, gain)   the factors of a norm between the heads and the stream, where there is one
+    norm_heads(layer, norm)    the norm between the heads and the stream, where there is one
     read_mlp(layer, x)         the stream that a layer's MLP reads, before any norm
     write_heads(layer, c)      what each head adds to the stream, norms after attention included
     write_mlp(layer, c)        what the MLP adds
@@ -30,9 +30,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.pytorch_utils import Conv1D
 
 from gossamer.circuits.graph import Graph
+from gossamer.circuits.norms import FixedNorm, fixed_norm
 from gossamer.errors import GossamerError
-from gossamer.models.architectures import Architecture, architecture_of, attention_modules
+from gossamer.models.architectures import architecture_of, attention_modules
 from gossamer.models.attention import GateState, gated_mask
+from gossamer.models.structure import Architecture, Branches
 from gossamer.ops.weights import attention_logits, attention_weights, causal_pairs, per_query_head
 
 IMPLEMENTATION = "gossamer_circuits"
@@ -68,8 +70,8 @@ class StreamHooks:
         """
         return pattern(q, k) @ v
 
-    def scale_heads(self, layer: int, gain: Float[Tensor, "batch tokens d_model"]) -> None:
-        """By what a norm after attention multiplies what the heads write; only where there is one."""
+    def norm_heads(self, layer: int, norm: FixedNorm) -> None:
+        """The norm after attention, as what the heads write meets it; only where there is one."""
 
     def write_heads(self, layer: int, contributions: Float[Tensor, "heads batch tokens d_model"]) -> None:
         """After a layer's attention."""
@@ -113,12 +115,23 @@ def graph_of(model: PreTrainedModel) -> Graph:
     Raises:
         GossamerError: naming what of the model cannot be taken apart.
     """
+    branches = branches_of(model)
+    return Graph(model.config.num_hidden_layers, model.config.num_attention_heads, branches.parallel)
+
+
+def branches_of(model: PreTrainedModel) -> Branches:
+    """Where the layers of a model read and write the residual stream.
+
+    Raises:
+        GossamerError: naming what of the model cannot be taken apart.
+    """
     architecture = architecture_of(model)
-    config, branches = model.config, architecture.branches
-    if getattr(config, "do_layer_norm_before", True) is False:
-        raise GossamerError(f"{config.model_type} with do_layer_norm_before=False has no plain residual stream")
-    parallel = bool(branches.parallel and getattr(config, branches.parallel))
-    return Graph(config.num_hidden_layers, config.num_attention_heads, parallel)
+    if architecture.opaque is not None or architecture.branches is None:
+        raise GossamerError(
+            f"{model.config.model_type} {architecture.opaque}, so its residual stream cannot be split into what heads "
+            "and MLPs write; circuits and explanations need that, sparsify and evaluate do not"
+        )
+    return architecture.branches
 
 
 @contextmanager
@@ -127,7 +140,7 @@ def stream_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None]:
 
     Sequences must not be padded, and a cache must not be used.
     """
-    architecture = architecture_of(model)
+    architecture, branches = architecture_of(model), branches_of(model)
     before = model.config._attn_implementation
     with ExitStack() as stack:
         layers = list(model.get_submodule(architecture.layers))
@@ -136,10 +149,12 @@ def stream_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None]:
         )
         stack.callback(begin.remove)
         for layer, module in enumerate(layers):
-            _Layer(model, architecture, module, layer, hooks).attach(stack)
+            _Layer(architecture, branches, module, layer, hooks).attach(stack)
+        assert architecture.final_norm is not None
         final = model.get_submodule(architecture.final_norm)
-        hook = final.register_forward_pre_hook(lambda _, inputs: (hooks.read_logits(inputs[0]), *inputs[1:]))
-        stack.callback(hook.remove)
+        after = _AfterLast(hooks)
+        for hook in (layers[-1].register_forward_hook(after.note), final.register_forward_pre_hook(after.read)):
+            stack.callback(hook.remove)
         model.config._attn_implementation = IMPLEMENTATION
         stack.callback(setattr, model.config, "_attn_implementation", before)
         yield
@@ -156,6 +171,24 @@ def attention_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None
         model.config._attn_implementation = IMPLEMENTATION
         stack.callback(setattr, model.config, "_attn_implementation", before)
         yield
+
+
+class _AfterLast:
+    """The reading of the last norm, which some families use before the first layer too."""
+
+    def __init__(self, hooks: StreamHooks) -> None:
+        self.hooks, self.due = hooks, False
+
+    def note(self, *_: Any) -> None:
+        """The last layer has run."""
+        self.due = True
+
+    def read(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """The norm is about to run."""
+        if not self.due:
+            return None
+        self.due = False
+        return self.hooks.read_logits(args[0]), *args[1:]
 
 
 class _Attention:
@@ -175,19 +208,19 @@ class _Layer(_Attention):
     """The hooks of one layer."""
 
     def __init__(
-        self, model: PreTrainedModel, architecture: Architecture, module: nn.Module, layer: int, hooks: StreamHooks
+        self, architecture: Architecture, branches: Branches, module: nn.Module, layer: int, hooks: StreamHooks
     ) -> None:
         super().__init__(layer, hooks)
-        branches = architecture.branches
-        self.multiplier = getattr(model.config, branches.multiplier) if branches.multiplier else 1.0
+        self.multiplier, self.shared_norm = branches.multiplier, branches.shared_norm
         self.attention = module.get_submodule(architecture.attention)
         *self.projections, out = architecture.projections
         self.projection = self.attention.get_submodule(out)
-        self.attention_in, self.attention_out, self.mlp_in, self.mlp_out = (
-            module.get_submodule(name)
-            for name in (branches.attention_in, branches.attention_out, branches.mlp_in, branches.mlp_out)
+        self.attention_in, self.attention_out, self.mlp_in = (
+            module.get_submodule(name) for name in (branches.attention_in, branches.attention_out, branches.mlp_in)
         )
-        self.batch = 0
+        self.mlp_out = [module.get_submodule(name) for name in branches.mlp_out]
+        self.stream: Tensor | None = None
+        self.written: list[Tensor] = []
         self.outputs: Tensor | None = None
 
     def attach(self, stack: ExitStack) -> None:
@@ -197,7 +230,7 @@ class _Layer(_Attention):
             self.projection.register_forward_pre_hook(self._merge),
             self.attention_out.register_forward_hook(self._write_heads),
             self.mlp_in.register_forward_pre_hook(self._read_mlp, with_kwargs=True),
-            self.mlp_out.register_forward_hook(self._write_mlp),
+            *(part.register_forward_hook(self._write_mlp) for part in self.mlp_out),
         ]
         for name in self.projections:
             hook = self.attention.get_submodule(name).register_forward_hook(partial(self._project, name))
@@ -209,7 +242,7 @@ class _Layer(_Attention):
 
     def _read_attention(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def read(x: Tensor) -> Tensor:
-            self.batch = len(x)
+            self.stream, self.written = x, []
             norm = _same if self.attention_in is self.attention else self.attention_in.forward
             return self.hooks.read_attention(self.layer, x, norm)
 
@@ -233,9 +266,9 @@ class _Layer(_Attention):
         assert self.outputs is not None
         contributions = torch.einsum("bthv,hvd->hbtd", self.outputs, self.output_map(self.outputs.shape[2]))
         if self.attention_out is not self.attention:
-            gain = norm_gain(module, args[0])
-            self.hooks.scale_heads(self.layer, gain)
-            contributions = contributions * gain
+            norm = fixed_norm(module, args[0])
+            self.hooks.norm_heads(self.layer, norm)
+            contributions = norm.linear(contributions)
         self.outputs = None
         self.hooks.write_heads(self.layer, contributions)
 
@@ -247,13 +280,20 @@ class _Layer(_Attention):
 
     def _read_mlp(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def read(x: Tensor) -> Tensor:
-            # OPT flattens batch and tokens.
-            return self.hooks.read_mlp(self.layer, x.view(self.batch, -1, x.shape[-1])).view_as(x)
+            assert self.stream is not None
+            if self.shared_norm:
+                return self.attention_in.forward(self.hooks.read_mlp(self.layer, self.stream))
+            # In some families batch and tokens are one dimension here.
+            return self.hooks.read_mlp(self.layer, x.view_as(self.stream)).view_as(x)
 
         return _replace_first(args, kwargs, read)
 
-    def _write_mlp(self, _: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
-        self.hooks.write_mlp(self.layer, result.view(self.batch, -1, result.shape[-1]) * self.multiplier)
+    def _write_mlp(self, _: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        assert self.stream is not None
+        output = result[0] if isinstance(result, tuple) else result
+        self.written.append(output.view_as(self.stream))
+        if len(self.written) == len(self.mlp_out):
+            self.hooks.write_mlp(self.layer, sum(self.written[1:], self.written[0]) * self.multiplier)
 
 
 def _replace_first(
@@ -270,17 +310,12 @@ def _same(x: Tensor) -> Tensor:
 
 def output_maps(model: PreTrainedModel) -> list[Float[Tensor, "heads d_value d_model"]]:
     """What maps each head's output to what it adds to the stream, by layer, but for a norm after attention."""
-    architecture = architecture_of(model)
+    architecture, branches = architecture_of(model), branches_of(model)
     layers = enumerate(model.get_submodule(architecture.layers))
     heads = model.config.num_attention_heads
-    return [_Layer(model, architecture, module, at, StreamHooks()).output_map(heads).detach() for at, module in layers]
-
-
-def norm_gain(norm: nn.Module, x: Tensor) -> Tensor:
-    """The factor by which an RMS norm multiplies x; each head's part of x is multiplied by the same."""
-    epsilon = float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)  # type: ignore[arg-type]
-    weight = norm.forward(torch.ones_like(x[:1, :1])) * (1 + epsilon) ** 0.5
-    return weight * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+    return [
+        _Layer(architecture, branches, module, at, StreamHooks()).output_map(heads).detach() for at, module in layers
+    ]
 
 
 def _visited_attention(

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.activation_cache import LinkRecorder
-from gossamer.circuits.streams import norm_gain, output_maps, stream_hooks
+from gossamer.circuits.norms import FixedNorm, fixed_norm
+from gossamer.circuits.streams import output_maps, stream_hooks
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.models.architectures import architecture_of
 
@@ -42,11 +43,11 @@ class LinkEffect:
 
 @dataclass
 class _Recorder(LinkRecorder):
-    gains: dict[int, Tensor] = field(default_factory=dict)
+    norms: dict[int, FixedNorm] = field(default_factory=dict)
     final: Tensor | None = None
 
-    def scale_heads(self, layer: int, gain: Tensor) -> None:
-        self.gains[layer] = gain[0]
+    def norm_heads(self, layer: int, norm: FixedNorm) -> None:
+        self.norms[layer] = norm
 
     def read_logits(self, x: Tensor) -> Tensor:
         self.final = x
@@ -72,8 +73,8 @@ def link_effects(masks: LinkMasks, chosen: Bool[Tensor, " links"], places: Int[T
     for at, (layer, head, query, key) in enumerate(masks.links.cpu()[places].tolist()):
         weight = recorder.weights[layer][0, head, query, key]
         written = weight * recorder.values[layer][0, head, key] @ maps[layer][head]
-        if layer in recorder.gains:
-            written = written * recorder.gains[layer][query]
+        if layer in recorder.norms:
+            written = recorder.norms[layer].at(0, query).linear(written)
         assert recorder.final is not None
         logits = _direct_logits(model, written, recorder.final[:, query])
         count = min(SHOWN_TOKENS, len(logits))
@@ -98,12 +99,8 @@ def _direct_logits(
     model: PreTrainedModel, written: Float[Tensor, " d_model"], stream: Float[Tensor, "1 d_model"]
 ) -> Float[Tensor, " vocab"]:
     """By how much a vector in the stream changes the logits, the scale of the last norm held fixed."""
-    norm = model.get_submodule(architecture_of(model).final_norm)
-    if isinstance(norm, nn.LayerNorm):
-        centred = stream - stream.mean(-1, keepdim=True)
-        scale = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + norm.eps)
-        normed = (written - written.mean()) * scale[0] * norm.weight
-    else:
-        normed = written * norm_gain(norm, stream[None])[0, 0]
+    path = architecture_of(model).final_norm
+    assert path is not None
+    norm = fixed_norm(model.get_submodule(path), stream[None]).at(0, 0)
     head = model.get_output_embeddings()
-    return (head.weight @ normed).float()
+    return (head.weight @ norm.linear(written)).float()

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.activation_cache import ActivationCache, run_with_cache
 from gossamer.circuits.graph import Graph
-from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, norm_gain, stream_hooks
-from gossamer.errors import GossamerError
+from gossamer.circuits.norms import fixed_norm
+from gossamer.circuits.streams import Norm, Pattern, StreamHooks, branches_of, graph_of, stream_hooks
 from gossamer.models.architectures import architecture_of, attention_modules
 
 BIASES = "biases"
@@ -35,9 +35,6 @@ SHOWN_PAIRS = 5
 
 TESTED = 3
 """Writers that are tested on each side of a link, those with the largest parts."""
-
-_TOLERANCE = 1e-3
-"""Of a norm computed with its scale held fixed, relative to its largest output."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +146,8 @@ def fixed_norms(model: PreTrainedModel, layer: int) -> Iterator[None]:
     architecture = architecture_of(model)
     decoder = model.get_submodule(architecture.layers)[layer]
     attention = decoder.get_submodule(architecture.attention)
-    before = decoder.get_submodule(architecture.branches.attention_in)
-    norms = [module for module in attention.modules() if "Norm" in type(module).__name__]
+    before = decoder.get_submodule(branches_of(model).attention_in)
+    norms = [attention.get_submodule(name) for name in architecture.head_norms]
     norms += [] if before is attention else [before]
     hooks = [norm.register_forward_hook(_fixed) for norm in norms]
     try:
@@ -161,16 +158,8 @@ def fixed_norms(model: PreTrainedModel, layer: int) -> Iterator[None]:
 
 
 def _fixed(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    x = args[0]
-    if isinstance(norm, nn.LayerNorm):
-        centred = x - x.mean(-1, keepdim=True)
-        scale = torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + norm.eps).detach()
-        linear = centred * scale * norm.weight + (0.0 if norm.bias is None else norm.bias)
-    else:
-        linear = x * norm_gain(norm, x).detach()
-    if (linear - output).detach().abs().max() > _TOLERANCE * output.detach().abs().max():
-        raise GossamerError(f"{type(norm).__name__} is neither an RMSNorm nor a LayerNorm; its scale cannot be fixed")
-    return linear
+    fixed = fixed_norm(norm, args[0].detach())
+    return fixed.linear(args[0]) + fixed.bias
 
 
 class GateSplitter:
@@ -203,13 +192,14 @@ class GateSplitter:
         reader = _QueriesAndKeys(layer, stream)
         with fixed_norms(self.model, layer), torch.enable_grad():
             pattern = reader.run(self.model, self.ids)
+            ends = [(reader.q[0, head, query], reader.k[0, head, key]) for head, query, key in links]
         module = list(attention_modules(self.model))[layer]
         found = []
-        for head, query, key in links:
-            of_query = self._parts(reader.q[0, head, query], stream, layer, query)
-            of_key = self._parts(reader.k[0, head, key], stream, layer, key)
+        for (head, query, key), (q_end, k_end) in zip(links, ends, strict=True):
+            of_query = self._parts(q_end, stream, layer, query)
+            of_key = self._parts(k_end, stream, layer, key)
             bias = None if pattern.bias is None else float(module.gate_bias[head])  # type: ignore[index]
-            logit = pattern.scale * float(reader.q[0, head, query].detach() @ reader.k[0, head, key].detach())
+            logit = pattern.scale * float(q_end.detach() @ k_end.detach())
             found.append(
                 GateSplit((layer, head, query, key), self.writer_names(layer), pattern.scale * of_query @ of_key.mT,
                           logit, bias, pattern.softcap)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.models.architectures import architecture_of, attention_modules, check_not_offloaded
+from gossamer.models.architectures import PROVEN, architecture_of, attention_modules, check_not_offloaded
 from gossamer.models.attention import IMPLEMENTATION, GatePassHook, GateState, gate_state
+from gossamer.models.proof import GateProof
 
 
 def is_gated(model: PreTrainedModel) -> bool:
@@ -67,7 +68,8 @@ def add_gates(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool =
     :func:`gossamer.runs.job.post_train` also train them.
 
     Args:
-        model: of a supported family (:data:`gossamer.models.architectures.ARCHITECTURES`).
+        model: of a family in :data:`gossamer.models.architectures.PROVEN`, or of another that has its parts under the
+            names that those use; then it is run on a few tokens, with gates and without.
         gate_bias: initial b of every head in G = S + b; 0 is the paper's form, large values start open.
         inplace: gate the model itself instead of a copy.
 
@@ -82,6 +84,7 @@ def add_gates(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool =
         raise GossamerError("this model has gates already; gossamer.remove_gates(model) takes them off")
     architecture_of(model)
     check_not_offloaded(model)
+    proof = None if model.config.model_type in PROVEN else GateProof(model)
     if not inplace:
         model = copy.deepcopy(model)
     state = GateState(dense_implementation=model.config._attn_implementation)
@@ -95,6 +98,12 @@ def add_gates(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool =
         module.gate_layer = layer  # type: ignore[assignment]
     model.save_pretrained = SavePretrained(model)
     model.set_attn_implementation(IMPLEMENTATION)
+    if proof is not None:
+        try:
+            proof.check(model)
+        except GossamerError:
+            remove_gates(model, inplace=True)
+            raise
     return model
 
 

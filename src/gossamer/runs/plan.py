@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from gossamer.errors import GossamerError
 from gossamer.measures.losses import POSITIONS
-from gossamer.models.architectures import ARCHITECTURES
+from gossamer.models.architectures import architecture_of
 from gossamer.models.lora import add_adapters
 from gossamer.ops.chunked import BLOCK
 from gossamer.runs.settings import RunConfig
@@ -97,8 +98,8 @@ def plan_run(model: dict[str, Any], run: RunConfig, device: Device = "cuda") -> 
     """
     given = dict(model)
     family = given.pop("model_type", "unknown")
-    if family not in ARCHITECTURES:
-        raise GossamerError(f"{family} is not a supported family; supported families: {', '.join(ARCHITECTURES)}")
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise GossamerError(f"{family} is not a causal language model; gossamer gates decoders only")
     config = AutoConfig.for_model(family, **given)
     context = config.max_position_embeddings
     if run.seq_len > context:
@@ -153,6 +154,7 @@ def _fake_model(config: Any, run: RunConfig) -> tuple[PreTrainedModel, int]:
     AttentionMaskInterface.register(_FAKE_ATTENTION, _no_mask)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=_FAKE_ATTENTION)
+        architecture_of(model)
         parameters = _count(model, trained=False)
         if run.training.train == "lora":
             add_adapters(model, rank=run.lora_rank, alpha=1.0, targets=run.lora_targets)
@@ -228,7 +230,7 @@ def _kept(model: PreTrainedModel, run: RunConfig) -> _Kept:
         marks.append(total())
         inputs.append(given[0].numel() * given[0].element_size())
 
-    layers = model.get_submodule(ARCHITECTURES[model.config.model_type].layers)
+    layers = model.get_submodule(architecture_of(model).layers)
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
     handles.append(layers[-1].register_forward_hook(lambda *_: marks.append(total())))
     ids = torch.zeros(run.training.batch_size, run.seq_len, dtype=torch.long)

@@ -192,7 +192,7 @@ def _at_stream(
         only = torch.zeros_like(inner)
         only[:, turn] = taps.gradients[kind, layer][:, turn]
         (outputs,) = torch.autograd.grad(inner, projected, only, retain_graph=True)
-        columns = place.turns(turn)
+        columns = place.columns[turn]
         own = outputs[..., columns].flatten(0, 1).transpose(0, 1)  # heads, batch and tokens, columns
         gradients[[head - heads[0] for head in turn]] = (own @ place.weight(columns)).view(
             len(turn), *gradients.shape[1:]
@@ -205,12 +205,10 @@ def _at_stream(
 
 def _turns(place: Projection, heads: list[int]) -> list[list[int]]:
     """Heads that can be carried back together, since no two of them share columns of the projection."""
-    if place.mixed:
-        return [[head] for head in heads]
-    first = place.columns[:, 0].tolist()
+    shared = place.sharing()
     turns: list[list[int]] = []
     for head in heads:
-        free = (turn for turn in turns if first[head] not in {first[other] for other in turn})
+        free = (turn for turn in turns if not shared[head, turn].any())
         turn = next(free, None)
         if turn is None:
             turns.append([head])

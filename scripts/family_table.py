@@ -1,0 +1,300 @@
+"""Which causal language models of the installed transformers gossamer can gate and take apart: docs/families.md.
+
+Every family is built tiny and random, with biases, grouped queries and a sliding window where it has them, and run:
+
+    gates         with every gate open, left padding and a cache the logits are those of eager attention to 1e-5; with
+                  hard gates they are the same from a cache, in pieces, as at once; every layer has gates that act
+    circuits      what is left of a stream without the outputs of heads and MLPs is the same at all positions; all edges
+                  kept is the clean run, none the corrupted one, and cutting a node's edges is cutting the node
+    explanations  the parts of a gate's logit add up to it to 1e-4, biases set to 0 so that nothing is left over
+
+    python scripts/family_table.py [FAMILY ...]            prints what comes out
+    python scripts/family_table.py --write                 writes docs/families.md
+"""
+
+import argparse
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import gossamer
+from gossamer.circuits.activation_cache import run_with_cache
+from gossamer.circuits.intervention import run_with_edges, run_with_nodes
+from gossamer.circuits.streams import graph_of
+from gossamer.circuits.tasks.base import Batch
+from gossamer.errors import GossamerError
+from gossamer.explanations.reasons import GateSplitter
+from gossamer.models.architectures import PROVEN, architecture_of
+
+TABLE = Path(__file__).parents[1] / "docs" / "families.md"
+MOST_PARAMETERS = 3_000_000
+VOCABULARY, WINDOW = 97, 5
+
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "lru_width"), 32),
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "dff", "ffn_hidden_size", "intermediate_size_mlp",
+         "dense_intermediate_size", "decoder_ffn_dim"), 48,
+    ),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
+         "shared_intermediate_size", "expert_ffn_hidden_size"), 24,
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 3),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "swa_num_attention_heads"), 4
+    ),
+    **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "swa_head_dim", "global_head_dim", "hidden_size_per_layer_input"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
+    **dict.fromkeys(("sliding_window", "attention_window_size"), WINDOW),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k"), 2),
+    **dict.fromkeys(
+        ("n_group", "topk_group", "first_k_dense_replace", "moe_layer_start_index", "num_dense_layers",
+         "moe_num_shared_experts"), 1,
+    ),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 8),
+    "query_pre_attn_scalar": 16,
+    "rotary_dim": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+_LATENT = {"num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 4}
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "minicpm3": _LATENT,
+    "sarvam_mla": _LATENT,
+    "youtu": _LATENT,
+    "dots1": {"n_shared_experts": 1},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+}
+"""What a family needs besides the sizes to be tiny, or to be as special as it can be."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one family; a reason where it is not supported, None where it is."""
+
+    family: str
+    gates: str | None
+    circuits: str | None = None
+    explanations: str | None = None
+
+
+def families() -> list[str]:
+    """The families of transformers' causal language models, as its auto class lists them."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_config(family: str, **settings: Any) -> PreTrainedConfig:
+    """A configuration of the family with a few thousand parameters."""
+    default = CONFIG_MAPPING[family]()
+    names = set(inspect.signature(type(default).__init__).parameters) | set(default.to_dict())
+    aliases = default.attribute_map
+    given = {}
+    for name in names | set(aliases):
+        if name in _SIZES and (getattr(default, name, None) is not None or name.endswith("token_id")):
+            given[name] = _SIZES[name]
+    given = {name: value for name, value in given.items() if aliases.get(name) not in given}
+    return AutoConfig.for_model(family, **given | _SPECIAL.get(family, {}) | settings)
+
+
+def tiny_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A random model of the family with eager attention, its weights large enough for attention to be uneven.
+
+    Raises:
+        ValueError: if it does not become small.
+    """
+    config = tiny_config(family, **settings)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{size:,} parameters with all sizes small")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids, none of them special."""
+    return torch.randint(3, 80, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Different(Exception):
+    """A check that did not hold."""
+
+
+def check_gates(dense: PreTrainedModel) -> None:
+    """The gates of a model, see above.
+
+    Raises:
+        Different: saying what differs, and by how much.
+        GossamerError: if the model is refused.
+    """
+    gated = gossamer.add_gates(dense)
+    ids, mask = tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :5] = 0
+    wanted = dense(input_ids=ids, attention_mask=mask).logits
+    with gossamer.forced_open(gated), gossamer.counted_links(gated) as counts:
+        found = gated(input_ids=ids, attention_mask=mask).logits
+    if len(counts) != dense.config.num_hidden_layers:
+        raise Different(f"gates in {len(counts)} of {dense.config.num_hidden_layers} layers")
+    _near("forced open", found[mask.bool()], wanted[mask.bool()], 1e-5)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    wanted = dense.generate(ids, **options).logits
+    with gossamer.forced_open(gated):
+        found = gated.generate(ids, **options).logits
+    _near("forced open from a cache", torch.stack(found), torch.stack(wanted), 1e-5)
+    whole = gated(input_ids=ids, use_cache=False).logits
+    first = gated(input_ids=ids[:, :10], use_cache=True)
+    rest = gated(input_ids=ids[:, 10:], past_key_values=first.past_key_values, use_cache=True).logits
+    _near("hard gates from a cache", rest, whole[:, 10:], 1e-5)
+    if (whole - dense(input_ids=ids).logits).abs().max() < 1e-3:
+        raise Different("hard gates change nothing")
+
+
+def check_circuits(dense: PreTrainedModel) -> None:
+    """Streams, edges and nodes of a gated model, see above.
+
+    Raises:
+        Different, GossamerError: as :func:`check_gates`.
+    """
+    model = gossamer.add_gates(dense, gate_bias=0.3).double().eval()
+    clean, corrupted = tokens(2, 6), tokens(2, 6, seed=1)
+    answers, wrong = ((torch.tensor([first]), torch.tensor([first + 1])) for first in (5, 40))
+    batch = Batch(clean, corrupted, answers, wrong, "logit_difference")
+    graph, cache = graph_of(model), run_with_cache(model, clean)
+    for (kind, layer), stream in cache.read.items():
+        rest = cache.constant(graph, kind, layer)
+        _near(f"what nothing wrote before {kind} of layer {layer}", rest, rest[:1, :1].expand_as(rest), 1e-5, stream)
+
+    def metric(ids: torch.Tensor) -> torch.Tensor:
+        return batch.measure(model(input_ids=ids).logits[:, -1])
+
+    possible, nodes = graph.possible(), torch.ones(graph.sources, dtype=torch.bool)
+    nodes[[graph.head(0, 1), graph.head(1, 2), graph.mlp(1)]] = False
+    _near("nodes kept", run_with_nodes(model, batch, torch.ones_like(nodes)), metric(clean), 1e-5)
+    _near("no nodes kept", run_with_nodes(model, batch, torch.zeros_like(nodes)), metric(corrupted), 1e-5)
+    _near("edges kept", run_with_edges(model, batch, possible), metric(clean), 1e-5)
+    _near("no edges kept", run_with_edges(model, batch, torch.zeros_like(possible)), metric(corrupted), 1e-5)
+    edges = possible & nodes[:, None]
+    _near("edges of nodes", run_with_edges(model, batch, edges), run_with_nodes(model, batch, nodes), 1e-5)
+
+
+def check_explanations(dense: PreTrainedModel) -> None:
+    """The parts of gate logits, see above.
+
+    Raises:
+        Different, GossamerError: as :func:`check_gates`.
+    """
+    model = gossamer.add_gates(dense, gate_bias=0.5).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and not name.endswith("gate_bias"):
+            parameter.zero_()
+    splitter = GateSplitter(model, tuple(range(5, 14)))
+    for layer in range(model.config.num_hidden_layers):
+        for split in splitter.split(layer, [(0, 8, 8), (3, 8, 6), (3, 5, 2)]):
+            for parts in (split.parts, split.parts[:-1, :-1]):
+                _near(f"parts in layer {layer}", parts.sum(), torch.tensor(split.logit), 1e-4)
+
+
+def _near(
+    what: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float, of: torch.Tensor | None = None
+) -> None:
+    scale = max(1.0, float((wanted if of is None else of).abs().max()))
+    error = float((found - wanted).abs().max()) / scale
+    if not error <= tolerance:
+        raise Different(f"{what}: {error:.0e} off")
+
+
+def row_of(family: str) -> Row:
+    """Build the family tiny and check it."""
+    try:
+        model = tiny_model(family)
+    except Exception as error:
+        return Row(family, _refusal(family) or f"cannot be built tiny: {_first_line(error)}")
+    reasons: list[str | None] = []
+    for check in (check_gates, check_circuits, check_explanations):
+        reasons.append(_reason(check, model))
+        if reasons[0] is not None:
+            return Row(family, reasons[0])
+    return Row(family, *reasons)
+
+
+def _refusal(family: str) -> str | None:
+    """Why a family is refused whose models do not become tiny, by one without weights."""
+    try:
+        config = tiny_config(family)
+    except Exception:
+        config = CONFIG_MAPPING[family]()
+    try:
+        with torch.device("meta"):
+            architecture_of(AutoModelForCausalLM.from_config(config))
+    except GossamerError as error:
+        return _first_line(error)
+    except Exception:
+        return None
+    return None
+
+
+@torch.no_grad()
+def _reason(check: Callable[[PreTrainedModel], None], model: PreTrainedModel) -> str | None:
+    try:
+        check(model)
+    except (Different, GossamerError) as error:
+        return _first_line(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The page of the documentation."""
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="all if none are named")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    for family in arguments.families or families():
+        row = row_of(family)
+        print(
+            f"{family}: gates {row.gates or 'yes'}; circuits {row.circuits or 'yes'}; explanations {row.explanations or 'yes'}",
+            flush=True,
+        )

@@ -1,0 +1,71 @@
+"""Whether gates are right in a model of a family that nobody has tested: it is run on a few tokens.
+
+With all gates open the model has to compute what it did without them, in a batch with padding; with hard gates it has
+to compute the same from a cache as without one; and every layer has to have gates that act.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gossamer.errors import GossamerError
+from gossamer.models.attention import counted_links, forced_open
+from gossamer.models.structure import attention_modules
+
+_TOKENS, _PADDING, _CACHED = 8, 3, 5
+
+
+class GateProof:
+    """What a dense model computes, to be compared with what it computes with gates.
+
+    Args:
+        model: dense, of a supported structure.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel) -> None:
+        random = torch.Generator().manual_seed(0)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.ids = torch.randint(vocabulary, (2, _TOKENS), generator=random).to(model.device)
+        self.mask = torch.ones_like(self.ids)
+        self.mask[1, :_PADDING] = 0
+        self.wanted = self._run(model)
+
+    def _run(self, model: PreTrainedModel) -> Tensor:
+        training = model.training
+        model.eval()
+        try:
+            logits: Tensor = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).logits
+        finally:
+            model.train(training)
+        return logits[self.mask.bool()]
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel) -> None:
+        """Compare the same model with its gates.
+
+        Raises:
+            GossamerError: naming the family and what differs.
+        """
+        family, training = model.config.model_type, model.training
+        cannot = "it cannot be gated right"
+        with forced_open(model), counted_links(model) as counts:
+            opened = self._run(model)
+        if len(counts) != len(list(attention_modules(model))):
+            raise GossamerError(f"{family}: gates act in {len(counts)} of its layers only")
+        if not self._near(opened, self.wanted):
+            raise GossamerError(f"{family} computes something else when all its gates are open; {cannot}")
+        model.eval()
+        try:
+            whole = model(input_ids=self.ids, use_cache=False).logits
+            first = model(input_ids=self.ids[:, :_CACHED], use_cache=True)
+            rest = model(input_ids=self.ids[:, _CACHED:], past_key_values=first.past_key_values, use_cache=True).logits
+        finally:
+            model.train(training)
+        # In half precision a gate near its threshold may open in one of the two.
+        if whole.dtype in (torch.float32, torch.float64) and not self._near(rest, whole[:, _CACHED:]):
+            raise GossamerError(f"{family} computes something else from a cache; {cannot}")
+
+    def _near(self, found: Tensor, wanted: Tensor) -> bool:
+        limit = max(1e-4, 8 * torch.finfo(wanted.dtype).eps) * max(1.0, float(wanted.abs().max()))
+        return bool((found - wanted).abs().max() <= limit)

@@ -1,0 +1,251 @@
+"""Where a decoder keeps its parts, found from the names of its modules.
+
+transformers' decoders share a small stock of names, whatever their family; all that gossamer knows of them is here. A
+name says where a part is, not what the layer does with it: that is tested for the families in
+:data:`gossamer.models.architectures.PROVEN` and, for any other, by :mod:`gossamer.models.proof`.
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gossamer.errors import GossamerError
+
+_LAYERS = ("layers", "h", "decoder.layers", "model.layers")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
+_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("Wq", "Wk", "Wv"),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("query_key_value",),
+    ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+)
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
+_MLPS = (("mlp",), ("feed_forward",), ("ffn",), ("block_sparse_moe", "shared_mlp"), ("block_sparse_moe",))
+_FINAL_NORMS = (
+    "norm", "final_layernorm", "ln_f", "final_layer_norm", "layer_norm", "final_norm", "embedding_norm", "layernorm"
+)  # fmt: skip
+
+# The norms of a layer, where there are any: before attention, after it, before the MLP, after it.
+_NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", None, "pre_feedforward_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+    ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    ("attention_layernorm", None, "feedforward_layernorm", None),
+    ("operator_norm", None, "ffn_norm", None),
+    ("attn_norm", None, "mlp_norm", None),
+    ("layernorm1", None, "layernorm2", None),
+    ("ln_1", None, "ln_2", None),
+)
+_SHARED_NORMS = ("input_layernorm", "ln_1")
+# Layers whose MLP is two linear maps of their own.
+_OPEN_MLP = ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2")
+
+_MULTIPLIERS = ("residual_multiplier", "residual_scale")
+_NORMS_OF_HEADS = frozenset(
+    ("q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "qk_norm", "q_a_layernorm",
+     "kv_a_layernorm")
+)  # fmt: skip
+_WITHOUT_WEIGHTS = ("Dropout", "Activation", "Rotary", "SiLU", "ReLU", "GELU")
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The modules of a layer that first read the residual stream, and those whose output is added to it.
+
+    Attributes:
+        attention_in, attention_out: of attention; a norm, or the attention module itself.
+        mlp_in: of the MLP; with ``shared_norm`` the MLP itself.
+        mlp_out: of the MLP; the outputs of several are added up.
+        parallel: whether the MLP reads what attention reads, without its output.
+        shared_norm: whether it reads it through the same norm too.
+        multiplier: by what both outputs are multiplied.
+    """
+
+    attention_in: str
+    attention_out: str
+    mlp_in: str
+    mlp_out: tuple[str, ...]
+    parallel: bool = False
+    shared_norm: bool = False
+    multiplier: float = 1.0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a model keeps its attention.
+
+    Attributes:
+        layers: path of the list of decoder layers, from the causal language model.
+        attention: path of the attention module within a layer.
+        projections: names of the linear maps within the attention module, that of the output last.
+        final_norm: path of the norm before the unembedding, from the causal language model.
+        head_norms: names of the norms within the attention module.
+        branches: where the residual stream is read and written; None where that is not known.
+        opaque: why the residual stream cannot be taken apart: a clause about the family, or None.
+    """
+
+    layers: str
+    attention: str
+    projections: tuple[str, ...]
+    final_norm: str | None
+    head_norms: tuple[str, ...]
+    branches: Branches | None
+    opaque: str | None
+
+
+_FOUND: "WeakKeyDictionary[PreTrainedModel, Architecture]" = WeakKeyDictionary()
+
+
+def structure_of(model: PreTrainedModel) -> Architecture:
+    """The parts of a decoder.
+
+    Raises:
+        GossamerError: naming the family, and what of it is not where it is in others.
+    """
+    if model not in _FOUND:
+        _FOUND[model] = _find(model)
+    return _FOUND[model]
+
+
+def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The attention modules of a supported model, from the first layer to the last."""
+    architecture = structure_of(model)
+    for layer in model.get_submodule(architecture.layers):
+        yield layer.get_submodule(architecture.attention)
+
+
+def _find(model: PreTrainedModel) -> Architecture:
+    family = model.config.model_type
+    path, layers = _layers(model)
+    name = next((name for name in _ATTENTION if any(_has(layer, name) for layer in layers)), None)
+    if name is None:
+        raise GossamerError(f"{family} has no attention in its layers under a name that gossamer knows")
+    _refuse_other_mixers(family, layers, name)
+    modules = [layer.get_submodule(name) for layer in layers]
+    kinds = {type(module).__name__ for module in modules}
+    if len(kinds) > 1:
+        raise GossamerError(f"the layers of {family} have attention of different kinds: {', '.join(sorted(kinds))}")
+    attention = modules[0]
+    if isinstance(attention, nn.ModuleList):
+        raise GossamerError(f"a layer of {family} has {len(attention)} attention modules, where gates know one")
+    if not _calls_interface(type(attention)):
+        raise GossamerError(
+            f"{family} does not call transformers' attention interface, so gates would do nothing in it"
+        )
+    if hasattr(attention, "gate_bias") and not hasattr(attention, "gate_state"):
+        raise GossamerError(
+            f"the attention of {family} has a gate_bias of its own, under the name of the gates' biases"
+        )
+    if any("sink" in part for part, _ in attention.named_parameters()):
+        raise GossamerError(f"{family} has attention sinks, which take part in the softmax without being tokens")
+    inputs = next((names for names in _PROJECTIONS if all(_has(attention, each) for each in names)), None)
+    output = next((each for each in _OUTPUTS if _has(attention, each)), None)
+    if inputs is None or output is None:
+        held = ", ".join(child for child, _ in attention.named_children())
+        raise GossamerError(f"{family} has queries, keys and values from other projections than gossamer knows: {held}")
+    sizes = {sum(part.numel() for part in module.get_submodule(output).parameters()) for module in modules}
+    if len(sizes) > 1:
+        raise GossamerError(f"the layers of {family} have attention of different sizes")
+    decoder = path.rpartition(".")[0]
+    norms = (f"{decoder}.{each}" for each in _FINAL_NORMS if _has(model.get_submodule(decoder), each))
+    final_norm = next(norms, None)
+    branches, opaque = _branches(model, layers[0], name)
+    opaque = opaque or _beside_heads(attention, (*inputs, output))
+    if final_norm is None:
+        opaque = "has no norm before its unembedding under a name that gossamer knows"
+    if getattr(model.config, "do_layer_norm_before", True) is False:
+        opaque = "with do_layer_norm_before=False has no plain residual stream"
+    head_norms = tuple(each for each, _ in attention.named_children() if each in _NORMS_OF_HEADS)
+    return Architecture(path, name, (*inputs, output), final_norm, head_norms, branches, opaque)
+
+
+def _refuse_other_mixers(family: str, layers: nn.ModuleList, attention: str) -> None:
+    """Stop at layers that carry something from token to token other than by the attention of that name."""
+    others = [layer for layer in layers if not _has(layer, attention)]
+    if others:
+        held = ", ".join(child for child, _ in others[0].named_children())
+        raise GossamerError(f"some layers of {family} have no attention (but {held}), so tokens mix past any gate")
+    for name, module in layers[0].named_modules():
+        if isinstance(module, nn.Conv1d):
+            raise GossamerError(f"the layers of {family} mix tokens by a convolution ({name}) too, past any gate")
+    cross = next((name for name, _ in layers[0].named_children() if "encoder_attn" in name or "cross" in name), None)
+    if cross is not None:
+        raise GossamerError(f"the layers of {family} attend to an encoder too ({cross}); gossamer gates decoders alone")
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        return module.get_submodule(path) is not None
+    except AttributeError:
+        return False
+
+
+def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    base = model.base_model
+    for path in _LAYERS:
+        found = base.get_submodule(path) if _has(base, path) else None
+        if isinstance(found, nn.ModuleList) and len(found):
+            return next(name for name, module in model.named_modules() if module is found), found
+    family = model.config.model_type
+    if _has(base, "language_model"):
+        raise GossamerError(
+            f"{family} holds a language model beside other towers; gossamer gates language models alone"
+        )
+    if _has(base, "encoder"):
+        raise GossamerError(f"{family} is an encoder, with or without a decoder; gossamer gates decoders only")
+    raise GossamerError(f"{family} has no list of decoder layers under a name that gossamer knows")
+
+
+def _calls_interface(attention: type[nn.Module]) -> bool:
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(inspect.unwrap(attention.forward))
+    except (OSError, TypeError):  # no source at hand: only running it tells
+        return True
+
+
+def _branches(model: PreTrainedModel, layer: nn.Module, attention: str) -> tuple[Branches | None, str | None]:
+    """Where the stream is read and written in a layer, or what of the layer is not known."""
+    config = model.config
+    parts = {name for name, module in layer.named_children() if not _is_passive(module)} - {attention}
+    multiplier = next((float(getattr(layer, name)) for name in _MULTIPLIERS if hasattr(layer, name)), 1.0)
+    if parts == set(_OPEN_MLP):
+        attention_norm, mlp_norm, _, last = _OPEN_MLP
+        return Branches(attention_norm, attention, mlp_norm, (last,), multiplier=multiplier), None
+    mlp = next((names for names in _MLPS if parts.issuperset(names)), None)
+    if mlp is None:
+        return None, f"has no MLP in its layers under a name that gossamer knows ({', '.join(sorted(parts))})"
+    parallel = bool(getattr(config, "use_parallel_residual", False))
+    norms = parts - set(mlp)
+    if len(norms) == 1 and next(iter(norms)) in _SHARED_NORMS:
+        (norm,) = norms
+        return Branches(norm, attention, mlp[0], mlp, parallel=True, shared_norm=True, multiplier=multiplier), None
+    for before, after, before_mlp, after_mlp in _NORMS:
+        if norms == {before, after, before_mlp, after_mlp} - {None}:
+            written = mlp if after_mlp is None else (after_mlp,)
+            found = Branches(
+                before or attention, after or attention, before_mlp or mlp[0], written, parallel, multiplier=multiplier
+            )
+            return found, None
+    return None, f"has layers with parts that gossamer does not know: {', '.join(sorted(norms))}"
+
+
+def _is_passive(module: nn.Module) -> bool:
+    return any(word in type(module).__name__ for word in _WITHOUT_WEIGHTS) and not list(module.parameters())
+
+
+def _beside_heads(attention: nn.Module, projections: tuple[str, ...]) -> str | None:
+    """What else of the attention module reads the stream, or stands between the heads and the output projection."""
+    children = [name for name, module in attention.named_children() if not _is_passive(module)]
+    others = [name for name in children if name not in projections and name not in _NORMS_OF_HEADS]
+    return f"has {', '.join(others)} in its attention beside the projections" if others else None
