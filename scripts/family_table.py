@@ -4,8 +4,9 @@ Every family is built tiny and random, with biases, grouped queries and a slidin
 
     gates         with every gate open, left padding and a cache the logits are those of eager attention to 1e-5; with
                   hard gates they are the same from a cache, in pieces, as at once; every layer has gates that act
-    circuits      what is left of a stream without the outputs of heads and MLPs is the same at all positions; all edges
-                  kept is the clean run, none the corrupted one, and cutting a node's edges is cutting the node
+    circuits      what is left of a stream without the outputs of heads and MLPs is the same at all positions; all nodes
+                  kept is the clean run, none the corrupted one
+    edges         the same of edges, and to cut all edges of a node is to cut the node
     explanations  the parts of a gate's logit add up to it to 1e-4, biases set to 0 so that nothing is left over
 
     python scripts/family_table.py [FAMILY ...]            prints what comes out
@@ -17,7 +18,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch
 from gossamer.errors import GossamerError
 from gossamer.explanations.reasons import GateSplitter
-from gossamer.models.architectures import PROVEN, architecture_of
+from gossamer.files import atomic_write_text
+from gossamer.models.architectures import architecture_of
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 MOST_PARAMETERS = 3_000_000
-VOCABULARY, WINDOW = 97, 5
+VOCABULARY, LAYERS, WINDOW = 97, 3, 5
 
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
@@ -51,14 +53,15 @@ _SIZES: dict[str, Any] = {
         ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
          "shared_intermediate_size", "expert_ffn_hidden_size"), 24,
     ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 3),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "swa_num_attention_heads"), 4
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "swa_num_attention_heads"),
+        4,
     ),
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads"), 2),
     **dict.fromkeys(("head_dim", "swa_head_dim", "global_head_dim", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 64),
-    **dict.fromkeys(("sliding_window", "attention_window_size"), WINDOW),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size"), WINDOW),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k"), 2),
     **dict.fromkeys(
@@ -66,6 +69,9 @@ _SIZES: dict[str, Any] = {
          "moe_num_shared_experts"), 1,
     ),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 8),
+    "index_topk": 4,
+    "index_topk_blocks": 1,
+    "index_block_size": 4,
     "query_pre_attn_scalar": 16,
     "rotary_dim": 4,
     "bos_token_id": 1,
@@ -75,13 +81,35 @@ _SIZES: dict[str, Any] = {
 _LATENT = {"num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 4}
 _SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
-    "deepseek_v2": _LATENT,
+    "deepseek_v2": {**_LATENT, "topk_method": "greedy", "num_experts_per_tok": 2},
     "deepseek_v3": _LATENT,
     "glm4_moe_lite": _LATENT,
     "minicpm3": _LATENT,
     "sarvam_mla": _LATENT,
     "youtu": _LATENT,
-    "dots1": {"n_shared_experts": 1},
+    "bamba": {"mamba_d_head": 16, "mamba_n_heads": 4, "attn_layer_indices": [1]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "deepseek_v32": _LATENT,
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0, 0.0],
+        "laurel_rank": 4,
+    },
+    "glm_moe_dsa": _LATENT,
+    "gpt_neo": {"attention_types": [[["global"], 3]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 4, "mamba_d_head": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
@@ -100,6 +128,7 @@ class Row:
     family: str
     gates: str | None
     circuits: str | None = None
+    edges: str | None = None
     explanations: str | None = None
 
 
@@ -115,10 +144,24 @@ def tiny_config(family: str, **settings: Any) -> PreTrainedConfig:
     aliases = default.attribute_map
     given = {}
     for name in names | set(aliases):
-        if name in _SIZES and (getattr(default, name, None) is not None or name.endswith("token_id")):
+        if name in _SIZES and (_is_set(default, name) or name.endswith("token_id")):
             given[name] = _SIZES[name]
     given = {name: value for name, value in given.items() if aliases.get(name) not in given}
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):  # some of each kind
+        kinds = list(dict.fromkeys(getattr(default, name, None) or ()))
+        if len(kinds) > 1:
+            given[name] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
+    inner = getattr(getattr(default, "text_config", None), "model_type", None)
+    if inner in CONFIG_MAPPING:
+        given["text_config"] = tiny_config(inner).to_dict()
     return AutoConfig.for_model(family, **given | _SPECIAL.get(family, {}) | settings)
+
+
+def _is_set(config: PreTrainedConfig, name: str) -> bool:
+    try:
+        return getattr(config, name, None) is not None
+    except RuntimeError:  # a setting of each layer
+        return True
 
 
 def tiny_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
@@ -166,7 +209,7 @@ def check_gates(dense: PreTrainedModel) -> None:
     if len(counts) != dense.config.num_hidden_layers:
         raise Different(f"gates in {len(counts)} of {dense.config.num_hidden_layers} layers")
     _near("forced open", found[mask.bool()], wanted[mask.bool()], 1e-5)
-    options = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    options = {"attention_mask": mask, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     wanted = dense.generate(ids, **options).logits
     with gossamer.forced_open(gated):
@@ -181,29 +224,40 @@ def check_gates(dense: PreTrainedModel) -> None:
 
 
 def check_circuits(dense: PreTrainedModel) -> None:
-    """Streams, edges and nodes of a gated model, see above.
+    """Streams and nodes of a gated model, see above.
 
     Raises:
         Different, GossamerError: as :func:`check_gates`.
     """
-    model = gossamer.add_gates(dense, gate_bias=0.3).double().eval()
-    clean, corrupted = tokens(2, 6), tokens(2, 6, seed=1)
-    answers, wrong = ((torch.tensor([first]), torch.tensor([first + 1])) for first in (5, 40))
-    batch = Batch(clean, corrupted, answers, wrong, "logit_difference")
-    graph, cache = graph_of(model), run_with_cache(model, clean)
+    model, batch = gossamer.add_gates(dense, gate_bias=0.3).double().eval(), _batch()
+    graph, cache = graph_of(model), run_with_cache(model, batch.clean)
     for (kind, layer), stream in cache.read.items():
         rest = cache.constant(graph, kind, layer)
         _near(f"what nothing wrote before {kind} of layer {layer}", rest, rest[:1, :1].expand_as(rest), 1e-5, stream)
+    nodes = torch.ones(graph.sources, dtype=torch.bool)
+    clean, corrupted = (batch.measure(model(input_ids=ids).logits[:, -1]) for ids in (batch.clean, batch.corrupted))
+    _near("nodes kept", run_with_nodes(model, batch, nodes), clean, 1e-5)
+    _near("no nodes kept", run_with_nodes(model, batch, ~nodes), corrupted, 1e-5)
 
-    def metric(ids: torch.Tensor) -> torch.Tensor:
-        return batch.measure(model(input_ids=ids).logits[:, -1])
 
+def _batch() -> Batch:
+    answers, wrong = ((torch.tensor([first]), torch.tensor([first + 1])) for first in (5, 40))
+    return Batch(tokens(2, 6), tokens(2, 6, seed=1), answers, wrong, "logit_difference")
+
+
+def check_edges(dense: PreTrainedModel) -> None:
+    """Edges of a gated model, see above.
+
+    Raises:
+        Different, GossamerError: as :func:`check_gates`.
+    """
+    model, batch = gossamer.add_gates(dense, gate_bias=0.3).double().eval(), _batch()
+    graph = graph_of(model)
     possible, nodes = graph.possible(), torch.ones(graph.sources, dtype=torch.bool)
+    clean, corrupted = (batch.measure(model(input_ids=ids).logits[:, -1]) for ids in (batch.clean, batch.corrupted))
+    _near("edges kept", run_with_edges(model, batch, possible), clean, 1e-5)
+    _near("no edges kept", run_with_edges(model, batch, torch.zeros_like(possible)), corrupted, 1e-5)
     nodes[[graph.head(0, 1), graph.head(1, 2), graph.mlp(1)]] = False
-    _near("nodes kept", run_with_nodes(model, batch, torch.ones_like(nodes)), metric(clean), 1e-5)
-    _near("no nodes kept", run_with_nodes(model, batch, torch.zeros_like(nodes)), metric(corrupted), 1e-5)
-    _near("edges kept", run_with_edges(model, batch, possible), metric(clean), 1e-5)
-    _near("no edges kept", run_with_edges(model, batch, torch.zeros_like(possible)), metric(corrupted), 1e-5)
     edges = possible & nodes[:, None]
     _near("edges of nodes", run_with_edges(model, batch, edges), run_with_nodes(model, batch, nodes), 1e-5)
 
@@ -241,7 +295,7 @@ def row_of(family: str) -> Row:
     except Exception as error:
         return Row(family, _refusal(family) or f"cannot be built tiny: {_first_line(error)}")
     reasons: list[str | None] = []
-    for check in (check_gates, check_circuits, check_explanations):
+    for check in (check_gates, check_circuits, check_edges, check_explanations):
         reasons.append(_reason(check, model))
         if reasons[0] is not None:
             return Row(family, reasons[0])
@@ -250,17 +304,14 @@ def row_of(family: str) -> Row:
 
 def _refusal(family: str) -> str | None:
     """Why a family is refused whose models do not become tiny, by one without weights."""
-    try:
-        config = tiny_config(family)
-    except Exception:
-        config = CONFIG_MAPPING[family]()
-    try:
-        with torch.device("meta"):
-            architecture_of(AutoModelForCausalLM.from_config(config))
-    except GossamerError as error:
-        return _first_line(error)
-    except Exception:
-        return None
+    for make in (tiny_config, lambda name: CONFIG_MAPPING[name]()):
+        try:
+            with torch.device("meta"):
+                architecture_of(AutoModelForCausalLM.from_config(make(family)))
+        except GossamerError as error:
+            return _first_line(error)
+        except Exception:
+            continue
     return None
 
 
@@ -279,22 +330,65 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+_INTRODUCTION = """# Families of models
+
+Which causal language models of transformers {version} gossamer can gate, and of which it can make circuits and
+explanations. `python scripts/family_table.py --write` made this page: it builds every family that
+`AutoModelForCausalLM` lists with a tiny random configuration and runs it; what is claimed here was measured.
+
+- **Gates**: with every gate open, padding on the left and a cache, the logits are those of eager attention to 1e-5;
+  hard gates give the same from a cache, in pieces, as at once; every layer has gates that act.
+- **Circuits**: streams are the sum of what heads and MLPs write; *nodes* and *links* need no more. *Edges* need that
+  queries, keys and values are projections of the stream, so that each head's can be patched alone.
+- **Explanations**: the parts of a gate's logit, by the heads and MLPs upstream that wrote them, add up to it to 1e-4.
+
+A model of a family that is not listed is looked through for the same modules under the same names, and proven when
+`gossamer.add_gates` puts gates in: it is run on a few tokens with gates and without. If that does not come out equal, 
+or a part is not known, it is refused with the reason.
+
+## Supported
+
+| family | circuits | explanations |
+|---|---|---|
+"""
+
+
 def table(rows: Iterable[Row]) -> str:
     """The page of the documentation."""
-    raise NotImplementedError
+    rows = sorted(rows, key=lambda row: row.family)
+    lines = [_INTRODUCTION.format(version=transformers.__version__)]
+    for row in rows:
+        if row.gates is None:
+            circuits = "nodes, edges, links" if row.edges is None else "nodes, links"
+            reason = None if row.circuits is None else f"no: {_clause(row, row.circuits)}"
+            explained = "yes" if row.explanations is None else f"no: {_clause(row, row.explanations)}"
+            lines.append(f"| {row.family} | {reason or circuits} | {'no' if reason else explained} |\n")
+    lines.append("\n## Refused\n\n| family | reason |\n|---|---|\n")
+    lines += [f"| {row.family} | {_clause(row, row.gates)} |\n" for row in rows if row.gates is not None]
+    return "".join(lines)
+
+
+def _clause(row: Row, reason: str) -> str:
+    """A reason without what the table says already."""
+    return reason.split(", so its ")[0].removeprefix(f"{row.family} ").replace("|", "\\|")
+
+
+def quietly() -> None:
+    """Without the warnings of models that are built strangely small."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="all if none are named")
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--write", action="store_true", help="write docs/families.md")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
+    quietly()
+    found = []
     for family in arguments.families or families():
-        row = row_of(family)
-        print(
-            f"{family}: gates {row.gates or 'yes'}; circuits {row.circuits or 'yes'}; explanations {row.explanations or 'yes'}",
-            flush=True,
-        )
+        found.append(row_of(family))
+        print(*(f"{name}: {value or 'yes'}" for name, value in asdict(found[-1]).items()), sep="; ", flush=True)
+    if arguments.write and not arguments.families:
+        atomic_write_text(TABLE, table(found))

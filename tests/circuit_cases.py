@@ -3,13 +3,10 @@
 import torch
 
 import gossamer
-from families import tiny_model, tokens
+from families import CONFIGS, tiny_model, tokens
 from gossamer.circuits.tasks.base import Batch
 
-FAMILIES = (
-    "gpt2", "llama", "gpt_neox", "gpt_neox serial", "mistral", "qwen3", "gemma", "gemma2", "gemma3", "olmo2", "phi3",
-    "smollm3", "granite", "opt",
-)  # fmt: skip
+FAMILIES = tuple(CONFIGS)
 
 
 def model_of(family: str, gated: bool = False):

@@ -128,7 +128,8 @@ class _Tracer(StreamHooks):
         if len(used) != 1 or used[0] in self.inner or len({len(each) for each in rows[used[0]]}) != 1:
             raise GossamerError(
                 f"queries, keys or values of {self.family} are no projections of the residual stream (latent "
-                "attention), so a head has no inputs of its own to patch; use --levels nodes,links"
+                "attention), so its heads have no inputs that could be patched alone; --levels links, or --levels "
+                "nodes,links --score exact, do without"
             )
         return used[0], torch.stack(rows[used[0]])
 

@@ -220,6 +220,7 @@ class _Layer(_Attention):
         )
         self.mlp_out = [module.get_submodule(name) for name in branches.mlp_out]
         self.stream: Tensor | None = None
+        self.repetitions = 1
         self.written: list[Tensor] = []
         self.outputs: Tensor | None = None
 
@@ -227,6 +228,7 @@ class _Layer(_Attention):
         """Put the hooks on; they come off when the stack is left."""
         hooks = [
             self.attention_in.register_forward_pre_hook(self._read_attention, with_kwargs=True),
+            self.attention.register_forward_pre_hook(self._repeat_positions, with_kwargs=True),
             self.projection.register_forward_pre_hook(self._merge),
             self.attention_out.register_forward_hook(self._write_heads),
             self.mlp_in.register_forward_pre_hook(self._read_mlp, with_kwargs=True),
@@ -244,9 +246,19 @@ class _Layer(_Attention):
         def read(x: Tensor) -> Tensor:
             self.stream, self.written = x, []
             norm = _same if self.attention_in is self.attention else self.attention_in.forward
-            return self.hooks.read_attention(self.layer, x, norm)
+            changed = self.hooks.read_attention(self.layer, x, norm)
+            self.repetitions = len(changed) // len(x)
+            return changed
 
         return _replace_first(args, kwargs, read)
+
+    def _repeat_positions(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Where each row has rotary positions of its own, they are repeated with the batch."""
+        positions = kwargs.get("position_embeddings")
+        if self.repetitions == 1 or not isinstance(positions, tuple) or len(positions[0]) == 1:
+            return None
+        repeated = tuple(each.repeat(self.repetitions, *[1] * (each.ndim - 1)) for each in positions)
+        return args, {**kwargs, "position_embeddings": repeated}
 
     def _project(self, name: str, _: nn.Module, args: tuple[Any, ...], result: Tensor) -> Tensor:
         return self.hooks.project(self.layer, name, args[0], result)

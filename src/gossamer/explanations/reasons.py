@@ -25,7 +25,9 @@ from gossamer.circuits.activation_cache import ActivationCache, run_with_cache
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.norms import fixed_norm
 from gossamer.circuits.streams import Norm, Pattern, StreamHooks, branches_of, graph_of, stream_hooks
+from gossamer.errors import GossamerError
 from gossamer.models.architectures import architecture_of, attention_modules
+from gossamer.models.structure import norms_of_heads
 
 BIASES = "biases"
 """The writer that stands for everything that no head, MLP or embedding wrote."""
@@ -147,8 +149,7 @@ def fixed_norms(model: PreTrainedModel, layer: int) -> Iterator[None]:
     decoder = model.get_submodule(architecture.layers)[layer]
     attention = decoder.get_submodule(architecture.attention)
     before = decoder.get_submodule(branches_of(model).attention_in)
-    norms = [attention.get_submodule(name) for name in architecture.head_norms]
-    norms += [] if before is attention else [before]
+    norms = norms_of_heads(attention) + ([] if before is attention else [before])
     hooks = [norm.register_forward_hook(_fixed) for norm in norms]
     try:
         yield
@@ -188,6 +189,11 @@ class GateSplitter:
 
     def split(self, layer: int, links: list[tuple[int, int, int]]) -> list[GateSplit]:
         """The splits of some links of one layer, each (head, query, key)."""
+        if (clip := architecture_of(self.model).clip) is not None:
+            raise GossamerError(
+                f"{self.model.config.model_type} with clip_qkv={clip} cuts queries and keys off, so they are not the "
+                "sum of what was written; reasons of links cannot be given"
+            )
         stream = self.cache.read["q", layer].detach().requires_grad_()
         reader = _QueriesAndKeys(layer, stream)
         with fixed_norms(self.model, layer), torch.enable_grad():

@@ -40,13 +40,22 @@ class GateProof:
             model.train(training)
         return logits[self.mask.bool()]
 
-    @torch.no_grad()
     def check(self, model: PreTrainedModel) -> None:
         """Compare the same model with its gates.
 
         Raises:
             GossamerError: naming the family and what differs.
         """
+        try:
+            self._check(model)
+        except GossamerError:
+            raise
+        except Exception as error:  # whatever the family's own code makes of gates
+            reason = str(error).strip().splitlines() or [""]
+            raise GossamerError(f"{model.config.model_type} does not run with gates: {reason[0]}") from error
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel) -> None:
         family, training = model.config.model_type, model.training
         cannot = "it cannot be gated right"
         with forced_open(model), counted_links(model) as counts:

@@ -6,8 +6,10 @@ name says where a part is, not what the layer does with it: that is tested for t
 """
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -15,13 +17,14 @@ from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 
-_LAYERS = ("layers", "h", "decoder.layers", "model.layers")
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
+_LAYERS = ("layers", "h", "blocks", "decoder.layers", "model.layers")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention", "norm_attn_norm.attn")
 _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
     ("Wq", "Wk", "Wv"),
     ("qkv_proj",),
     ("c_attn",),
+    ("Wqkv",),
     ("query_key_value",),
     ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
     ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
@@ -29,7 +32,8 @@ _PROJECTIONS = (
 _OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
 _MLPS = (("mlp",), ("feed_forward",), ("ffn",), ("block_sparse_moe", "shared_mlp"), ("block_sparse_moe",))
 _FINAL_NORMS = (
-    "norm", "final_layernorm", "ln_f", "final_layer_norm", "layer_norm", "final_norm", "embedding_norm", "layernorm"
+    "norm", "final_layernorm", "ln_f", "final_layer_norm", "layer_norm", "final_norm", "embedding_norm", "layernorm",
+    "norm_f",
 )  # fmt: skip
 
 # The norms of a layer, where there are any: before attention, after it, before the MLP, after it.
@@ -46,6 +50,7 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("attn_norm", None, "mlp_norm", None),
     ("layernorm1", None, "layernorm2", None),
     ("ln_1", None, "ln_2", None),
+    ("norm_attn_norm.norm_1", None, "norm_attn_norm.norm_2", None),
 )
 _SHARED_NORMS = ("input_layernorm", "ln_1")
 # Layers whose MLP is two linear maps of their own.
@@ -90,8 +95,8 @@ class Architecture:
         attention: path of the attention module within a layer.
         projections: names of the linear maps within the attention module, that of the output last.
         final_norm: path of the norm before the unembedding, from the causal language model.
-        head_norms: names of the norms within the attention module.
         branches: where the residual stream is read and written; None where that is not known.
+        clip: beyond which queries, keys and values are cut off; None for nowhere.
         opaque: why the residual stream cannot be taken apart: a clause about the family, or None.
     """
 
@@ -99,8 +104,8 @@ class Architecture:
     attention: str
     projections: tuple[str, ...]
     final_norm: str | None
-    head_norms: tuple[str, ...]
     branches: Branches | None
+    clip: float | None
     opaque: str | None
 
 
@@ -118,6 +123,11 @@ def structure_of(model: PreTrainedModel) -> Architecture:
     return _FOUND[model]
 
 
+def norms_of_heads(attention: nn.Module) -> list[nn.Module]:
+    """The norms of queries and keys within an attention module."""
+    return [attention.get_submodule(name) for name in _NORMS_OF_HEADS if _has(attention, name)]
+
+
 def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The attention modules of a supported model, from the first layer to the last."""
     architecture = structure_of(model)
@@ -126,48 +136,70 @@ def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 
 def _find(model: PreTrainedModel) -> Architecture:
-    family = model.config.model_type
+    family, config = model.config.model_type, model.config
     path, layers = _layers(model)
+    name, modules = _attention(model, layers)
+    attention = modules[0]
+    inputs = next((names for names in _PROJECTIONS if all(_has(attention, each) for each in names)), None)
+    output = next((each for each in _OUTPUTS if _has(attention, each)), None)
+    if inputs is None or output is None:
+        held = ", ".join(child for child, _ in attention.named_children())
+        raise GossamerError(f"{family} has queries, keys and values from other projections than gossamer knows: {held}")
+    _refuse_uneven_heads(config, modules, output)
+    decoder = path.rpartition(".")[0]
+    norms = (f"{decoder}.{each}" for each in _FINAL_NORMS if _has(model.get_submodule(decoder), each))
+    final_norm = next(norms, None)
+    branches, opaque = _branches_of_all(config, layers, name)
+    beside = (_beside_heads(module, (*inputs, output)) for module in modules)
+    opaque = opaque or next(filter(None, beside), None)
+    if final_norm is None:
+        opaque = "has no norm before its unembedding under a name that gossamer knows"
+    if getattr(config, "do_layer_norm_before", True) is False:
+        opaque = "with do_layer_norm_before=False has no plain residual stream"
+    clip = getattr(attention, "clip_qkv", getattr(config, "clip_qkv", None))
+    return Architecture(path, name, (*inputs, output), final_norm, branches, clip, opaque)
+
+
+def _attention(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[str, list[nn.Module]]:
+    """The path of attention in a layer, and the modules there."""
+    family = model.config.model_type
     name = next((name for name in _ATTENTION if any(_has(layer, name) for layer in layers)), None)
     if name is None:
+        _require_interface(family, type(model))
         raise GossamerError(f"{family} has no attention in its layers under a name that gossamer knows")
     _refuse_other_mixers(family, layers, name)
     modules = [layer.get_submodule(name) for layer in layers]
     kinds = {type(module).__name__ for module in modules}
     if len(kinds) > 1:
         raise GossamerError(f"the layers of {family} have attention of different kinds: {', '.join(sorted(kinds))}")
-    attention = modules[0]
-    if isinstance(attention, nn.ModuleList):
-        raise GossamerError(f"a layer of {family} has {len(attention)} attention modules, where gates know one")
-    if not _calls_interface(type(attention)):
-        raise GossamerError(
-            f"{family} does not call transformers' attention interface, so gates would do nothing in it"
-        )
-    if hasattr(attention, "gate_bias") and not hasattr(attention, "gate_state"):
-        raise GossamerError(
-            f"the attention of {family} has a gate_bias of its own, under the name of the gates' biases"
-        )
-    if any("sink" in part for part, _ in attention.named_parameters()):
+    first = modules[0]
+    if isinstance(first, nn.ModuleList):
+        raise GossamerError(f"a layer of {family} has {len(first)} attention modules, where gates know one")
+    _require_interface(family, type(first).forward)
+    if hasattr(first, "gate_bias") and not hasattr(first, "gate_state"):
+        raise GossamerError(f"the attention of {family} has a gate_bias of its own, where the gates' biases would be")
+    if any(_has(module, "indexer") for module in modules):
+        raise GossamerError(f"an indexer in the attention of {family} chooses keys, past any gate")
+    if any("sink" in part for module in modules for part, _ in module.named_parameters()):
         raise GossamerError(f"{family} has attention sinks, which take part in the softmax without being tokens")
-    inputs = next((names for names in _PROJECTIONS if all(_has(attention, each) for each in names)), None)
-    output = next((each for each in _OUTPUTS if _has(attention, each)), None)
-    if inputs is None or output is None:
-        held = ", ".join(child for child, _ in attention.named_children())
-        raise GossamerError(f"{family} has queries, keys and values from other projections than gossamer knows: {held}")
-    sizes = {sum(part.numel() for part in module.get_submodule(output).parameters()) for module in modules}
-    if len(sizes) > 1:
-        raise GossamerError(f"the layers of {family} have attention of different sizes")
-    decoder = path.rpartition(".")[0]
-    norms = (f"{decoder}.{each}" for each in _FINAL_NORMS if _has(model.get_submodule(decoder), each))
-    final_norm = next(norms, None)
-    branches, opaque = _branches(model, layers[0], name)
-    opaque = opaque or _beside_heads(attention, (*inputs, output))
-    if final_norm is None:
-        opaque = "has no norm before its unembedding under a name that gossamer knows"
-    if getattr(model.config, "do_layer_norm_before", True) is False:
-        opaque = "with do_layer_norm_before=False has no plain residual stream"
-    head_norms = tuple(each for each, _ in attention.named_children() if each in _NORMS_OF_HEADS)
-    return Architecture(path, name, (*inputs, output), final_norm, head_norms, branches, opaque)
+    return name, modules
+
+
+def _refuse_uneven_heads(config: Any, modules: list[nn.Module], output: str) -> None:
+    try:
+        counts = {_heads(module, output, config.hidden_size) for module in modules}
+        uneven = len(counts) > 1 or not config.num_attention_heads
+    except RuntimeError:  # a setting of each layer, not of the model
+        uneven = True
+    if uneven:
+        raise GossamerError(f"the layers of {config.model_type} have different numbers of heads")
+
+
+def _branches_of_all(config: Any, layers: nn.ModuleList, attention: str) -> tuple[Branches | None, str | None]:
+    found = {_branches(config, layer, attention) for layer in layers}
+    if len(found) == 1:
+        return found.pop()
+    return None, next((reason for _, reason in found if reason), "has layers whose parts are not the same")
 
 
 def _refuse_other_mixers(family: str, layers: nn.ModuleList, attention: str) -> None:
@@ -176,10 +208,12 @@ def _refuse_other_mixers(family: str, layers: nn.ModuleList, attention: str) -> 
     if others:
         held = ", ".join(child for child, _ in others[0].named_children())
         raise GossamerError(f"some layers of {family} have no attention (but {held}), so tokens mix past any gate")
-    for name, module in layers[0].named_modules():
+    for name, module in layers.named_modules():
         if isinstance(module, nn.Conv1d):
-            raise GossamerError(f"the layers of {family} mix tokens by a convolution ({name}) too, past any gate")
-    cross = next((name for name, _ in layers[0].named_children() if "encoder_attn" in name or "cross" in name), None)
+            path = name.partition(".")[2]
+            raise GossamerError(f"the layers of {family} mix tokens by a convolution ({path}) too, past any gate")
+    children = (name for layer in layers for name, _ in layer.named_children())
+    cross = next((name for name in children if "encoder_attn" in name or "cross" in name), None)
     if cross is not None:
         raise GossamerError(f"the layers of {family} attend to an encoder too ({cross}); gossamer gates decoders alone")
 
@@ -189,6 +223,16 @@ def _has(module: nn.Module, path: str) -> bool:
         return module.get_submodule(path) is not None
     except AttributeError:
         return False
+
+
+def _heads(attention: nn.Module, output: str, width: int) -> int:
+    """How many heads' outputs the output projection takes, as far as the module tells the size of one."""
+    size = getattr(attention, "v_head_dim", None) or getattr(attention, "head_dim", None) or 1
+    return (
+        sum(part.numel() for part in attention.get_submodule(output).parameters() if part.ndim > 1)
+        // width
+        // int(size)
+    )
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -202,22 +246,31 @@ def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         raise GossamerError(
             f"{family} holds a language model beside other towers; gossamer gates language models alone"
         )
+    _require_interface(family, type(model))
     if _has(base, "encoder"):
         raise GossamerError(f"{family} is an encoder, with or without a decoder; gossamer gates decoders only")
     raise GossamerError(f"{family} has no list of decoder layers under a name that gossamer knows")
 
 
-def _calls_interface(attention: type[nn.Module]) -> bool:
+def _require_interface(family: str, code: Any) -> None:
+    """Stop at attention whose code, or at a model in whose file, transformers' attention interface is not called."""
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(inspect.unwrap(attention.forward))
-    except (OSError, TypeError):  # no source at hand: only running it tells
-        return True
+        source = inspect.getsource(sys.modules[code.__module__] if inspect.isclass(code) else inspect.unwrap(code))
+    except (OSError, TypeError, KeyError):  # no source at hand: only running it tells
+        return
+    if "ALL_ATTENTION_FUNCTIONS" not in source:
+        raise GossamerError(
+            f"{family} does not call transformers' attention interface, so gates would do nothing in it"
+        )
 
 
-def _branches(model: PreTrainedModel, layer: nn.Module, attention: str) -> tuple[Branches | None, str | None]:
+def _branches(config: Any, layer: nn.Module, attention: str) -> tuple[Branches | None, str | None]:
     """Where the stream is read and written in a layer, or what of the layer is not known."""
-    config = model.config
-    parts = {name for name, module in layer.named_children() if not _is_passive(module)} - {attention}
+    outer, _, _ = attention.rpartition(".")
+    children = [*layer.named_children()]
+    if outer:
+        children += [(f"{outer}.{name}", module) for name, module in layer.get_submodule(outer).named_children()]
+    parts = {name for name, module in children if not _is_passive(module)} - {attention, outer}
     multiplier = next((float(getattr(layer, name)) for name in _MULTIPLIERS if hasattr(layer, name)), 1.0)
     if parts == set(_OPEN_MLP):
         attention_norm, mlp_norm, _, last = _OPEN_MLP
