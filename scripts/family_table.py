@@ -108,11 +108,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global"], 3]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 4, "mamba_d_head": 16},
+    "llama4_text": {"no_rope_layers": [1, 0, 1]},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"]},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
@@ -293,7 +295,7 @@ def row_of(family: str) -> Row:
     try:
         model = tiny_model(family)
     except Exception as error:
-        return Row(family, _refusal(family) or f"cannot be built tiny: {_first_line(error)}")
+        return Row(family, _refusal(family) or f"not tried, for it cannot be built tiny: {_first_line(error)}")
     reasons: list[str | None] = []
     for check in (check_gates, check_circuits, check_edges, check_explanations):
         reasons.append(_reason(check, model))
@@ -343,7 +345,7 @@ explanations. `python scripts/family_table.py --write` made this page: it builds
 - **Explanations**: the parts of a gate's logit, by the heads and MLPs upstream that wrote them, add up to it to 1e-4.
 
 A model of a family that is not listed is looked through for the same modules under the same names, and proven when
-`gossamer.add_gates` puts gates in: it is run on a few tokens with gates and without. If that does not come out equal, 
+`gossamer.add_gates` puts gates in: it is run on a few tokens with gates and without. If that does not come out equal,
 or a part is not known, it is refused with the reason.
 
 ## Supported
