@@ -307,7 +307,7 @@ def bad_models(folder: Path) -> None:
 BAD_INPUT = {
     "no such model": (["nobody/nothing"], ["no model 'nobody/nothing'"]),
     "directory without a model": (["{folder}/hollow"], ["without config.json"]),
-    "unsupported family": (["{folder}/bert"], ["bert", "supported families"]),
+    "unsupported family": (["{folder}/bert"], ["bert", "decoders only"]),
     "encoder-decoder": (["{folder}/t5"], ["t5", "not a causal language model"]),
     "no such text": (["{model}", "--text", "missing.txt"], ["missing.txt", "no such file"]),
     "empty text": (["{model}", "--text", "{folder}/empty.txt"], ["empty.txt", "is empty"]),

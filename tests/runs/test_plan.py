@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_table import tiny_config
 from transformers import AutoConfig
 
 import gossamer
@@ -118,8 +119,11 @@ def test_alternatives_end_where_a_step_fits() -> None:
 
 
 def test_what_cannot_be_planned_is_named() -> None:
-    with pytest.raises(GossamerError, match="bert is not a supported family"):
+    with pytest.raises(GossamerError, match="bert is an encoder"):
         plan_run({"model_type": "bert"}, run(), "cpu")
+    for family, reason in (("falcon", "does not call"), ("mixtral", "mixture of experts"), ("mamba", "does not call")):
+        with pytest.raises(GossamerError, match=f"{family} .*{reason}"):
+            plan_run(tiny_config(family).to_dict() | {"model_type": family}, run(), "cpu")
     with pytest.raises(GossamerError, match="--seq-len 65 is over the model's context of 64"):
         plan_run(tiny("llama"), run(seq_len=65), "cpu")
 

@@ -15,7 +15,7 @@ parameter counts. Memory is summed at the four moments of a step that can be its
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gossamer.errors import GossamerError
 from gossamer.measures.losses import POSITIONS
-from gossamer.models.architectures import architecture_of
+from gossamer.models.architectures import architecture_of, attention_modules
 from gossamer.models.lora import add_adapters
 from gossamer.ops.chunked import BLOCK
 from gossamer.runs.settings import RunConfig
@@ -94,14 +94,15 @@ def plan_run(model: dict[str, Any], run: RunConfig, device: Device = "cuda") -> 
         device: they differ in the op and in AdamW.
 
     Raises:
-        GossamerError: if the family is not supported, or the context is shorter than ``seq_len``.
+        GossamerError: if the family is not supported or a mixture of experts, or the context is shorter than
+            ``seq_len``.
     """
     given = dict(model)
     family = given.pop("model_type", "unknown")
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise GossamerError(f"{family} is not a causal language model; gossamer gates decoders only")
     config = AutoConfig.for_model(family, **given)
-    context = config.max_position_embeddings
+    context = getattr(config, "max_position_embeddings", run.seq_len)
     if run.seq_len > context:
         raise GossamerError(f"--seq-len {run.seq_len} is over the model's context of {context} tokens")
     fake, parameters = _fake_model(config, run)
@@ -153,8 +154,14 @@ def _fake_model(config: Any, run: RunConfig) -> tuple[PreTrainedModel, int]:
     AttentionInterface.register(_FAKE_ATTENTION, _fake_attention)
     AttentionMaskInterface.register(_FAKE_ATTENTION, _no_mask)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=_FAKE_ATTENTION)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         architecture_of(model)
+        if any("Experts" in type(module).__name__ for module in model.modules()):
+            raise GossamerError(
+                f"{config.model_type} is a mixture of experts; which of them a token meets is not known beforehand, so "
+                "there is no estimate: measure a short run"
+            )
+        model.config._attn_implementation = _FAKE_ATTENTION
         parameters = _count(model, trained=False)
         if run.training.train == "lora":
             add_adapters(model, rank=run.lora_rank, alpha=1.0, targets=run.lora_targets)
@@ -308,9 +315,9 @@ def _flops(model: PreTrainedModel, run: RunConfig, *, dense: bool) -> float:
         if isinstance(module, (nn.Linear, Conv1D)):
             weights += module.weight.numel()
             trained += module.weight.numel() if module.weight.requires_grad else 0
-    config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    product = config.num_hidden_layers * config.num_attention_heads * size * (run.seq_len + 1)
+    output = architecture_of(model).projections[-1]
+    outputs = [cast(Tensor, module.get_submodule(output).weight) for module in attention_modules(model)]
+    product = sum(weight.numel() for weight in outputs) // model.config.hidden_size * (run.seq_len + 1)
     forward = 2 * weights + 2 * product
     backward = 2 * weights + 2 * trained + 5 * product
     again = forward if run.training.gradient_checkpointing else 0
