@@ -1,6 +1,7 @@
 """Tiny models, prompts and comparisons that the tests of circuits share."""
 
 import torch
+from family_table import tiny_model as any_tiny_model
 
 import gossamer
 from families import CONFIGS, tiny_model, tokens
@@ -8,9 +9,13 @@ from gossamer.circuits.tasks.base import Batch
 
 FAMILIES = tuple(CONFIGS)
 
+STRUCTURES = (*FAMILIES, "cohere", "codegen", "glm4", "granitemoeshared", "nanochat")
+"""With what those do not have: one norm for attention and MLP, projections in an order of their own, norms before and
+after both, two MLPs that are added up, and a last norm that is used at the beginning too."""
+
 
 def model_of(family: str, gated: bool = False):
-    model = tiny_model(family).double()
+    model = (tiny_model if family in CONFIGS else any_tiny_model)(family).double().requires_grad_()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(0.5)

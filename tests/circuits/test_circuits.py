@@ -3,8 +3,9 @@
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from circuit_cases import FAMILIES, batch_of, metric, model_of, near
+from circuit_cases import STRUCTURES, batch_of, metric, model_of, near
 from families import tokens
 from gossamer.circuits.activation_cache import run_with_cache
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
@@ -25,7 +26,7 @@ class Interpolated(PatchedEdges):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STRUCTURES)
 def test_eap_is_the_derivative_of_interpolating_each_edge(family: str, gated: bool) -> None:
     model, batch = model_of(family, gated), batch_of()
     graph = graph_of(model)
@@ -89,7 +90,7 @@ def test_integrated_gradients_average_over_the_embeddings() -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STRUCTURES)
 def test_all_edges_kept_is_the_clean_run_and_none_the_corrupted_one(family: str, gated: bool) -> None:
     model, batch = model_of(family, gated), batch_of()
     possible = graph_of(model).possible()
@@ -326,7 +327,7 @@ class Inner(StreamHooks):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STRUCTURES)
 def test_places_are_where_the_heads_come_from(family: str) -> None:
     model, ids = model_of(family), tokens(2, 6)
 
@@ -340,7 +341,7 @@ def test_places_are_where_the_heads_come_from(family: str) -> None:
     for kind, place in projections_of(model)[1].items():
         for head in range(4):
             columns = place.columns[head]
-            weight = place.module.weight.mT if family == "gpt2" else place.module.weight
+            weight = place.module.weight.mT if isinstance(place.module, Conv1D) else place.module.weight
             saved = weight[columns].clone()
             weight[columns] = saved.flip(1)
             after = inner()

@@ -1,30 +1,13 @@
-"""Which models can be gated: families that are proven, and settings that are refused.
-
-A family that is not in :data:`PROVEN` is looked for in the model's own modules and proven when gates are put in.
-"""
+"""Whether a model can be gated, and where it keeps its attention; families and settings that are refused."""
 
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gossamer.errors import GossamerError
-from gossamer.models.structure import Architecture, attention_modules, structure_of
+from gossamer.models.structure import PROVEN, Architecture, attention_modules, structure_of
 
-# fmt: off
-PROVEN = frozenset((
-    "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere",
-    "cohere2", "cohere2_moe", "cohere_compass_text", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3",
-    "diffllama", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma",
-    "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2",
-    "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense",
-    "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "llama",
-    "llama4_text", "mellum", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral",
-    "mixtral", "modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
-    "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "sarvam_mla", "sarvam_moe", "seed_oss",
-    "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
-))
-# fmt: on
-"""Families whose gates, circuits and explanations ``scripts/family_table.py`` has proven: see ``docs/families.md``."""
+__all__ = ["PROVEN", "Architecture", "architecture_of", "attention_modules", "check_not_offloaded"]
 
 _REFUSED_SETTINGS = ("add_cross_attention", "use_bidirectional_attention")
 

@@ -1,8 +1,8 @@
 """Where a decoder keeps its parts, found from the names of its modules.
 
-transformers' decoders share a small stock of names, whatever their family; all that gossamer knows of them is here. A
-name says where a part is, not what the layer does with it: that is tested for the families in
-:data:`gossamer.models.architectures.PROVEN` and, for any other, by :mod:`gossamer.models.proof`.
+transformers' decoders share a small stock of names, whatever their family; all that gossamer knows of families is here.
+A name says where a part is, not what the layer does with it: that is tested for the families in :data:`PROVEN` and, for
+any other, by :mod:`gossamer.models.proof`.
 """
 
 import inspect
@@ -16,6 +16,22 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
+
+# fmt: off
+PROVEN = frozenset((
+    "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere",
+    "cohere2", "cohere2_moe", "cohere_compass_text", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3",
+    "diffllama", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma",
+    "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2",
+    "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "llama",
+    "llama4_text", "mellum", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral",
+    "mixtral", "modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
+    "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "sarvam_mla", "sarvam_moe", "seed_oss",
+    "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
+))
+# fmt: on
+"""Families whose gates, circuits and explanations ``scripts/family_table.py`` has proven: see ``docs/families.md``."""
 
 _LAYERS = ("layers", "h", "blocks", "decoder.layers", "model.layers")
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention", "norm_attn_norm.attn")
