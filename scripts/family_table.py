@@ -7,7 +7,8 @@ Every family is built tiny and random, with biases, grouped queries and a slidin
     circuits      what is left of a stream without the outputs of heads and MLPs is the same at all positions; all nodes
                   kept is the clean run, none the corrupted one
     edges         the same of edges, and to cut all edges of a node is to cut the node
-    explanations  the parts of a gate's logit add up to it to 1e-4, biases set to 0 so that nothing is left over
+    explanations  all links kept is the prediction; the parts of a gate's logit add up to it to 1e-4, biases set to 0 so
+                  that nothing is left over
 
     python scripts/family_table.py [FAMILY ...]            prints what comes out
     python scripts/family_table.py --write                 writes docs/families.md
@@ -34,6 +35,9 @@ from gossamer.circuits.intervention import run_with_edges, run_with_nodes
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch
 from gossamer.errors import GossamerError
+from gossamer.explanations.effects import link_effects
+from gossamer.explanations.link_masks import LinkMasks
+from gossamer.explanations.prediction import Prediction
 from gossamer.explanations.reasons import GateSplitter
 from gossamer.files import atomic_write_text
 from gossamer.models.architectures import architecture_of
@@ -265,7 +269,7 @@ def check_edges(dense: PreTrainedModel) -> None:
 
 
 def check_explanations(dense: PreTrainedModel) -> None:
-    """The parts of gate logits, see above.
+    """A prediction under kept links and the parts of gate logits, see above.
 
     Raises:
         Different, GossamerError: as :func:`check_gates`.
@@ -274,7 +278,13 @@ def check_explanations(dense: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and not name.endswith("gate_bias"):
             parameter.zero_()
-    splitter = GateSplitter(model, tuple(range(5, 14)))
+    ids = tuple(range(5, 14))
+    masks = LinkMasks(model, Prediction(ids, target=20))
+    everything = torch.ones(len(masks), dtype=torch.bool)
+    kept, _ = masks.evaluate([everything], cut=False)
+    _near("links kept", kept, torch.ones(1), 1e-3)
+    link_effects(masks, everything, torch.arange(2))
+    splitter = GateSplitter(model, ids)
     for layer in range(model.config.num_hidden_layers):
         for split in splitter.split(layer, [(0, 8, 8), (3, 8, 6), (3, 5, 2)]):
             for parts in (split.parts, split.parts[:-1, :-1]):

@@ -201,7 +201,7 @@ class _Attention:
         """What transformers' attention function returns: ``[rows, tokens, heads, d_value]``."""
         heads = q.shape[1]
         outputs = self.hooks.attend(self.layer, q, per_query_head(k, heads), per_query_head(v, heads), pattern)
-        return outputs.transpose(1, 2)
+        return outputs.transpose(1, 2).contiguous()  # as eager attention; some models view it
 
 
 class _Layer(_Attention):

@@ -23,7 +23,7 @@ from gossamer.errors import GossamerError
 from gossamer.explanations.effects import LinkEffect, link_effects
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction, predict, prompt_tokens
-from gossamer.explanations.reasons import GateSplitter, Reason
+from gossamer.explanations.reasons import GateSplitter, Reason, require_sums
 from gossamer.models.frozen import frozen
 
 Kind = Literal["sufficient", "complete"]
@@ -151,6 +151,8 @@ def explain_prediction(
     progress: Progress = lambda what, done, size: None,
 ) -> Explanation:
     """:func:`explain` for a prediction by its tokens."""
+    graph_of(model)
+    require_sums(model)
     if not 0 < share < 1:
         raise GossamerError(f"a share of {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
     with frozen(model):

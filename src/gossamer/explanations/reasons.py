@@ -163,15 +163,32 @@ def _fixed(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return fixed.linear(args[0]) + fixed.bias
 
 
+def require_sums(model: PreTrainedModel) -> None:
+    """Stop at a model whose queries and keys are not the sum of what was written.
+
+    Raises:
+        GossamerError: naming the setting.
+    """
+    if (clip := architecture_of(model).clip) is not None:
+        raise GossamerError(
+            f"{model.config.model_type} with clip_qkv={clip} cuts queries and keys off, so they are not the sum of "
+            "what was written and links cannot be explained"
+        )
+
+
 class GateSplitter:
     """The prompt whose links' logits are split.
 
     Args:
         model: dense or gated, in ``eval()`` mode, its weights frozen.
         ids: the prompt's tokens.
+
+    Raises:
+        GossamerError: if the model cannot be taken apart.
     """
 
     def __init__(self, model: PreTrainedModel, ids: tuple[int, ...]) -> None:
+        require_sums(model)
         self.model = model
         self.ids = torch.tensor([ids], device=model.device)
         self.graph: Graph = graph_of(model)
@@ -189,11 +206,6 @@ class GateSplitter:
 
     def split(self, layer: int, links: list[tuple[int, int, int]]) -> list[GateSplit]:
         """The splits of some links of one layer, each (head, query, key)."""
-        if (clip := architecture_of(self.model).clip) is not None:
-            raise GossamerError(
-                f"{self.model.config.model_type} with clip_qkv={clip} cuts queries and keys off, so they are not the "
-                "sum of what was written; reasons of links cannot be given"
-            )
         stream = self.cache.read["q", layer].detach().requires_grad_()
         reader = _QueriesAndKeys(layer, stream)
         with fixed_norms(self.model, layer), torch.enable_grad():
