@@ -1,6 +1,5 @@
 """evaluate and inspect: the metrics of a run, and what a model is."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -193,14 +192,17 @@ def inspect(
 
 def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
     from gossamer.evaluation.tables import summary_tables, verdict
-    from gossamer.runs.upgrade import upgraded_metrics
+    from gossamer.inputs import reading
+    from gossamer.runs.read import EVALUATE
 
     console.print(key_value_table(f"Run {run.folder}", run.config().to_dict()))
     if not run.metrics.exists():
         console.print("Not evaluated yet: finish it with --resume, then gossamer evaluate.")
         return
-    metrics = upgraded_metrics(json.loads(run.metrics.read_text()))
-    for table in summary_tables(metrics):
+    metrics = run.read_metrics()
+    with reading(run.metrics, EVALUATE):
+        tables = summary_tables(metrics)
+    for table in tables:
         console.print(table)
     console.print(verdict(metrics), style="bold")
     if "addition" in metrics:

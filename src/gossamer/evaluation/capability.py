@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_write_text
-from gossamer.models.pretrained import load_dense
 from gossamer.models.tokenizers import load_own_tokenizer, strip_end_tokens
 from gossamer.models.vocabulary import require_vocabulary
 from gossamer.runs.record import Run, load_control, load_sparse
@@ -107,7 +106,7 @@ def add_tasks(
     Raises:
         GossamerError: as :func:`measure_tasks` does, before any model is loaded.
     """
-    metrics: dict[str, Any] = json.loads(run.metrics.read_text())
+    metrics: dict[str, Any] = run.read_metrics()
     tokenizer = load_own_tokenizer(run.model)
     found: dict[str, dict[str, Any]] = {}
     for name, load in _models(run).items():
@@ -183,7 +182,7 @@ def _reader(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
 def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: dict[str, Callable[[], PreTrainedModel]] = {
-        "dense": lambda: load_dense(run.dense, device=device)[0],
+        "dense": lambda: run.load_dense(device)[0],
         "sparse": lambda: load_sparse(run),
     }
     if run.control.exists():
