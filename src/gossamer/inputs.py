@@ -39,7 +39,7 @@ def reading(what: object, remedy: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except GossamerError:
+    except (GossamerError, MemoryError):
         raise
     except Exception as error:
         cannot = "read" if isinstance(error, OSError) else "used"
