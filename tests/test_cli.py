@@ -313,13 +313,13 @@ BAD_INPUT = {
     "empty text": (["{model}", "--text", "{folder}/empty.txt"], ["empty.txt", "is empty"]),
     "short text": (["{model}", "--text", "{folder}/short.txt"], ["short.txt", "shorter than one block of 16"]),
     "over the context": (["{model}", "--seq-len", "65"], ["--seq-len 65", "context of 64"]),
-    "no length": (["{model}", "--seq-len", "1"], ["--seq-len 1", "at least 2"]),
+    "no length": (["{model}", "--seq-len", "1"], ["--seq-len 1", "from 2 to"]),
     "unwritable": (["{model}", "--out", "{folder}/empty.txt/run"], ["cannot write", "empty.txt/run"]),
     "read-only": (["{model}", "--out", "/proc/gossamer/run"], ["cannot write", "/proc/gossamer/run"]),
     "unknown watcher": (["{model}", "--report-to", "tensorbord"], ["--report-to tensorbord", "tensorboard, wandb"]),
     "nothing to hold": (["{model}", "--constraint", "kl", "--epsilon", "0"], ["--epsilon 0", "no KL is below 0"]),
     "no number": (["{model}", "--tau", "nan"], ["--tau nan", "finite"]),
-    "no tokens": (["{model}", "--tokens", "0"], ["--tokens 0 cannot be used", "at least 1"]),
+    "no tokens": (["{model}", "--tokens", "0"], ["--tokens 0 cannot be used", "from 1 to"]),
     "no such constraint": (["{model}", "--constraint", "kll"], ["--constraint kll", "one of ce, kl"]),
     "of another constraint": (
         ["{model}", "--epsilon", "0.1"],
@@ -607,7 +607,10 @@ def test_a_model_without_a_tokenizer_is_named(saved_llama: Path, own_task: Path,
     assert_refused(result, str(tmp_path / "gated"), "has no tokenizer")
 
 
-def test_an_interrupted_run_says_how_to_go_on(saved_llama: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(
+    number: signal.Signals, saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
     line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *quick(), "--tokens", 10**7]
     process = subprocess.Popen(
         [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -618,7 +621,7 @@ def test_an_interrupted_run_says_how_to_go_on(saved_llama: Path, text: Path, tmp
             if (tmp_path / "run" / "training.jsonl").exists():
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from torch import zeros
 
 import gossamer
 from families import tiny_model
-from gossamer.files import atomic_directory, atomic_file, atomic_write_text
+from gossamer.errors import GossamerError
+from gossamer.files import atomic_directory, atomic_file, atomic_write_text, remove_staging
 from gossamer.training.checkpoints import checkpoint_error, write_checksums
 
 
@@ -65,3 +67,81 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="stop"), write(tmp_path / "run"):
             raise RuntimeError("stop")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_appears_while_another_is_made_stays(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_directory(tmp_path / "run") as staging:
+            (staging / "config.json").write_text("ours")
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "config.json").write_text("theirs")
+
+    with pytest.raises(GossamerError, match="it appeared while"):
+        write()
+    assert (tmp_path / "run" / "config.json").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_nothing_is_removed_but_what_a_killed_write_left(tmp_path: Path) -> None:
+    kept = {".exp.env", ".venv.d", ".git.d", ".exp.0123456789ab", "exp.0123456789ab.partial", ".*.0123456789ab.other"}
+    left = [".exp.0123456789ab.partial", ".*.0123456789ab.partial"]
+    for name in (*kept, *left):
+        (tmp_path / name).mkdir()
+    for name in ("exp", "*"):
+        with atomic_directory(tmp_path / name):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "exp", "*"}
+
+
+def test_a_directory_is_replaced_at_once(tmp_path: Path) -> None:
+    """A reader finds the old one or the new one at any moment, never none."""
+    stop = threading.Event()
+    missing = []
+
+    def read() -> None:
+        while not stop.is_set():
+            if not (tmp_path / "own" / "circuits.json").exists():
+                missing.append(True)
+
+    for number in range(2):
+        with atomic_directory(tmp_path / "own", replace=True) as staging:
+            (staging / "circuits.json").write_text(str(number))
+        if number == 0:
+            reader = threading.Thread(target=read)
+            reader.start()
+    for number in range(200):
+        with atomic_directory(tmp_path / "own", replace=True) as staging:
+            (staging / "circuits.json").write_text(str(number))
+    stop.set()
+    reader.join()
+    assert not missing
+
+
+def test_what_was_about_to_be_replaced_comes_back(tmp_path: Path) -> None:
+    """Where a file system cannot exchange directories, a kill may fall between two renames."""
+    (tmp_path / ".own.0123456789ab.old").mkdir()
+    (tmp_path / ".own.0123456789ab.old" / "circuits.json").write_text("{}")
+    remove_staging(tmp_path / "own")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: set[int] = set()
+    really = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    gossamer.save(gossamer.add_gates(tiny_model("llama")), tmp_path / "model")
+    atomic_write_text(tmp_path / "config.json", "{}")
+    assert {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))} <= flushed
+
+
+def test_a_write_that_fails_names_the_place_not_the_file_beside_it(tmp_path: Path) -> None:
+    for write in (atomic_directory, atomic_file):
+        with pytest.raises(GossamerError) as told, write(tmp_path / ("x" * 300)):
+            pass
+        assert f"cannot write {tmp_path / ('x' * 300)}: File name too long" in str(told.value)
+        assert "partial" not in str(told.value)

@@ -95,7 +95,8 @@ class Setting:
         else:
             words = {bool: "true or false", str: "a text", int: "a whole number", float: "a finite number"}[kind]
         if self.least is not None:
-            words += f" of at least {self.least:g}" if self.most is None else f" from {self.least:g} to {self.most:g}"
+            least, most = _written(self.least), _written(self.most)
+            words += f" of at least {least}" if self.most is None else f" from {least} to {most}"
         return words + (", or null" if self.optional else "")
 
     def read(self, value: Any) -> Any:
@@ -119,6 +120,10 @@ class Setting:
         if not right:
             raise ValueError(self.wanted)
         return value
+
+
+def _written(bound: float | None) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def _number(value: Any, kind: type) -> int | float:

@@ -1,51 +1,111 @@
-"""Files and directories that appear whole or not at all: written beside their place, then renamed."""
+"""Files and directories that appear whole or not at all: written beside their place, flushed to disk, then renamed.
 
+What a killed process left beside a place goes when the place is written again. Only names of the pattern that is made
+here are removed, and only under the lock of the place (:mod:`gossamer.locks`).
+"""
+
+import ctypes
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gossamer.errors import GossamerError
+from gossamer.errors import GossamerError, cannot_write
+from gossamer.locks import locked
+
+_EXCHANGE = 2
+"""RENAME_EXCHANGE of Linux."""
+
+_AT_FDCWD = -100
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A fresh directory beside ``target`` that takes its place when the block ends well, and else vanishes.
 
+    Args:
+        target: the place.
+        replace: put it in the place of what is there; else what appeared there meanwhile stays.
+
     Raises:
-        GossamerError: if it cannot be written: no room, no permission.
+        GossamerError: if it cannot be written: no room, no permission; if another process is writing it; if something
+            is there that is not to be replaced.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = _beside(target)
-        staging.mkdir()
-    except OSError as error:
-        raise _cannot_write(target, error) from error
-    try:
-        yield staging
-        set_modes(staging)
-        if target.exists():
-            retired = _beside(target)
-            retired.mkdir()
-            os.rename(target, retired / target.name)
-            os.rename(staging, target)
-            shutil.rmtree(retired)
-        else:
-            os.rename(staging, target)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise _cannot_write(target, error) from error
-        raise
+        with locked(target):
+            remove_staging(target)
+            staging = _beside(target)
+            staging.mkdir()
+            try:
+                yield staging
+                set_modes(staging)
+                flush(staging)
+                _put_in_place(staging, target, replace)
+                flush_entry(target)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise _named(target, error) from error
 
 
-def _beside(target: Path) -> Path:
+def _put_in_place(staging: Path, target: Path, replace: bool) -> None:
+    if not os.path.lexists(target):
+        with suppress(FileExistsError):
+            os.rename(staging, target)  # which replaces no directory with anything in it
+            return
+    if not replace:
+        raise GossamerError(f"{target} exists already: it appeared while it was being made; give another place")
+    if not _exchange(staging, target):
+        retired = _beside(target, "old")
+        os.rename(target, retired)
+        os.rename(staging, target)
+        shutil.rmtree(retired)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two directories trade places at once; False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and not rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _EXCHANGE)
+
+
+def _beside(target: Path, kind: str = "partial") -> Path:
     """A name beside ``target`` that nothing has, with the same suffix."""
-    return target.parent / f".{target.name}.{secrets.token_hex(6)}{target.suffix}"
+    return target.parent / f".{target.name}.{secrets.token_hex(6)}.{kind}{target.suffix}"
+
+
+def remove_staging(target: Path) -> None:
+    """Remove what a killed process left beside ``target`` while it wrote it; to be called under the place's lock.
+
+    What it was about to replace comes back, if nothing has taken its place yet.
+    """
+    _remove_matching(target.parent, target.name)
+
+
+def remove_staging_in(folder: Path) -> None:
+    """The same for everything in a directory; to be called under its lock."""
+    _remove_matching(folder, None)
+
+
+_STAGING = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>partial|old)(?P<suffix>\.[^.]*)?")
+
+
+def _remove_matching(folder: Path, name: str | None) -> None:
+    for left in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _STAGING.fullmatch(left.name)
+        if match is None or name not in (None, match["name"]) or Path(match["name"]).suffix != (match["suffix"] or ""):
+            continue
+        if match["kind"] == "old" and not os.path.lexists(folder / match["name"]):
+            os.rename(left, folder / match["name"])
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def set_modes(folder: Path) -> None:
@@ -59,9 +119,37 @@ def set_modes(folder: Path) -> None:
             file.chmod(mode)
 
 
-def _cannot_write(target: Path, error: Exception) -> GossamerError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return GossamerError(f"cannot write {target}: {reason}; give a place that can be written and has room")
+def flush(path: Path) -> None:
+    """Bring a file, or a directory with all that is in it, onto the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            if not entry.is_symlink():
+                flush(entry)
+    _flush_one(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Bring the name of a file or directory onto the disk, as it stands in the directory above."""
+    _flush_one(path.parent)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _named(target: Path, error: OSError | SafetensorError) -> Exception:
+    """The error with the place, if it is one of what is written; one of reading another file stays as it is."""
+    file = error.filename if isinstance(error, OSError) else None
+    beside = os.path.join(os.path.abspath(target.parent), f".{target.name}.")
+    if isinstance(file, str) and not os.path.abspath(file).startswith((os.path.abspath(target), beside)):
+        above = os.path.abspath(target.parent)
+        if above != os.path.abspath(file) and not above.startswith(os.path.abspath(file) + os.sep):
+            return error
+    return cannot_write(target, error)
 
 
 def same_file(a: object, b: object) -> bool:
@@ -69,35 +157,45 @@ def same_file(a: object, b: object) -> bool:
     return isinstance(a, str) and isinstance(b, str) and all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
 
 
-def remove_staging(target: Path) -> None:
-    """Remove what a killed process left beside ``target`` while it wrote it."""
-    for left in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """The name of a file beside ``target`` that takes its place when the block ends well, and else vanishes.
 
     Raises:
-        OSError: if it cannot be written.
+        GossamerError: if it cannot be written.
     """
-    staging = _beside(target)
-    staging.touch()
-    mode = staging.stat().st_mode & 0o777
     try:
-        yield staging
-        with open(staging, "rb") as stream:
-            os.fsync(stream.fileno())
-        if staging.stat().st_mode & 0o777 != mode:  # what wrote it made a file of its own
-            staging.chmod(mode)
-        os.replace(staging, target)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if target.exists() and not target.is_file():  # a directory; a device, which a rename would do away with
+            raise OSError(errno.EINVAL, "it is there and is no file")
+        with locked(target, wait=True):
+            remove_staging(target)
+            staging = _beside(target)
+            staging.touch()
+            mode = staging.stat().st_mode & 0o777
+            try:
+                yield staging
+                if staging.stat().st_mode & 0o777 != mode:  # what wrote it made a file of its own
+                    staging.chmod(mode)
+                flush(staging)
+                os.replace(staging, target)
+                flush_entry(target)
+            finally:
+                staging.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise _named(target, error) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise cannot_write(target, error) from error
 
 
 def atomic_write_text(target: Path, text: str) -> None:
-    """Write a file, replacing one that exists, whole or not at all."""
+    """Write a file, replacing one that exists, whole or not at all.
+
+    Raises:
+        GossamerError: if it cannot be written.
+    """
     with atomic_file(target) as staging:
         staging.write_text(text, encoding="utf-8")

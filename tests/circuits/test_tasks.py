@@ -202,7 +202,7 @@ def test_a_task_from_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) 
     "text,message",
     [
         ("", "holds no example"),
-        ("{", "line 1: not valid JSON"),
+        ("{", "line 1 cannot be used"),
         (lines([]), "line 1: 'clean' must be a text"),
         (lines({"clean": "a", "corrupted": "b", "answers": "c", "wrong": []}), "'answers' must be a list of texts"),
         (lines({"clean": "a", "corrupted": "b", "answers": [1], "wrong": []}), "'answers' must be a list of texts"),
@@ -212,7 +212,7 @@ def test_a_task_from_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) 
             "'clean' holds half a character",
         ),
         (lines({"clean": "a", "corrupted": "b", "answers": ["c", "\ud800"], "wrong": ["d"]}), "'answers' holds half a"),
-        ("[" * 100_000, "line 1: not valid JSON"),
+        ("[" * 100_000, "line 1 cannot be used"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:

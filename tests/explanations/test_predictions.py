@@ -88,6 +88,6 @@ def test_quartiles() -> None:
 
 def test_a_file_of_another_kind_is_refused(models, blocks, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("no json\n")
-    with pytest.raises(GossamerError, match="is not a file of explanations"):
+    with pytest.raises(GossamerError, match="line 1 cannot be used: not valid JSON"):
         measure(models, blocks, tmp_path / "x.jsonl")
     assert (tmp_path / "x.jsonl").read_text() == "no json\n"

@@ -195,7 +195,7 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path: Path) -> None:
     for name, content in {"cut.pt": whole[: len(whole) // 2], "text.pt": b"hello", "empty.pt": b"",
                           "pickle.pt": pickle.dumps({"a": Path("x")})}.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(GossamerError, match=f"{name} is no checkpoint that torch.load"):
+        with pytest.raises(GossamerError, match=f"{name} cannot be used: it .* torch.save wrote"):
             import_checkpoint(tmp_path / name)
     with pytest.raises(GossamerError, match="No such file"):
         import_checkpoint(tmp_path / "missing.pt")

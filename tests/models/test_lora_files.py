@@ -224,12 +224,16 @@ DAMAGE = {
     "no gates": ("gossamer_gates.safetensors", Path.unlink, "holds no adapters that gossamer saved"),
     "no adapters": ("adapter_model.safetensors", Path.unlink, "it has no adapter_model.safetensors"),
     "no config": ("adapter_config.json", Path.unlink, "it has no adapter_config.json"),
-    "cut gates": ("gossamer_gates.safetensors", cut, "gossamer_gates.safetensors is cut short"),
-    "cut adapters": ("adapter_model.safetensors", cut, "adapter_model.safetensors is cut short"),
-    "cut config": ("adapter_config.json", lambda f: f.write_text('{"peft_type": "LO'), "not a configuration"),
+    "cut gates": ("gossamer_gates.safetensors", cut, "gossamer_gates.safetensors cannot be used: cut short"),
+    "cut adapters": ("adapter_model.safetensors", cut, "adapter_model.safetensors cannot be used: cut short"),
+    "cut config": (
+        "adapter_config.json",
+        lambda f: f.write_text('{"peft_type": "LO'),
+        "_config.json cannot be used: not",
+    ),
     "other method": ("adapter_config.json", lambda f: f.write_text('{"peft_type": "IA3"}'), "IA3"),
-    "other names": ("adapter_model.safetensors", rename_one, "does not fit adapter_config.json"),
-    "other shape": ("adapter_model.safetensors", narrow_one, "does not fit adapter_config.json"),
+    "other names": ("adapter_model.safetensors", rename_one, "adapter_config.json beside it cannot be used"),
+    "other shape": ("adapter_model.safetensors", narrow_one, "adapter_config.json beside it cannot be used"),
 }
 
 

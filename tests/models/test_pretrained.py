@@ -1,6 +1,7 @@
 """Dense models by name, the real SmolLM2-135M among them."""
 
 import importlib.util
+import json
 import pwd
 import shutil
 from pathlib import Path
@@ -134,4 +135,43 @@ def test_adapters_are_not_put_on_a_model_unasked(part: str, saved_llama: Path, t
         adapters.peft_config["default"].base_model_name_or_path = str(saved_llama)
     adapters.save_pretrained(folder)
     with pytest.raises(GossamerError, match=r"holds adapters .*merge_and_unload"):
+        load_dense(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 1}, "has weights that its config.json has no place for: model.layers.1"),
+        ({"num_hidden_layers": 4}, "is not whole: it lacks model.layers.3"),
+        ({"intermediate_size": 24}, "by its config.json it should be"),
+        ({"num_attention_heads": 3}, "cannot be used"),
+        ({"num_attention_heads": 0}, "cannot be used"),
+        ({"num_attention_heads": "four"}, "cannot be used"),
+        ({"hidden_act": "none such"}, "cannot be used"),
+        ({"vocab_size": -1}, "cannot be used"),
+        ({"rms_norm_eps": "small"}, "cannot be used"),
+        ({"rms_norm_eps": -1e9}, "logits that are not finite"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "cannot be used"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+        ({"model_type": 3}, "cannot be used"),
+    ],
+)
+def test_a_config_that_its_weights_do_not_fit_is_refused(
+    changes: dict, said: str, saved_llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved_llama, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(GossamerError, match=said) as told:
+        load_dense(str(folder))
+    assert str(folder) in str(told.value)
+    assert "above report" not in str(told.value)
+
+
+def test_weights_that_are_no_numbers_are_refused(saved_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_llama, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GossamerError, match=r"model.norm.weight has values that are not finite"):
         load_dense(str(folder))

@@ -1,6 +1,7 @@
 """The page as a person meets it: in a real browser, with the mouse, the keyboard and a narrow window."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,3 +226,19 @@ def test_the_attention_of_the_record_is_the_models_own(run: Path) -> None:
     opened = torch.stack([layer.open_links for layer in counts.values()]).sum()
     assert record["prompts"][0]["models"]["sparse"]["open"] == int(opened)
     assert 0 < int((sparse > 0).sum()) <= int(opened)
+
+
+def test_a_circuit_of_very_many_links_is_drawn_in_part_and_says_so(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    file = copy / "circuits" / "hostile" / "links.json"
+    record = json.loads(file.read_text())
+    links = [[i % 3, i % 4, 9, i % 10, (i + 1) / 1e6] for i in range(241_200)]
+    record["models"]["dense"] = {"size": 241_200, "links": links}
+    file.write_text(json.dumps(record))
+    with opened(write_report(copy)) as driver:
+        shown = texts(driver, "#circuit-hostile output")
+        assert shown[0].startswith("the 2,000 strongest of 241,200 links on this prompt are shown")
+        assert shown[1].startswith("2 links on this prompt")
+        assert len(driver.find_elements(By.CSS_SELECTOR, "#circuit-hostile figure:first-child path")) == 2_000
+        assert driver.find_elements(By.CSS_SELECTOR, "section[id^='faithfulness']")

@@ -174,11 +174,15 @@ def test_what_cannot_be_shown_is_refused_in_one_line(run: Path, tmp_path: Path, 
     assert "prompt is empty" in refused("view", run, "")
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    (copy / "training.jsonl").write_text('{"step": 1}\n{"step": 2')
-    assert "training.jsonl, line 2: not valid JSON" in refused("report", copy, "--out", tmp_path / "no.html")
+    (copy / "training.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 2')
+    assert "training.jsonl, line 2 cannot be used: not valid JSON" in refused(
+        "report", copy, "--out", tmp_path / "no.html"
+    )
+    (copy / "training.jsonl").write_text('{"step": 1, "multiplier": NaN}\n{"step": 2')
+    assert "training.jsonl, line 1 cannot be used: NaN" in refused("report", copy, "--out", tmp_path / "no.html")
     (copy / "training.jsonl").unlink()
     (copy / "findings.json").write_text("{")
-    assert "findings.json is not valid JSON" in refused("report", copy, "--out", tmp_path / "no.html")
+    assert "findings.json cannot be used: not valid JSON" in refused("report", copy, "--out", tmp_path / "no.html")
     assert not (tmp_path / "no.html").exists()
 
 

@@ -100,10 +100,10 @@ def test_another_constraint_replaces_the_settings_of_the_one_before() -> None:
         ("tokns: 5", "bad.yaml: tokns is no setting; did you mean tokens?"),
         ("wibble: 5", "bad.yaml: wibble is no setting; gossamer settings prints all that there are"),
         ("processes: 2", "bad.yaml: processes is no setting"),
-        ("tokens: 0", "bad.yaml: tokens 0 cannot be used; give a whole number of at least 1"),
+        ("tokens: 0", "bad.yaml: tokens 0 cannot be used; give a whole number from 1 to"),
         ("tokens: 1.5", "bad.yaml: tokens 1.5 cannot be used; give a whole number"),
         ("tokens: true", "bad.yaml: tokens True cannot be used; give a whole number"),
-        ("seq_len: long", "bad.yaml: seq_len 'long' cannot be used; give a whole number of at least 2"),
+        ("seq_len: long", "bad.yaml: seq_len 'long' cannot be used; give a whole number from 2 to"),
         ("hard_fraction: 1.5", "bad.yaml: hard_fraction 1.5 cannot be used; give a finite number from 0 to 1"),
         ("multiplier_integral: .inf", "bad.yaml: multiplier_integral inf cannot be used; give a finite number"),
         ("seed: null", "bad.yaml: seed None cannot be used; give a whole number"),
@@ -141,3 +141,20 @@ def test_what_has_no_default_has_to_be_given(tmp_path: Path) -> None:
 def test_values_that_python_gives_are_checked_too() -> None:
     with pytest.raises(GossamerError, match="gate_bias nan cannot be used; give a finite number"):
         RunConfig("smollm2", "self", gate_bias=float("nan")).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("seed", -1, "from 0 to 4,294,967,295"),
+        ("gate_bias", 1e300, "from -10000 to 10000"),
+        ("gradient_accumulation", 99999999999, "from 1 to 1,048,576"),
+        ("batch_size", 10**12, "from 1 to 1,048,576"),
+        ("tokens", 10**30, "from 1 to 1,000,000,000,000,000"),
+        ("slack", 1e308, "from 0 to 10000"),
+        ("multiplier_integral", -1, "from 0 to 1000"),
+    ],
+)
+def test_numbers_that_nothing_can_be_made_of_are_refused(name: str, value: float, wanted: str) -> None:
+    with pytest.raises(GossamerError, match=f"{name} .* cannot be used; give .*{wanted}"):
+        RunConfig.from_dict({**ASKED, name: value})

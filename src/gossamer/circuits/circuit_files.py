@@ -13,9 +13,7 @@ keeps all edges of a node; in ``.pt`` files also those that no model has, since 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, cast, get_args
-from xml.etree.ElementTree import ParseError
 
 import networkx
 import torch
@@ -27,6 +25,7 @@ from gossamer.circuits.graph import Graph, top_edges
 from gossamer.circuits.streams import graph_of
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_file
+from gossamer.inputs import read_json, read_pickle, reading
 
 FORMATS = (".json", ".pt", ".graphml")
 
@@ -80,11 +79,8 @@ def write_circuit(file: Path, circuit: Circuit) -> None:
     write = {".json": _write_json, ".pt": _write_pt, ".graphml": _write_graphml}.get(file.suffix)
     if write is None:
         raise _unknown(file)
-    try:
-        with atomic_file(file) as staging:
-            write(staging, _other_sign(circuit))
-    except OSError as error:
-        raise GossamerError(f"cannot write {file}: {error.strerror or error}") from error
+    with atomic_file(file) as staging:
+        write(staging, _other_sign(circuit))
 
 
 def read_circuit(file: Path) -> Circuit:
@@ -96,14 +92,8 @@ def read_circuit(file: Path) -> Circuit:
     read = {".json": _read_json, ".pt": _read_pt, ".graphml": _read_graphml}.get(file.suffix)
     if read is None:
         raise _unknown(file)
-    try:
+    with reading(file, "export it anew, or give another file"):
         return _other_sign(read(file))
-    except OSError as error:
-        raise GossamerError(f"cannot read {file}: {error.strerror or error}") from error
-    except (ParseError, UnpicklingError, EOFError, RuntimeError, networkx.NetworkXError) as error:
-        raise GossamerError(f"{file} is not a {file.suffix} file: {' '.join(str(error).split())[:100]}") from error
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise GossamerError(f"{file} is no graph in EAP-IG's format: {type(error).__name__}: {error}") from error
 
 
 def choose(
@@ -216,7 +206,7 @@ def _rows(graph: Graph, source: int) -> int | slice:
 
 
 def _read_json(file: Path) -> Circuit:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(file, nan=True)
     graph, width = _graph(content["cfg"])
     scores, kept = _empty(graph)
     sources, destinations = ({name: place for place, name in enumerate(names)} for names in _names(graph))
@@ -283,7 +273,7 @@ def _write_pt(file: Path, circuit: Circuit) -> None:
 
 
 def _read_pt(file: Path) -> Circuit:
-    content = torch.load(file, weights_only=True, map_location="cpu")
+    content = read_pickle(file)
     graph, width = _graph(content["cfg"])
     sources, destinations = _names(graph)
     if list(content["src_nodes"]) != sources or list(content["dst_nodes"]) != destinations:

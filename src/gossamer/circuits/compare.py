@@ -34,6 +34,7 @@ from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_directory
+from gossamer.locks import locked
 from gossamer.runs.record import Run, load_both, versions
 
 
@@ -85,7 +86,7 @@ def compare_circuits(
     Raises:
         GossamerError: if the run is not finished; if a model cannot do the task; if the task has no phrasings and
             ``rephrased`` asks for them; if links alone are asked for under mean ablation or a score without them; if
-            there is a record of other settings, before anything is searched.
+            there is a record of other settings, before anything is searched; if another process is at work on it.
     """
     config = config or SearchConfig()
     _check_config(task, config)
@@ -107,7 +108,19 @@ def compare_models(
     _check_config(task, config)
     corruption = config.corruption or task.corruptions[0]
     folder = circuit_folder(root, task, corruption, config.ablation)
-    models = {"dense": dense, "sparse": sparse}
+    with locked(folder):
+        return _compare({"dense": dense, "sparse": sparse}, tokenizer, task, folder, config, progress)
+
+
+def _compare(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    folder: Path,
+    config: SearchConfig,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    corruption = config.corruption or task.corruptions[0]
     variations = _variations(task, config)
     prompts = [
         task.prompts(tokenizer, config.examples, seed=seed, corruption=config.corruption, phrasing=phrasing)
@@ -133,7 +146,7 @@ def compare_models(
         "overlap": {name: _overlap(circuits) for name, circuits in found.items()},
     }
     first = {name: circuits[0] for name, circuits in found.items()}
-    with atomic_directory(folder) as staging:
+    with atomic_directory(folder, replace=True) as staging:
         scores = {name: circuits.scores.contiguous() for name, circuits in first.items()}
         save_file(scores, staging / "scores.safetensors")
         (staging / "links.json").write_text(json.dumps(_links_of_one_prompt(first, tokenizer)) + "\n")

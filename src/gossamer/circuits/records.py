@@ -1,22 +1,22 @@
 """Where circuits are kept, which settings they were found with, and one of them read back."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from gossamer.circuits.activation_cache import Ablation
 from gossamer.circuits.circuit_files import Circuit
 from gossamer.circuits.graph import Graph, prune, top_edges
 from gossamer.circuits.tasks.base import Task
 from gossamer.errors import GossamerError
+from gossamer.inputs import read_json, read_tensors, reading
+from gossamer.runs.read import SEARCH, read_circuits
 
 
 def circuit_folder(root: Path, task: Task, corruption: str, ablation: Ablation) -> Path:
     """Where the record lies below ``root``, a run's directory or another."""
+    if task.name.startswith(".") or "/" in task.name or not task.name.strip():
+        raise GossamerError(f"a task called {task.name!r} cannot have a record of that name; give it another name")
     parts = [task.name]
     if corruption != task.corruptions[0]:
         parts.append(corruption)
@@ -54,8 +54,8 @@ def _difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str |
 def check_record(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse to put a record in the place of one that was made otherwise."""
     try:
-        before = json.loads((folder / "circuits.json").read_text())
-    except (OSError, ValueError):
+        before: dict[str, Any] = read_json(folder / "circuits.json")
+    except GossamerError:  # there is none, or it is damaged
         return
     if "ig_steps" in before:  # Records once had the steps of EAP-IG in the place of the score's name.
         before["score"] = {0: "eap", 5: "eap-ig-inputs"}.get(
@@ -92,21 +92,21 @@ def load_circuit(
     folder = circuit_folder(root, task, corruption, ablation)
     if not (folder / "circuits.json").exists():
         raise GossamerError(f"{root} has no circuits of {folder.name}; find them with gossamer circuits")
-    try:
-        record = json.loads((folder / "circuits.json").read_text())
+    record = read_circuits(folder)
+    with reading(folder, SEARCH):
         if difference := _difference(record, identity(task, corruption, ablation)):
             raise GossamerError(
                 f"{folder} holds circuits found {difference}; find those of {task.name} with gossamer circuits"
             )
-        scores = load_file(folder / "scores.safetensors")[model]
         units = record["models"][model]["units"]
         if "edges" not in record["models"][model]["levels"]:
             raise GossamerError(f"the circuits of {folder.name} in {root} were found without edges; find those too")
         size = edges if edges is not None else record["models"][model]["levels"]["edges"]["first_size"]
         graph = Graph(units["layers"], units["heads"], units["parallel"])
-    except (ValueError, KeyError, SafetensorError) as error:
-        raise GossamerError(f"the records in {folder} are damaged ({error}); find the circuits again") from error
+        shape = graph.sources, graph.destinations
+        scores = read_tensors(folder / "scores.safetensors", {"dense": shape, "sparse": shape}, remedy=SEARCH)[model]
+        width, absolute = units["width"], record["selection"].startswith("largest")
     if size is None:
         raise GossamerError(f"no circuit of {folder.name} that was measured explains 90 %; say how many edges to keep")
-    kept = prune(graph, top_edges(graph, scores, size, absolute=record["selection"].startswith("largest")))
-    return Circuit(graph, units["width"], scores, kept)
+    kept = prune(graph, top_edges(graph, scores, size, absolute=absolute))
+    return Circuit(graph, width, scores, kept)

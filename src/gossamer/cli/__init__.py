@@ -10,7 +10,9 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 # The order in which --help names the commands.
 from gossamer.cli import pictures, training, evaluation, circuits, explain  # noqa: F401
 from gossamer.cli.common import app
-from gossamer.errors import GossamerError, CollectiveError, one_line
+from gossamer.cli.faults import check_encoding, line_of, usage_line
+from gossamer.errors import CollectiveError, one_line
+from gossamer.interrupts import EXIT_CODE, Interrupts, interrupts
 
 
 _INTERRUPTED = 130
@@ -34,34 +36,55 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="gossamer")
+    with interrupts() as signals:
+        code = _run(signals)
+    raise SystemExit(code)
+
+
+def _run(signals: Interrupts) -> int:
+    """Run the command, and say what ended it; the exit code."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         with nullcontext() if first else _silence():
-            app()
+            check_encoding(sys.argv[1:])
+            code = app(standalone_mode=False) or 0
+        line = _interrupted() if code == _INTERRUPTED else None
     except CollectiveError as error:
         from gossamer.training.distributed import leave_process_group
 
         if first:
             _say(one_line(error))
         leave_process_group()
-    except (GossamerError, OSError) as error:
-        if first:
-            _say(one_line(error))
-    except SystemExit as stopped:
-        if stopped.code != _INTERRUPTED:
-            raise
-        if first:
-            _say("interrupted" + ("; go on with --resume" if "sparsify" in sys.argv[1:2] else ""))
-    except RuntimeError as error:
+        return EXIT_CODE
+    except Exception as error:
+        line = _line_of(error, signals)
+    if line is None:
+        return code
+    if first and line:
+        _say(line)
+    return EXIT_CODE
+
+
+def _line_of(error: Exception, signals: Interrupts) -> str:
+    """What to tell of an error that ended the command; nothing where typer prints the help instead."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return ""
+    if (line := line_of(error) or usage_line(error, sys.argv[1:])) is not None:
+        return line
+    if signals.arrived:
+        return _interrupted()
+    if isinstance(error, RuntimeError) and "torch" in sys.modules:
         from gossamer.training.distributed import HOW_TO_GO_ON, is_lost_peer
 
-        if not is_lost_peer(error):
-            raise
-        _say(f"another process of the run ended; {HOW_TO_GO_ON}")
-        os._exit(2)
-    else:
-        return
-    raise SystemExit(2)
+        if is_lost_peer(error):
+            _say(f"another process of the run ended; {HOW_TO_GO_ON}")
+            os._exit(EXIT_CODE)
+    raise error
+
+
+def _interrupted() -> str:
+    return "interrupted" + ("; go on with --resume" if "sparsify" in sys.argv[1:2] else "")
 
 
 def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:

@@ -79,11 +79,12 @@ def load_dense_and_sparse(
     sparse, tokenizer = load_model_and_tokenizer(model)
     if not is_gated(sparse):
         raise GossamerError(f"{model} is a dense model; give a sparse one")
-    return load_model_and_tokenizer(_dense_of(model) if dense is None else dense)[0], sparse, tokenizer
+    original = _dense_of(model) if dense is None else load_model_and_tokenizer(dense)[0]
+    return original, sparse, tokenizer
 
 
-def _dense_of(model: str) -> str:
-    """The dense model that a sparse one says it was made from."""
+def _dense_of(model: str) -> "PreTrainedModel":  # type: ignore[name-defined]
+    """The dense model that a sparse one says it was made from; of a run, the very one."""
     from gossamer.models.checkpoint import saved_base
     from gossamer.models.lora_files import adapter_base, is_adapter
     from gossamer.models.shipped import SHIPPED, shipped_adapter
@@ -91,10 +92,10 @@ def _dense_of(model: str) -> str:
 
     folder = Path(model)
     if model in SHIPPED and not folder.exists():
-        return adapter_base(shipped_adapter(model))
+        return load_model_and_tokenizer(adapter_base(shipped_adapter(model)))[0]
     if (folder / "blocks.safetensors").exists():
-        return Run(folder).dense
+        return Run(folder).load_dense()[0]
     base = adapter_base(folder) if is_adapter(folder) else saved_base(folder)
     if base == "unknown":
         raise GossamerError(f"{model} does not say which dense model it was made from; give it as --dense")
-    return base
+    return load_model_and_tokenizer(base)[0]

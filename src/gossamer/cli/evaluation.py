@@ -1,6 +1,5 @@
 """evaluate and inspect: the metrics of a run, and what a model is."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +31,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Directory with tasks of one's own, in YAML files as lm-eval-harness reads them."),
     ] = None,
+    allow_task_code: Annotated[
+        bool,
+        typer.Option("--allow-task-code", help="Let these tasks run code: their YAML can name any. Read it first."),
+    ] = False,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question.", show_default="the task's own")
     ] = None,
@@ -49,10 +52,15 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
+    from gossamer.evaluation.task_files import FLAG
     from gossamer.runs.record import Run
     from gossamer.training.malloc import keep_freed_memory
 
     keep_freed_memory()
+    alone = {"--task-path": task_path, "--num-fewshot": num_fewshot, "--limit": limit, FLAG: allow_task_code or None}
+    for name, value in alone.items():
+        if value is not None and tasks is None:
+            raise GossamerError(f"{name} says how to measure tasks; name them by --tasks, or leave it out")
     if held_out_tokens is not None and lengths is None:
         raise GossamerError(
             f"--held-out-tokens {held_out_tokens} needs --lengths: the run's own metrics stay on the blocks chosen at "
@@ -63,7 +71,9 @@ def evaluate(
     elif tasks is None:
         evaluate_and_show(Run(run), precision, batch_size)
     if tasks is not None:
-        _evaluate_tasks(Run(run), split_names(tasks), task_path, precision, batch_size, num_fewshot, limit)
+        _evaluate_tasks(
+            Run(run), split_names(tasks), task_path, allow_task_code, precision, batch_size, num_fewshot, limit
+        )
 
 
 def _evaluate_lengths(
@@ -98,6 +108,7 @@ def _evaluate_tasks(
     run: "Run",  # type: ignore[name-defined]
     chosen: tuple[str, ...],
     task_path: Path | None,
+    allow_task_code: bool,
     precision: Precision,
     batch_size: int,
     num_fewshot: int | None,
@@ -115,12 +126,13 @@ def _evaluate_tasks(
     if not chosen:
         raise GossamerError("--tasks names no task")
     run.record()
-    check_tasks(run, chosen, task_path)
+    check_tasks(run, chosen, task_path, allow_task_code=allow_task_code)
     evaluate_and_show(run, precision, batch_size)
     metrics = add_tasks(
         run,
         chosen,
         task_path=task_path,
+        allow_task_code=allow_task_code,
         shots=num_fewshot,
         limit=limit,
         batch_size=batch_size,
@@ -193,14 +205,17 @@ def inspect(
 
 def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
     from gossamer.evaluation.tables import summary_tables, verdict
-    from gossamer.runs.upgrade import upgraded_metrics
+    from gossamer.inputs import reading
+    from gossamer.runs.read import EVALUATE
 
     console.print(key_value_table(f"Run {run.folder}", run.config().to_dict()))
     if not run.metrics.exists():
         console.print("Not evaluated yet: finish it with --resume, then gossamer evaluate.")
         return
-    metrics = upgraded_metrics(json.loads(run.metrics.read_text()))
-    for table in summary_tables(metrics):
+    metrics = run.read_metrics()
+    with reading(run.metrics, EVALUATE):
+        tables = summary_tables(metrics)
+    for table in tables:
         console.print(table)
     console.print(verdict(metrics), style="bold")
     if "addition" in metrics:

@@ -1,6 +1,5 @@
 """demo, report, view: what a person looks at."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,17 +42,25 @@ def show_demo(run: "Run") -> None:  # type: ignore[name-defined]
     """Print the circuits, the sentences and the accuracies that a demo has left."""
     from gossamer.circuits.tables import comparison_tables
     from gossamer.demo.demonstrate import addition_table
+    from gossamer.inputs import reading
+    from gossamer.runs.read import EVALUATE, SEARCH, read_circuits, read_findings
 
-    circuits = run.folder / "circuits" / "addition" / "circuits.json"
-    if circuits.exists():
-        for table in comparison_tables(json.loads(circuits.read_text())):
+    circuits = run.folder / "circuits" / "addition"
+    if (circuits / "circuits.json").exists():
+        record = read_circuits(circuits)
+        with reading(circuits / "circuits.json", SEARCH):
+            tables = comparison_tables(record)
+        for table in tables:
             console.print(table)
-    for sentence in json.loads((run.folder / "findings.json").read_text())["sentences"]:
+    findings = read_findings(run.folder / "findings.json") or {"sentences": []}
+    for sentence in findings["sentences"]:
         console.print(f"- {sentence['text']}", markup=False, highlight=False)
-    metrics = json.loads(run.metrics.read_text())
-    console.print(addition_table(metrics))
-    seconds = metrics["addition"]["seconds"]
-    stages = ", ".join(f"{stage.replace('_', ' ')} {value:.0f} s" for stage, value in seconds.items())
+    metrics = run.read_metrics()
+    with reading(run.metrics, EVALUATE):
+        table = addition_table(metrics)
+        seconds = metrics["addition"]["seconds"]
+        stages = ", ".join(f"{stage.replace('_', ' ')} {value:.0f} s" for stage, value in seconds.items())
+    console.print(table)
     console.print(f"{run.folder}: {stages}", markup=False)
     console.print(f"to look at: {run.folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
@@ -77,6 +84,7 @@ def report(
     The page is one file that opens offline. Attention is recorded in RUN/attention.json, once unless --tokens is
     given.
     """
+    from gossamer.inputs import reading
     from gossamer.report.html import write_report
     from gossamer.report.plots import all_figures, save_figures
     from gossamer.report.records import load_records
@@ -90,7 +98,10 @@ def report(
         if any(links["tokens"] not in recorded for links in circuits):
             warn(f"{run / 'attention.json'} lacks prompts of circuits found since; --tokens 32 records attention anew")
     if figures is not None:
-        save_figures(all_figures(load_records(run)), figures)
+        records = load_records(run)
+        with reading(f"a record in {run}", "its files are documented in docs/metrics.md"):
+            drawn = list(all_figures(records))
+        save_figures(drawn, figures)
     console.print(str(write_report(run, out)), markup=False, highlight=False, soft_wrap=True)
 
 

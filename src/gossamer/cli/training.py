@@ -216,7 +216,7 @@ def import_(
     model = import_checkpoint(checkpoint, heads=heads, activation=activation.value, vocab_size=vocab_size)
     if words is not None:
         require_vocabulary(model, words, "what the tokenizer makes")
-    save(model, out, words)
+    save(model, out, words, replace=False)
     inspect_model(str(out))
 
 
@@ -240,5 +240,5 @@ def merge(
     if out.exists():
         raise GossamerError(f"{out} exists already; give another --out")
     dense, tokenizer = load_dense(model)
-    save(load_adapter(adapter, dense, inplace=True), out, tokenizer)
+    save(load_adapter(adapter, dense, inplace=True), out, tokenizer, replace=False)
     inspect_model(str(out))

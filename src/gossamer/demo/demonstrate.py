@@ -37,7 +37,7 @@ from gossamer.demo.addition import (
 from gossamer.demo.findings import describe, model_accuracy
 from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
-from gossamer.files import atomic_directory, atomic_write_text, remove_staging
+from gossamer.files import atomic_directory, atomic_write_text
 from gossamer.report.html import write_report
 from gossamer.runs.beginning import write_beginning
 from gossamer.runs.job import Job
@@ -134,7 +134,6 @@ def demonstrate(
         raise GossamerError(f"{folder} exists already; give another --out, or remove it")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    remove_staging(folder)
     with _one_thread(), atomic_directory(folder) as staging:
         _demonstrate(Run(staging), config, console or Console(quiet=True), warn, progress)
         write_report(staging, name=folder.resolve().name)
@@ -268,7 +267,7 @@ def _add_metrics(
     seconds: dict[str, float],
 ) -> None:
     """Put what only sums have into ``metrics.json``, under ``addition``."""
-    metrics = json.loads(run.metrics.read_text())
+    metrics = run.read_metrics()
     metrics["addition"] = {
         "sums_trained": len(split.train),
         "sums_held_out": len(split.held_out),

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
+from gossamer.evaluation.task_files import check_task_files, templates_without_code
 from gossamer.files import atomic_write_text
-from gossamer.models.pretrained import load_dense
+from gossamer.inputs import reading
 from gossamer.models.tokenizers import load_own_tokenizer, strip_end_tokens
 from gossamer.models.vocabulary import require_vocabulary
 from gossamer.runs.record import Run, load_control, load_sparse
@@ -33,6 +34,7 @@ def measure_tasks(
     tasks: Sequence[str],
     *,
     task_path: Path | None = None,
+    allow_task_code: bool = False,
     shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
@@ -47,6 +49,7 @@ def measure_tasks(
         tasks: names of tasks, groups or tags that the harness has, or of tasks in ``task_path``.
         task_path: a directory with tasks of one's own, YAML files as the harness reads them; ``data_files`` in them
             are found from that directory.
+        allow_task_code: whether these may run code of their own: see :mod:`gossamer.evaluation.task_files`.
         shots: examples before each question; None leaves it to the task.
         limit: at most so many examples of each task; None takes all.
         batch_size: requests in one forward pass.
@@ -62,7 +65,7 @@ def measure_tasks(
             that begins or ends a text, or has tokens that the model does not know.
     """
     require_vocabulary(model, tokenizer, "a task")
-    manager, loaded = _load(tasks, task_path)
+    manager, loaded = _load(tasks, task_path, allow_task_code)
     from lm_eval.evaluator import simple_evaluate
 
     reader = _reader(
@@ -71,18 +74,19 @@ def measure_tasks(
         batch_size=batch_size,
         mixed_precision_dtype=torch.bfloat16 if precision == "bf16" else None,
     )
-    found = simple_evaluate(
-        reader,
-        tasks=loaded,
-        task_manager=manager,  # else it reads all its own tasks again
-        num_fewshot=shots,
-        limit=limit,
-        log_samples=False,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with _guarded(task_path, allow_task_code), reading(f"the task {', '.join(tasks)}"):
+        found = simple_evaluate(
+            reader,
+            tasks=loaded,
+            task_manager=manager,  # else it reads all its own tasks again
+            num_fewshot=shots,
+            limit=limit,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     return {name: _metrics(name, found) for name in found["results"]}
 
 
@@ -107,7 +111,7 @@ def add_tasks(
     Raises:
         GossamerError: as :func:`measure_tasks` does, before any model is loaded.
     """
-    metrics: dict[str, Any] = json.loads(run.metrics.read_text())
+    metrics: dict[str, Any] = run.read_metrics()
     tokenizer = load_own_tokenizer(run.model)
     found: dict[str, dict[str, Any]] = {}
     for name, load in _models(run).items():
@@ -122,13 +126,13 @@ def add_tasks(
     return metrics
 
 
-def check_tasks(run: Run, tasks: Sequence[str], task_path: Path | None) -> None:
+def check_tasks(run: Run, tasks: Sequence[str], task_path: Path | None, *, allow_task_code: bool = False) -> None:
     """Stop at a task or a tokenizer that cannot be used, before anything long begins.
 
     Raises:
         GossamerError: naming the task, or what the tokenizer lacks.
     """
-    _load(tasks, task_path)
+    _load(tasks, task_path, allow_task_code)
     _ending_of(load_own_tokenizer(run.model))
 
 
@@ -183,7 +187,7 @@ def _reader(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
 def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models: dict[str, Callable[[], PreTrainedModel]] = {
-        "dense": lambda: load_dense(run.dense, device=device)[0],
+        "dense": lambda: run.load_dense(device)[0],
         "sparse": lambda: load_sparse(run),
     }
     if run.control.exists():
@@ -191,16 +195,16 @@ def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
     return models
 
 
-def _load(tasks: Sequence[str], task_path: Path | None) -> tuple[Any, list[Any]]:
+def _load(tasks: Sequence[str], task_path: Path | None, allow_task_code: bool) -> tuple[Any, list[Any]]:
     """The harness's task manager, and its task and group objects in the order named."""
-    manager = _manager(tasks, task_path)
+    manager = _manager(tasks, task_path, allow_task_code)
     known = set(manager.all_tasks)
     for name in tasks:
         if name not in known:
             where = "" if task_path is None else f" and {task_path}"
             raise GossamerError(f"no task {name!r} in lm-eval-harness{where}; lm-eval ls tasks names those it has")
     objects: list[Any] = []
-    with _within(task_path):
+    with _within(task_path), _guarded(task_path, allow_task_code):
         for name in tasks:
             try:
                 loaded = manager.load([name])
@@ -212,7 +216,7 @@ def _load(tasks: Sequence[str], task_path: Path | None) -> tuple[Any, list[Any]]
     return manager, objects
 
 
-def _manager(tasks: Sequence[str], task_path: Path | None) -> Any:
+def _manager(tasks: Sequence[str], task_path: Path | None, allow_task_code: bool) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -222,6 +226,8 @@ def _manager(tasks: Sequence[str], task_path: Path | None) -> Any:
         return _all_tasks(None)
     if not task_path.is_dir():
         raise GossamerError(f"--task-path {task_path} is not a directory with tasks in YAML files")
+    if not allow_task_code:
+        check_task_files(task_path)
     own = TaskManager(include_path=task_path.resolve(), include_defaults=False)
     return own if set(tasks) <= set(own.all_tasks) else _all_tasks(task_path.resolve())
 
@@ -232,6 +238,10 @@ def _all_tasks(task_path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=task_path)
+
+
+def _guarded(task_path: Path | None, allow_task_code: bool) -> AbstractContextManager[None]:
+    return nullcontext() if task_path is None or allow_task_code else templates_without_code()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from gossamer.measures.language import (
     standard_error,
 )
 from gossamer.measures.links import LinkCounter
-from gossamer.models.pretrained import load_dense
+from gossamer.models.vocabulary import require_embeddings
 from gossamer.runs.record import Run, load_control, load_sparse, versions
 from gossamer.training.constraints import CONSTRAINTS, Constraint
 
@@ -54,9 +54,16 @@ def evaluate_run(
         The contents of ``metrics.json``.
 
     Raises:
-        GossamerError: if the run is not finished.
+        GossamerError: if the run is not finished, or another process is at work on it.
     """
-    config = run.config()
+    with run.locked():
+        return _evaluate(run, precision, batch_size, topk, progress)
+
+
+def _evaluate(
+    run: Run, precision: str, batch_size: int, topk: tuple[int, ...], progress: Callable[[str], None]
+) -> dict[str, Any]:
+    config, before = run.config(), run.read_metrics()
     blocks = run.blocks("held_out")
     options: dict[str, Any] = {
         "precision": precision,
@@ -65,7 +72,8 @@ def evaluate_run(
     }
     progress("loading")
     sparse = load_sparse(run)
-    dense = load_dense(run.dense)[0].to(sparse.device)
+    dense, tokenizer = run.load_dense(sparse.device)
+    require_embeddings(dense, tokenizer, blocks, str(run.folder / "blocks.safetensors"))
     progress("sparse and dense model")
     sparse_metrics, dense_metrics = measure_beside_dense(sparse, dense, blocks, **options)
     del sparse
@@ -85,7 +93,6 @@ def evaluate_run(
         **_topk_metrics(dense, blocks, topk, options),
         "versions_evaluated": versions(),
     }
-    before = json.loads(run.metrics.read_text()) if run.metrics.exists() else {}
     metrics = {**metrics, **{key: value for key, value in before.items() if key not in metrics}}
     atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics

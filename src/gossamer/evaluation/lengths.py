@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_write_text
 from gossamer.measures.language import measure_beside_dense, standard_error
-from gossamer.models.pretrained import load_dense
 from gossamer.runs.beginning import blocks_of
 from gossamer.runs.record import Run, load_sparse
 from gossamer.training.settings import TrainingConfig
@@ -46,12 +45,13 @@ def add_lengths(
         GossamerError: on a length that the model does not take, and if the run has a prompt in every block, so that its
             text has one length only.
     """
-    config = run.config()
+    config, before = run.config(), run.read_metrics()
     if config.training.prompt_tokens:
         raise GossamerError(
             f"{run.folder} was trained on texts of one length, {config.seq_len} tokens; no other is known"
         )
-    dense, tokenizer = load_dense(run.dense)
+    run.check_text()
+    dense, tokenizer = run.load_dense("cpu")
     longest = getattr(dense.config, "max_position_embeddings", None)
     for length in lengths:
         if length < 2 or (longest is not None and length > longest):
@@ -75,7 +75,7 @@ def add_lengths(
     for length in lengths:
         progress(f"length {length:,}")
         rows.append(measure_at_length(sparse, dense, held_out(length), precision))
-    metrics = {**json.loads(run.metrics.read_text()), "lengths": rows}
+    metrics = {**before, "lengths": rows}
     atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,9 @@ from gossamer.errors import GossamerError
 from gossamer.explanations.explain import Kind
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
+from gossamer.files import atomic_write_text
+from gossamer.inputs import check, read_json_lines, read_text, reading
+from gossamer.locks import locked
 from gossamer.models.frozen import frozen
 
 LIKELY = 0.3
@@ -54,6 +57,23 @@ class Quartiles:
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*quantiles(values, n=4, method="inclusive"))
+
+
+ANOTHER = "give another --out"
+
+
+class _Row(TypedDict):
+    """The sets of a prediction in one model."""
+
+    length: int
+    prediction: int
+    model: Literal["dense", "sparse"]
+    kind: Literal["sufficient", "complete"]
+    candidates: int
+    sizes: list[int]
+    kept: list[float]
+    left_when_cut: list[float]
+    overlap: float
 
 
 class _NoLinks(StreamHooks):
@@ -137,8 +157,24 @@ def explain_predictions(
         progress: told what is being searched for.
 
     Raises:
-        GossamerError: if the file belongs to other models, text or settings, or the text has too few predictions.
+        GossamerError: if the file belongs to other models, text or settings, or the text has too few predictions; if
+            another process is at work on the file.
     """
+    with locked(file):
+        return _explain(models, blocks, file, lengths, count, share, seed, described, progress)
+
+
+def _explain(
+    models: Mapping[str, PreTrainedModel],
+    blocks: Int[Tensor, "blocks tokens"],
+    file: Path,
+    lengths: Sequence[int],
+    count: int,
+    share: float,
+    seed: int,
+    described: Mapping[str, Any],
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
     rows = _begun(file, described)
     done = {(row["length"], row["prediction"], row["model"], row["kind"]) for row in rows}
     for length in sorted(lengths):
@@ -166,16 +202,16 @@ def _begun(file: Path, described: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not file.exists():
         file.write_text(json.dumps(described) + "\n", encoding="utf-8")
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    try:
-        first, *rows = [json.loads(line) for line in whole] or [None]
-    except ValueError as error:
-        raise GossamerError(f"{file} is not a file of explanations: {error}; give another --out") from error
+    found: list[dict[str, Any]] = read_json_lines(file, remedy=ANOTHER, cut_off=True)
+    first, *rows = found or [{}]
     if first != dict(described):
-        raise GossamerError(f"{file} was begun with other models, text or settings; give another --out")
-    if len(whole) < len(lines):
-        file.write_text("".join(whole), encoding="utf-8")
+        raise GossamerError(f"{file} was begun with other models, text or settings; {ANOTHER}")
+    for number, row in enumerate(rows, 2):
+        with reading(f"{file}, line {number}", ANOTHER):
+            check(row, _Row)
+    text = read_text(file)
+    if not text.endswith("\n"):
+        atomic_write_text(file, text[: text.rfind("\n") + 1])
     return rows
 
 

@@ -15,13 +15,12 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 import yaml
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,10 +32,14 @@ from transformers import (
 
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_directory
+from gossamer.inputs import check, check_tensors, read_json, read_tensors, reading
 from gossamer.models.architectures import attention_modules
 from gossamer.models.convert import add_gates, is_gated
 from gossamer.models.lora import has_adapters
+from gossamer.models.whole import OPTIONS, check_whole, quiet_loading
 from gossamer.names import SMOLLM2_SPARSE
+
+AGAIN = "save the model anew with gossamer.save"
 
 FORMAT = 1
 """Version of the directory's layout."""
@@ -58,18 +61,23 @@ unknown to it and there is no `model.safetensors`. The one line that loads it:
 
 
 def save(
-    model: PreTrainedModel, path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Write a gated model to a directory that :func:`load` reads back to the same logits.
 
     Args:
         model: a gated model, as it is or within what torch.compile or data parallelism made of it.
-        path: the directory; one that exists is replaced, whole or not at all.
+        path: the directory.
         tokenizer: saved along if given.
+        replace: a directory that exists, whole or not at all; else it stays.
 
     Raises:
         GossamerError: if the model has no gates, has adapters or has layers that are offloaded, or the directory cannot
-            be written.
+            be written, or exists and is not to be replaced.
     """
     model = unwrapped(model)
     if has_adapters(model):
@@ -77,7 +85,7 @@ def save(
             "this model has adapters: gossamer.save_adapter(model, path) saves those and the gates alone, "
             "gossamer.merge_adapters(model) adds them to its weights"
         )
-    with atomic_directory(Path(path)) as staging:
+    with atomic_directory(Path(path), replace=replace) as staging:
         write_model(model, staging, tokenizer)
 
 
@@ -101,6 +109,7 @@ def write_model(
         raise GossamerError("this model has no gates; save a dense model with save_pretrained")
     config = model.config.to_dict()
     base = config.pop("_name_or_path", None) or model.config.name_or_path or "unknown"
+    base = os.path.abspath(base) if os.path.isdir(base) else base
     config.pop("quantization_config", None)
     config["architectures"] = [type(model).__name__]
     outer = {"model_type": "gossamer", "format": FORMAT, "base_model_type": model.config.model_type, "base": base}
@@ -175,22 +184,30 @@ def load(
     config = base_config(folder)
     weights = read_weights(folder)
     gates = {name: weights.pop(name) for name in list(weights) if name.endswith(".gate_bias")}
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
-    model, found = model_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype or saved, output_loading_info=True
-    )
-    if missing := sorted(found["missing_keys"]):
-        raise GossamerError(f"{folder} is not whole: it lacks {', '.join(missing[:3])}")
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = outer.get("base", "unknown")
+    model = _dense_model(folder, config, weights, dtype)
+    model.config.name_or_path = str(outer.get("base", "unknown"))
     model = add_gates(model, inplace=True)
-    names = {f"{name}.gate_bias" for name, module in model.named_modules() if hasattr(module, "gate_bias")}
-    if names != set(gates):
-        raise GossamerError(f"{folder} has gates for {len(gates)} layers, not for {len(names)}; it is not whole")
+    with reading(folder, AGAIN):
+        named = {name: module for name, module in model.named_modules() if hasattr(module, "gate_bias")}
+        check_tensors(gates, {f"{name}.gate_bias": module.gate_bias.shape for name, module in named.items()})
     model.load_state_dict(gates, strict=False)
     return model.to(device).eval()
+
+
+def _dense_model(
+    folder: Path, config: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """The model below the gates."""
+    saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
+    with reading(folder, AGAIN), quiet_loading():
+        model_class = AutoModelForCausalLM._model_mapping[type(config)]
+        model, found = model_class.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype or saved, **OPTIONS
+        )
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    check_whole(model, found, str(folder))
+    return cast(PreTrainedModel, model)
 
 
 def base_config(folder: Path) -> PreTrainedConfig:
@@ -199,8 +216,10 @@ def base_config(folder: Path) -> PreTrainedConfig:
     Raises:
         GossamerError: if it is missing or damaged.
     """
-    settings = _read_json(folder / "base_config.json", folder)
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    file = folder / "base_config.json"
+    settings = _read_json(file, folder)
+    with reading(file, AGAIN):
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -212,15 +231,18 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     index = folder / "gossamer.safetensors.index.json"
     names = ["gossamer.safetensors"]
     if index.exists():
-        names = sorted(set(_read_json(index, folder)["weight_map"].values()))
+        with reading(index, AGAIN):
+            check(found := _read_json(index, folder), _Index)
+            names = sorted({Path(name).name for name in found["weight_map"].values()})
     weights: dict[str, torch.Tensor] = {}
     for name in names:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                weights.update({unwrapped_name(key): file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise GossamerError(f"{folder / name} is missing or cut short: {error}") from error
+        tensors = read_tensors(folder / name, remedy=AGAIN)
+        weights.update({unwrapped_name(key): tensor for key, tensor in tensors.items()})
     return weights
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 def gate_biases(model: PreTrainedModel) -> torch.Tensor:
@@ -229,12 +251,10 @@ def gate_biases(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _read_json(file: Path, folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise GossamerError(f"{folder} is not a saved gossamer model: no readable {file.name}") from error
-    except ValueError as error:
-        raise GossamerError(f"{file} is not valid JSON: {error}") from error
+    if not file.is_file():
+        raise GossamerError(f"{folder} is not a saved gossamer model: no readable {file.name}")
+    found: dict[str, Any] = read_json(file, remedy=AGAIN)
+    return found
 
 
 def saved_base(folder: Path) -> str:

@@ -15,9 +15,7 @@ The gates of these checkpoints have no bias: b = 0 in G = S + b.
 """
 
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from gossamer.errors import GossamerError
+from gossamer.inputs import check_tensors, read_pickle, reading
 from gossamer.models.checkpoint import unwrapped_name
 from gossamer.models.convert import add_gates
 
@@ -80,7 +79,10 @@ def import_checkpoint(
             f"{path} is in no layout known here: it has neither transformer.wte.weight (nanoGPT) nor embed.W_E "
             f"(TransformerLens) but {', '.join(sorted(tensors)[:3])}"
         )
-    weights, heads = read(source, layers, heads or arguments.get("n_head"))
+    given = heads or arguments.get("n_head")
+    if given is not None and not (isinstance(given, int) and given > 0):
+        raise GossamerError(f"{path}: n_head of model_args is {given!r}, no number of heads; give --heads")
+    weights, heads = read(source, layers, given)
     source.refuse_unread()
     if vocab_size is not None:
         rows = len(weights["transformer.wte.weight"])
@@ -92,13 +94,7 @@ def import_checkpoint(
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        outer = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise GossamerError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = "it holds more than tensors and plain values" if "Unsupported" in str(error) else "it is damaged"
-        raise GossamerError(f"{path} is no checkpoint that torch.load(weights_only=True) reads: {reason}") from error
+    outer = read_pickle(path, remedy="give a checkpoint that torch.save wrote")
     if not isinstance(outer, Mapping):
         raise GossamerError(f"{path} holds a {type(outer).__name__}, not a dict of tensors")
     return outer
@@ -144,6 +140,8 @@ class _Source:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise GossamerError(f"{self.path}: {name} has shape {list(tensor.shape)}, not [{wanted}]")
         self.read.add(name)
+        with reading(self.path):
+            check_tensors({name: tensor})
         return tensor.float()
 
     def why_missing(self, name: str) -> str:

@@ -11,17 +11,19 @@ model of the same shapes but other weights, on which the adapters would mean not
 import copy
 import json
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_directory
+from gossamer.inputs import check, parse_json, read_json, read_tensors, reading
 from gossamer.models.architectures import attention_modules, check_not_offloaded
 from gossamer.models.checkpoint import front_matter, gate_biases, is_local_model, is_run, unwrapped
 from gossamer.models.convert import add_gates, is_gated
@@ -31,6 +33,8 @@ from gossamer.names import SMOLLM2
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+AGAIN = "save the adapters anew with gossamer.save_adapter"
 
 FORMAT = 1
 """Version of ``gossamer_gates.safetensors``."""
@@ -78,6 +82,8 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str], *, dtype:
     base = config.base_model_name_or_path or "unknown"
     if base == str(cache_folder() / SMOLLM2):
         base = config.base_model_name_or_path = SMOLLM2
+    elif os.path.isdir(base):
+        base = config.base_model_name_or_path = os.path.abspath(base)
     # Not "auto": that asks the Hub for the dense model's configuration.
     adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = _base_weights(model)
@@ -87,7 +93,7 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str], *, dtype:
         "heads": model.config.num_attention_heads,
         "base_shapes": {name: list(weight.shape) for name, weight in weights.items()},
     }
-    with atomic_directory(Path(path)) as staging:
+    with atomic_directory(Path(path), replace=True) as staging:
         config.save_pretrained(str(staging))
         named = {f"{_PREFIX}{name}": value.detach().to("cpu", dtype).contiguous() for name, value in adapters.items()}
         save_file(named, staging / _WEIGHTS, metadata={"format": "pt"})
@@ -151,6 +157,10 @@ def load_adapter(
         model, inplace = load_dense(name)[0], True
     check_not_offloaded(model)
     _check_base(model, name, folder, described, gates["base_samples"])
+    if len(gates["gate_bias"]) != model.config.num_hidden_layers:
+        raise GossamerError(
+            f"{folder} has gates for {len(gates['gate_bias'])} layers; {name} has {model.config.num_hidden_layers}"
+        )
     model = add_gates(model, inplace=inplace)
     for module, bias in zip(attention_modules(model), gates["gate_bias"], strict=True):
         module.get_parameter("gate_bias").data.copy_(bias)
@@ -213,15 +223,12 @@ def _put_on(model: PreTrainedModel, config: "LoraConfig", adapters: dict[str, Te
     from peft import set_peft_model_state_dict
 
     config.inference_mode = False
-    try:
+    with reading(f"{folder / _WEIGHTS} with {_CONFIG} beside it", AGAIN):
         inject_adapters(model, config)
         found = set_peft_model_state_dict(model, adapters)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise GossamerError(f"{folder / _WEIGHTS} does not fit {_CONFIG} beside it: {reason}") from error
-    wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
-    if wrong:
-        raise GossamerError(f"{folder / _WEIGHTS} does not fit {_CONFIG} beside it: {wrong[0]}")
+        wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
+        if wrong:
+            raise ValueError(f"they do not fit each other at {wrong[0]}")
 
 
 def _read_gates(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -229,15 +236,56 @@ def _read_gates(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not file.exists():
         hint = f"; {folder} is a run, its adapters are in {folder / 'adapter'}" if is_run(folder) else ""
         raise GossamerError(f"{folder} holds no adapters that gossamer saved: it has no {_GATES}{hint}")
-    try:
+    with reading(file, AGAIN):
         with safe_open(file, framework="pt") as stream:
-            described = json.loads((stream.metadata() or {})["gossamer"])
-            gates = {name: stream.get_tensor(name) for name in ("gate_bias", "base_samples")}
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise GossamerError(f"{file} is cut short or of another kind: {error}") from error
-    if described.get("format") != FORMAT:
-        raise GossamerError(f"{file} has format {described.get('format')}; this version of gossamer reads {FORMAT}")
-    return described, gates
+            metadata = stream.metadata() or {}
+        described: dict[str, Any] = parse_json(metadata["gossamer"], place=file, remedy=AGAIN)
+        if described.get("format") != FORMAT:
+            raise GossamerError(f"{file} has format {described.get('format')}; this version of gossamer reads {FORMAT}")
+        check(described, _Described)
+        shapes = {"gate_bias": (None, described["heads"]), "base_samples": (len(described["base_shapes"]), SAMPLES)}
+    return described, read_tensors(file, shapes, remedy=AGAIN)
+
+
+class _Described(TypedDict):
+    """What the dense model has to look like."""
+
+    base_model_type: str
+    heads: int
+    base_shapes: dict[str, list[int]]
+
+
+class _AdapterConfig(TypedDict):
+    """What gossamer sets in peft's configuration."""
+
+    peft_type: str
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
+    base_model_name_or_path: str | None
+
+
+_NAME = re.compile(r"\w+(\.\w+)*")
+
+_NEVER_SET = (
+    "exclude_modules", "layers_pattern", "layers_to_transform", "layer_replication", "rank_pattern", "alpha_pattern",
+    "target_parameters", "modules_to_save", "auto_mapping", "trainable_token_indices", "megatron_config",
+)  # fmt: skip
+"""Of peft's settings, those that gossamer never sets; some are regular expressions, which may take for ever."""
+
+
+def _check_config(config: dict[str, Any], folder: Path) -> None:
+    if (kind := config.get("peft_type")) != "LORA":
+        raise GossamerError(f"{folder} holds adapters of the kind {kind}; gossamer trains LORA only")
+    check(config, _AdapterConfig)
+    if config["r"] < 1:
+        raise ValueError(f"r is {config['r']}, not a rank of at least 1")
+    for name in config["target_modules"]:
+        if _NAME.fullmatch(name) is None:
+            raise ValueError(f"target_modules names {name!r}, which is no name of a module")
+    for name in _NEVER_SET:
+        if config.get(name):
+            raise ValueError(f"it sets {name}, which gossamer does not")
 
 
 def _read_adapters(folder: Path) -> tuple["LoraConfig", dict[str, Tensor]]:
@@ -249,13 +297,8 @@ def _read_adapters(folder: Path) -> tuple["LoraConfig", dict[str, Tensor]]:
     for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).exists():
             raise GossamerError(f"{folder} is not whole: it has no {name}")
-    try:
+    file = folder / _CONFIG
+    with reading(file, AGAIN):
+        _check_config(read_json(file, remedy=AGAIN), folder)
         config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise GossamerError(f"{folder / _CONFIG} is not a configuration that peft can read: {error}") from error
-    if config.peft_type != "LORA":
-        raise GossamerError(f"{folder} holds adapters of the kind {config.peft_type}; gossamer trains LORA only")
-    try:
-        return config, load_file(folder / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise GossamerError(f"{folder / _WEIGHTS} is cut short or of another kind: {error}") from error
+    return config, read_tensors(folder / _WEIGHTS, remedy=AGAIN)

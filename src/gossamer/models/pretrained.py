@@ -2,11 +2,12 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +19,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_directory
+from gossamer.inputs import reason
 from gossamer.models.checkpoint import WRAPPER, is_run, is_saved_model, unwrapped_name
+from gossamer.models.whole import OPTIONS, check_whole, quiet_loading
 from gossamer.names import SMOLLM2
 
 
@@ -54,11 +57,9 @@ def load_dense(
     """
     source = str(_smollm2()) if name == SMOLLM2 else os.path.abspath(name) if os.path.isdir(name) else name
     _refuse_what_is_no_dense_model(name, Path(source))
-    try:
+    with _reading(name, source):
         adapters = find_adapter_config_file(source)
         config = AutoConfig.from_pretrained(source) if adapters is None else None
-    except (OSError, ValueError) as error:
-        raise GossamerError(_no_such_model(name, error)) from error
     if config is None:
         raise GossamerError(
             f"{name} holds adapters ({ADAPTER_CONFIG_NAME}), which transformers would put on the model unasked; merge "
@@ -68,16 +69,40 @@ def load_dense(
         raise GossamerError(
             f"{name} is a {config.model_type} model, which is not a causal language model; gossamer gates decoders only"
         )
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    model = load_whole(source, name=name, dtype=dtype)
+    with _reading(name, source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    return model.to(device).eval(), tokenizer
+
+
+def load_whole(source: str, *, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The causal language model in a directory or of a Hub id, in ``eval()`` mode.
+
+    Args:
+        source: what transformers takes.
+        name: what the user calls it.
+        dtype: of the weights; as saved if None.
+
+    Raises:
+        GossamerError: if there is no such model, or it is not whole: see :func:`gossamer.models.whole.check_whole`.
+    """
+    with _reading(name, source), quiet_loading():
+        model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **OPTIONS)
         if found["missing_keys"] and any(unwrapped_name(key) != key for key in found["unexpected_keys"]):
             model, found = _under_bare_names(source, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise GossamerError(_no_such_model(name, error)) from error
-    if missing := sorted(found["missing_keys"]):
-        raise GossamerError(f"{name} is not whole: it lacks {', '.join(missing[:3])}")
-    return model.to(device).eval(), tokenizer
+    check_whole(model, found, name)
+    return cast(PreTrainedModel, model.eval())
+
+
+@contextmanager
+def _reading(name: str, source: str) -> Iterator[None]:
+    """Whatever transformers raises while it reads a model: the model is at fault, or there is none."""
+    try:
+        yield
+    except GossamerError:
+        raise
+    except Exception as error:
+        raise GossamerError(_no_such_model(name, source, error)) from error
 
 
 def _refuse_what_is_no_dense_model(name: str, folder: Path) -> None:
@@ -98,10 +123,10 @@ def _refuse_what_is_no_dense_model(name: str, folder: Path) -> None:
         raise GossamerError(f"{name} is a sparse model that gossamer saved; give the dense model it was made from")
 
 
-def _under_bare_names(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _under_bare_names(source: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model whose weights were saved under the names that torch.compile or data parallelism gave them."""
     read, found = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, key_mapping={WRAPPER.pattern: ""}
+        source, dtype=dtype, key_mapping={WRAPPER.pattern: ""}, **OPTIONS
     )
     # A model keeps the mapping it was read with, and would be saved under names that went through it backwards.
     model = type(read).from_pretrained(None, config=read.config, state_dict=read.state_dict(), dtype=dtype)
@@ -118,17 +143,19 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise GossamerError(
             f"no tokenizer {name!r}: give a directory that a tokenizer was saved to, or the id of a model on the Hub "
             "that can be reached"
         ) from error
 
 
-def _no_such_model(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
+def _no_such_model(name: str, source: str, error: Exception) -> str:
+    if os.path.isdir(source):
+        return f"the model {name} cannot be used: {reason(error)}; save it anew with transformers' save_pretrained"
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"no model {name!r}: {reason} Give smollm2, a directory that transformers' save_pretrained wrote, "
+        f"no model {name!r}: {said} Give smollm2, a directory that transformers' save_pretrained wrote, "
         "or the id of a model on the Hub that can be reached"
     )
 
@@ -154,7 +181,7 @@ def _smollm2() -> Path:
     model = type(quantised)(config)
     model.load_state_dict(quantised.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    with atomic_directory(target) as staging:
+    with atomic_directory(target, replace=True) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
     return target

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.files import atomic_write_text
+from gossamer.inputs import reading
 from gossamer.report.records import Records, load_records
 from gossamer.report.series import Chart, faithfulness_charts, loss_chart, training_charts
 
@@ -24,8 +25,10 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, name: str
         GossamerError: if the folder is not a run's, or a record of it is damaged.
     """
     records = load_records(folder)
+    with reading(f"a record in {folder}", "its files are documented in docs/metrics.md"):
+        shown = page(records, name)
     file = Path(folder) / "report.html" if out is None else Path(out)
-    atomic_write_text(file, page(records, name))
+    atomic_write_text(file, shown)
     return file
 
 

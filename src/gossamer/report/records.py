@@ -1,14 +1,20 @@
 """The records that a run leaves, read back. What each key means is in ``docs/metrics.md``."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from gossamer.errors import GossamerError
-from gossamer.runs.upgrade import upgraded_metrics, upgraded_record
+from gossamer.runs.read import (
+    read_attention,
+    read_circuits,
+    read_findings,
+    read_links,
+    read_metrics,
+    read_run_record,
+    read_training_log,
+)
 
 SHOWN = {
     "open_fraction": "open fraction",
@@ -83,46 +89,21 @@ def load_records(folder: str | Path) -> Records:
         GossamerError: if the folder is not a run's; naming the file and the line of a record that is damaged.
     """
     folder = Path(folder)
-    config = _json(folder / "config.json")
-    if not isinstance(config, dict) or "config" not in config:
-        raise GossamerError(f"{folder} is not a run: it has no config.json of gossamer sparsify or demo")
-    metrics = _json(folder / "metrics.json")
+    config = read_run_record(folder)
+    metrics = folder / "metrics.json"
     tasks = {}
     for file in sorted(folder.glob("circuits/*/circuits.json")):
-        tasks[file.parent.name] = TaskRecord(_json(file), _json(file.parent / "links.json"))
+        if not file.parent.name.startswith("."):
+            tasks[file.parent.name] = TaskRecord(read_circuits(file.parent), read_links(file.parent / "links.json"))
     return Records(
         folder,
-        upgraded_record(config),
-        None if metrics is None else upgraded_metrics(metrics),
-        _lines(folder / "training.jsonl"),
+        config,
+        read_metrics(metrics) if metrics.exists() else None,
+        read_training_log(folder / "training.jsonl"),
         tasks,
-        _json(folder / "attention.json"),
-        _json(folder / "findings.json"),
+        read_attention(folder / "attention.json"),
+        read_findings(folder / "findings.json"),
     )
-
-
-def _json(file: Path) -> Any:
-    """What stands in the file; None if there is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise GossamerError(f"{file} cannot be read: {error}") from error
-    except ValueError as error:
-        raise GossamerError(f"{file} is not valid JSON: {error}") from error
-
-
-def _lines(file: Path) -> tuple[Mapping[str, Any], ...]:
-    if not file.exists():
-        return ()
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise GossamerError(f"{file}, line {number}: not valid JSON: {error}") from error
-    return tuple(rows)
 
 
 def _text(value: Any) -> str:

@@ -11,13 +11,15 @@ from gossamer.errors import GossamerError
 from gossamer.files import atomic_directory, atomic_write_text, same_file
 from gossamer.measures.language import measure_language
 from gossamer.models.architectures import architecture_of
+from gossamer.models.fingerprint import weights_fingerprint
 from gossamer.models.lora import adapter_targets
 from gossamer.models.pretrained import load_dense
 from gossamer.names import SELF
+from gossamer.runs.memory import require_memory
 from gossamer.runs.record import Run, versions
 from gossamer.runs.settings import RunConfig
 from gossamer.training.data import Blocks, load_blocks
-from gossamer.training.documents import skipped_files
+from gossamer.training.documents import skipped_files, text_fingerprint
 from gossamer.training.stream import unseen_blocks
 
 Progress = Callable[[int, int], None]
@@ -45,18 +47,22 @@ def begin(
     """
     config.check()
     if resume:
-        run.remove_staging()
         if run.folder.exists():
             _check_same(run.config(), config, run.folder)
     elif run.folder.exists():
         raise GossamerError(f"{run.folder} exists already; go on with it by --resume, or give another --out")
     dense, tokenizer = load_dense(config.model)
+    if run.folder.exists():
+        run.check_dense(dense)
+        if config.stream:
+            run.check_text()
     architecture_of(dense)
     if config.training.train == "lora":
         adapter_targets(dense, config.lora_targets)
     if config.start_from is not None:
-        _check_start(config)
+        _check_start(config, dense)
     _check_length(dense, config)
+    require_memory(config, dense)
     if not (run.folder / "config.json").exists():
         if config.text != SELF and (line := skipped_files(config.text)):
             warn(line)
@@ -81,7 +87,7 @@ def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
             )
 
 
-def _check_start(config: RunConfig) -> None:
+def _check_start(config: RunConfig, dense: PreTrainedModel) -> None:
     earlier_runs = list(_starts(config))
     start = earlier_runs[0]
     folder = start.folder
@@ -99,6 +105,7 @@ def _check_start(config: RunConfig) -> None:
             f"--start-from {folder} does not go with --train lora: adapters are saved beside the dense model, "
             "not beside another run's; give --train all or attention"
         )
+    start.check_dense(dense)
     for earlier in earlier_runs:
         before = earlier.config()
         if before.text != config.text and not same_file(before.text, config.text):
@@ -174,6 +181,7 @@ def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blo
         "config": config.to_dict(),
         "constraint": training.constraint.words(dense_loss),
         "versions": versions(),
+        "fingerprints": {"model": weights_fingerprint(dense), "text": text_fingerprint(config.text)},
         "measured": {"loss_dense": dense_loss, "tokens_before": _tokens_before(config)},
     }
     parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}

@@ -8,6 +8,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -70,10 +71,20 @@ def post_train(
     transformers_logging.disable_progress_bar()
     job = Job(Run(Path(folder)), config, console or Console(quiet=True), warn or (lambda line: None), tuple(report_to))
     first = processes().is_main_process
+    with ExitStack() as stack:
+        with synchronized():
+            if first:
+                stack.enter_context(job.run.locked())
+        _post_train(job, resume=resume)
+    return job.run
+
+
+def _post_train(job: "Job", *, resume: bool) -> None:
+    config, first = job.config, processes().is_main_process
     with synchronized():
         check_processes(config.training.processes)
         if first:
-            check_trackers(report_to)
+            check_trackers(job.report_to)
             with sampling_shown(job.console) as progress:
                 dense, tokenizer = begin(job.run, config, progress, resume=resume, warn=job.warn)
     if not first:
@@ -82,7 +93,6 @@ def post_train(
         if not first:
             dense, tokenizer = load_dense(config.model)
     job.train(dense, tokenizer)
-    return job.run
 
 
 @dataclass(frozen=True)
@@ -120,12 +130,20 @@ class Job:
         dense_loss = run.record()["measured"]["loss_dense"]
         for line in config.training.constraint.warnings(dense_loss):
             self.warn(line)
+        if processes().is_main_process:
+            self._remove_superfluous_checkpoints()
         if not run.model.exists():
             self.train_sparse(dense, tokenizer, dense_loss)
             if self.adapters and config.control:
-                dense = load_dense(run.dense)[0]
+                dense = run.load_dense("cpu")[0]
         if config.control and not run.control.exists():
             self.train_control(dense, tokenizer)
+
+    def _remove_superfluous_checkpoints(self) -> None:
+        """Those that a process that was killed was about to remove: the model that came of them is there."""
+        for model, folder in ((self.run.model, self.run.checkpoints), (self.run.control, self.run.control_checkpoints)):
+            if model.exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def train_sparse(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dense_loss: float) -> None:
         """Train the sparse model and save it; ``dense_loss`` is the dense model's on the validation blocks, nats."""
@@ -139,7 +157,7 @@ class Job:
             run.blocks("validation"),
             run.checkpoints,
             margin=config.margin,
-            dense_weights=None if self.adapters else lambda: load_dense(run.dense)[0].state_dict(),
+            dense_weights=None if self.adapters else lambda: run.load_dense("cpu")[0].state_dict(),
             steps=config.steps,
             tokenizer=tokenizer,
         )
@@ -174,7 +192,7 @@ class Job:
             if not processes().is_main_process:
                 return
             if whole is not None:
-                control = self._put_together(load_dense(run.dense)[0], whole)
+                control = self._put_together(run.load_dense("cpu")[0], whole)
             if self.adapters:
                 merge_adapters(control)
             with atomic_directory(run.control) as staging:
@@ -298,7 +316,7 @@ class Job:
     ) -> None:
         run = self.run
         if whole is not None:
-            fresh = add_gates(load_dense(run.dense)[0], inplace=True)
+            fresh = add_gates(run.load_dense("cpu")[0], inplace=True)
             model = self._put_together(fresh, whole)
         if self.adapters:
             save_adapter(model, run.adapter)

@@ -12,8 +12,9 @@ RUN/tensorboard/       what TensorBoard shows, if asked for; wandb/ likewise
 RUN/metrics.json       the metrics, written by gossamer.evaluation
 """
 
-import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,16 +22,19 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
-from gossamer.files import remove_staging
+from gossamer.files import remove_staging, remove_staging_in
+from gossamer.inputs import read_tensors, reading
+from gossamer.locks import locked
 from gossamer.models.checkpoint import load
-from gossamer.models.pretrained import load_dense
+from gossamer.models.fingerprint import weights_fingerprint
+from gossamer.models.pretrained import load_dense, load_whole
+from gossamer.runs.read import AGAIN, read_metrics, read_run_record
 from gossamer.runs.settings import RunConfig
-from gossamer.runs.upgrade import upgraded_record
+from gossamer.training.documents import text_fingerprint
 
 
 @dataclass(frozen=True)
@@ -80,32 +84,83 @@ class Run:
         return self.folder / "metrics.json"
 
     def record(self) -> dict[str, Any]:
-        """The contents of ``config.json``: ``config``, ``constraint``, ``versions``, ``measured``."""
-        try:
-            return upgraded_record(json.loads((self.folder / "config.json").read_text()))
-        except OSError as error:
-            raise GossamerError(f"{self.folder} is not a run: it has no readable config.json") from error
-        except ValueError as error:
-            raise GossamerError(f"{self.folder / 'config.json'} is not valid JSON: {error}") from error
+        """The contents of ``config.json``: ``config``, ``constraint``, ``versions``, ``measured``, ``fingerprints``."""
+        return read_run_record(self.folder)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The contents of ``metrics.json``; empty before the run was evaluated."""
+        return read_metrics(self.metrics) if self.metrics.exists() else {}
+
+    def load_dense(self, device: str | torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The dense original and its tokenizer; on the GPU, if there is one and nothing else is said.
+
+        Raises:
+            GossamerError: if there is no such model any more, or another one in its place.
+        """
+        model, tokenizer = load_dense(self.dense)
+        self.check_dense(model)
+        return model.to(device or run_device()), tokenizer
+
+    def check_dense(self, model: PreTrainedModel) -> None:
+        """Stop at a model that is not the one that the run was begun with.
+
+        Raises:
+            GossamerError: naming the model.
+        """
+        known = self._fingerprint("model")
+        if known is not None and weights_fingerprint(model) != known:
+            raise GossamerError(
+                f"{self.dense} has other weights than when {self.folder} was begun; put the model back that it was "
+                "begun with, or begin anew with another --out"
+            )
+
+    def check_text(self) -> None:
+        """Stop at a text that is not the one that the run was begun with, where that can be told: of local files.
+
+        Raises:
+            GossamerError: naming the text.
+        """
+        text, known = self.config().text, self._fingerprint("text")
+        if known is not None and text_fingerprint(text) != known:
+            raise GossamerError(
+                f"{text} holds another text than when {self.folder} was begun; put the text back that it was begun "
+                "with, or begin anew with another --out"
+            )
+
+    def _fingerprint(self, of: str) -> str | None:
+        """As recorded; None in records of earlier versions."""
+        found = self.record().get("fingerprints", {}).get(of)
+        return None if found is None else str(found)
 
     def config(self) -> RunConfig:
         """The configuration the run was started with."""
-        record = self.record()
-        if "config" not in record:
-            raise GossamerError(f"{self.folder} is not a run: its config.json is of another kind")
-        return RunConfig.from_dict(record["config"], source=str(self.folder / "config.json"))
+        return RunConfig.from_dict(self.record()["config"], source=str(self.folder / "config.json"))
 
-    def remove_staging(self) -> None:
-        """Remove what a killed process left while it wrote the directory or a model in it."""
-        for target in (self.folder, self.model, self.adapter, self.control, self.checkpoints, self.control_checkpoints):
-            remove_staging(target)
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block no other process writes the run; what a killed one left half written in it is removed.
+
+        Raises:
+            GossamerError: if another process is at work on it.
+        """
+        with locked(self.folder):
+            remove_staging(self.folder)
+            for folder in (self.folder, self.folder / "circuits"):
+                remove_staging_in(folder)
+            yield
 
     def blocks(self, part: Literal["train", "validation", "held_out"]) -> Int[Tensor, "blocks tokens"]:
         """The token blocks of one part of the run's text."""
         file = self.folder / "blocks.safetensors"
         if not file.exists():
             raise GossamerError(f"{self.folder} is not a run: it has no blocks.safetensors")
-        return load_file(file)[part].long()
+        shape = (None, self.config().seq_len)
+        blocks = read_tensors(file, dict.fromkeys(("train", "validation", "held_out"), shape), remedy=AGAIN)
+        found = blocks[part]
+        with reading(file, AGAIN):
+            if found.is_floating_point() or (found.numel() and found.min() < 0):
+                raise ValueError(f"{part} holds numbers that are no tokens")
+        return found.long()
 
 
 def versions() -> dict[str, str]:
@@ -121,7 +176,7 @@ def run_device() -> torch.device:
 
 def load_control(run: Run, device: str | torch.device | None = None) -> PreTrainedModel:
     """The dense control of a run that has one; on the GPU, if there is one and nothing else is said."""
-    control: PreTrainedModel = AutoModelForCausalLM.from_pretrained(run.control)
+    control = load_whole(str(run.control), name=str(run.control))
     return control.to(device or run_device()).eval()
 
 
@@ -134,7 +189,6 @@ def load_sparse(run: Run) -> PreTrainedModel:
 
 def load_both(run: Run) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense and the sparse model of a finished run, on one device, and their tokenizer."""
-    original = run.dense
     sparse = load_sparse(run)
-    dense, tokenizer = load_dense(original, device=sparse.device)
+    dense, tokenizer = run.load_dense(sparse.device)
     return dense, sparse, tokenizer

@@ -28,32 +28,39 @@ class RunConfig:
         "Training text: a .txt, .jsonl or .json file (documents under 'text'; also .gz, .bz2, .xz, .zst), a directory "
         "of such files, a Hub data set (org/name or hub:NAME:CONFIG:SPLIT), or 'self': sampled from the model."
     )
-    tokens: int = setting("Training tokens.", 1_000_000, least=1)
-    seq_len: int = setting("Tokens in a training block. Train at the length you need.", 256, least=2)
-    validation_tokens: int = setting("Unseen text that the bound is held on during training.", 8_192, least=1)
-    held_out_tokens: int = setting("Other unseen text, to measure the metrics on.", 32_768, least=1)
+    tokens: int = setting("Training tokens.", 1_000_000, least=1, most=10**15)
+    seq_len: int = setting("Tokens in a training block. Train at the length you need.", 256, least=2, most=2**24)
+    validation_tokens: int = setting(
+        "Unseen text that the bound is held on during training.", 8_192, least=1, most=10**15
+    )
+    held_out_tokens: int = setting("Other unseen text, to measure the metrics on.", 32_768, least=1, most=10**15)
     margin: float | None = setting(
         "How far inside the bound the validation text is to be, nats; one standard error of it if it is not given.",
         None,
         least=0.0,
+        most=1e4,
     )
     gate_bias: float | None = setting(
         "Initial bias of every gate, higher with more links open; found from model and bound if it is not given.",
         None,
+        least=-1e4,
+        most=1e4,
     )
     start_from: str | None = setting(
         "Directory of a finished run of the same model: start from its sparse model and control. The bound stays the "
         "dense model's.",
         None,
     )
-    lora_rank: int = setting("Rank of the adapters.", 16, least=1)
-    lora_alpha: float = setting("Adapters count lora_alpha / lora_rank times.", 32.0, least=1e-3)
+    lora_rank: int = setting("Rank of the adapters.", 16, least=1, most=2**20)
+    lora_alpha: float = setting("Adapters count lora_alpha / lora_rank times.", 32.0, least=1e-3, most=1e6)
     lora_targets: tuple[str, ...] = setting(
         "Linear maps that adapters go on, as in [q_proj, v_proj, mlp.up_proj]; none: all of the attention.", ()
     )
     control: bool = setting("Also fine-tune the dense model on the same text, for comparison.", True)
     stream: bool = setting("Read the text while training, for texts too large to choose blocks from.", False)
-    stream_workers: int = setting("Processes that read and tokenise a stream, beside each one that trains.", 1, least=0)
+    stream_workers: int = setting(
+        "Processes that read and tokenise a stream, beside each one that trains.", 1, least=0, most=2**10
+    )
     training: TrainingConfig = setting("How to train.", default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from gossamer.errors import GossamerError
 from gossamer.fields import Setting
+from gossamer.inputs import read_text, reason
 from gossamer.runs.settings import SettingsSource, settings
 
 
@@ -31,12 +32,11 @@ def read_settings(file: Path) -> SettingsSource:
     Raises:
         GossamerError: if it cannot be read, or holds something else.
     """
+    text = read_text(file, "give a file as gossamer settings prints")
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise GossamerError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GossamerError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        found = yaml.load(text, _Loader)
+    except Exception as error:  # numbers and dates that are none, keys that cannot be any: not of one kind
+        raise GossamerError(f"{file} is not YAML: {reason(error)}") from error
     if found is None:
         found = {}
     if not isinstance(found, dict):

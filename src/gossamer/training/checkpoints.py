@@ -1,11 +1,12 @@
 """Training checkpoints on disk: which there are, and whether their files are as they were written."""
 
 import json
-import os
 import zlib
 from pathlib import Path
 
-from gossamer.files import set_modes
+from gossamer.errors import GossamerError
+from gossamer.files import flush, set_modes
+from gossamer.inputs import read_json
 
 _SEAL = "checksums.json"
 
@@ -19,18 +20,17 @@ def write_checksums(checkpoint: Path) -> None:
     sums = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         sums[str(file.relative_to(checkpoint))] = _checksum(file)
-        _flush(file)
     (checkpoint / _SEAL).write_text(json.dumps(sums, indent=2))
-    _flush(checkpoint / _SEAL)
+    flush(checkpoint)
 
 
 def checkpoint_error(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None if they are as they were written."""
     try:
-        sums = json.loads((checkpoint / _SEAL).read_text())
-    except (OSError, ValueError):
+        sums: dict[str, list[int]] = read_json(checkpoint / _SEAL, dict[str, list[int]])
+    except GossamerError:
         return f"{_SEAL} is missing or damaged"
-    for name, (size, crc) in sums.items():
+    for name, (size, crc, *_) in sums.items():
         file = checkpoint / name
         if not file.exists():
             return f"{name} is missing"
@@ -52,11 +52,6 @@ def _checksum(file: Path) -> list[int]:
         while chunk := stream.read(1 << 22):
             crc = zlib.crc32(chunk, crc)
     return [file.stat().st_size, crc]
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:

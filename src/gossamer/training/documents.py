@@ -26,6 +26,7 @@ from typing import IO, Any, cast
 from pyarrow import input_stream
 
 from gossamer.errors import GossamerError
+from gossamer.names import SELF
 
 HUB = "hub:"
 """Before the name of a Hub data set, where a local file has the same name."""
@@ -43,6 +44,9 @@ _OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {
 _NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 
 ENDINGS = f"{', '.join(KINDS)}, each also with {', '.join(_NAMES)}"
+
+_END = 1 << 16
+"""Bytes at each end of a file that tell it from another one of its size."""
 
 _SHOWN = 3
 """Names that are given of each kind of what was passed over."""
@@ -90,6 +94,31 @@ def skipped_files(text: str) -> str | None:
         return None
     said = _list(_Folder(Path(text)).skipped)
     return f"{text}{said}" if said else None
+
+
+def text_fingerprint(text: str) -> str | None:
+    """The CRC-32 of the names, sizes and both ends of a text's files; None of a text that is not on this machine.
+
+    Raises:
+        GossamerError: if it is gone, or cannot be read.
+    """
+    if text == SELF or not is_local(text):
+        return None
+    path = Path(text)
+    crc = 0
+    for file in text_files(path):
+        name = str(file.relative_to(path)) if path.is_dir() else ""
+        try:
+            with file.open("rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                ends = b""
+                for place in (0, max(0, size - _END)):
+                    stream.seek(place)
+                    ends += stream.read(_END)
+        except OSError as error:
+            raise GossamerError(f"{file} cannot be read: {error.strerror or error}") from error
+        crc = zlib.crc32(f"{name}\0{size}\0".encode(errors="surrogateescape") + ends, crc)
+    return f"{crc:08x}"
 
 
 def _list(names: dict[str, list[str]]) -> str:

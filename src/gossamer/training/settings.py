@@ -20,8 +20,8 @@ class TrainingConfig:
     train: TrainedPart = setting(
         "Weights to train besides the gate biases: all, the attention's, or adapters (lora).", "all"
     )
-    batch_size: int = setting("Blocks in one forward pass of one process.", 4, least=1)
-    gradient_accumulation: int = setting("Forward passes of each process in one step.", 1, least=1)
+    batch_size: int = setting("Blocks in one forward pass of one process.", 4, least=1, most=2**20)
+    gradient_accumulation: int = setting("Forward passes of each process in one step.", 1, least=1, most=2**20)
     processes: int = setting(
         "How many train together, each on its own part of a step's batch; what started them says it.",
         1,
@@ -49,7 +49,7 @@ class TrainingConfig:
         least=0.0,
         most=1.0,
     )
-    max_grad_norm: float = setting("The gradient's norm is clipped to it.", 1.0, least=0.0)
+    max_grad_norm: float = setting("The gradient's norm is clipped to it.", 1.0, least=0.0, most=1e30)
     fused_optimizer: bool = setting(
         "AdamW in one pass over memory: a sixth of the time on a CPU. It rounds otherwise than in many.", True
     )
@@ -60,13 +60,15 @@ class TrainingConfig:
         "links",
     )
     multiplier: MultiplierConfig = setting("How lambda moves.", default_factory=MultiplierConfig, prefix="multiplier_")
-    validations: int = setting("Measurements on the validation blocks, spread evenly over a run.", 8, least=1)
+    validations: int = setting(
+        "Measurements on the validation blocks, spread evenly over a run.", 8, least=1, most=2**40
+    )
     prompt_tokens: int = setting(
-        "Tokens at the start of every block that are given: the loss does not ask for them.", 0, least=0
+        "Tokens at the start of every block that are given: the loss does not ask for them.", 0, least=0, most=2**24
     )
     precision: Precision = setting("Of the matrix products; weights and optimiser state stay float32.", "bf16")
-    checkpoint_every: int = setting("Steps between checkpoints; 0: none.", 100, least=0)
-    seed: int = setting("Of data order, noise and everything else random.", 0)
+    checkpoint_every: int = setting("Steps between checkpoints; 0: none.", 100, least=0, most=2**40)
+    seed: int = setting("Of data order, noise and everything else random.", 0, least=0, most=2**32 - 1)
 
     @property
     def blocks_per_step(self) -> int:

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from gossamer.errors import GossamerError
+from gossamer.files import flush_entry
 from gossamer.measures.losses import cross_entropy
 from gossamer.models.architectures import attention_modules
 from gossamer.models.checkpoint import read_weights, write_model
@@ -300,6 +301,7 @@ class PostTrainer(Trainer):
                     write_checksums(written)
                     shutil.rmtree(self.folder / name, ignore_errors=True)
                     os.rename(written, self.folder / name)
+                    flush_entry(self.folder / name)
         finally:
             if writes:
                 shutil.rmtree(self.staging, ignore_errors=True)

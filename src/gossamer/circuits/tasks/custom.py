@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gossamer.circuits.tasks.base import Example, MetricKind, Task
 from gossamer.errors import GossamerError
+from gossamer.inputs import parse_json, read_text
 
 _KEYS = {"clean": str, "corrupted": str, "answers": list, "wrong": list}
 
@@ -29,12 +30,10 @@ def task_from_jsonl(file: str | Path) -> Task:
         GossamerError: naming the file, the line and what is wrong with it.
     """
     file = Path(file)
-    try:
-        # Not splitlines(): U+2028, U+0085 and others end no line of JSON.
-        with file.open(encoding="utf-8") as stream:
-            lines = list(stream)
-    except (OSError, UnicodeDecodeError) as error:
-        raise GossamerError(f"{file} cannot be read: {error}") from error
+    if file.stem.startswith("."):
+        raise GossamerError(f"{file} is called by a dot and nothing before it; give the file a name, as own.jsonl")
+    # Not splitlines(): U+2028, U+0085 and others end no line of JSON.
+    lines = read_text(file).split("\n")
     # A byte-order mark stands where a file begins, also one that others were put together into.
     numbered = ((number, line.removeprefix("\ufeff")) for number, line in enumerate(lines, 1))
     rows = [_row(file, number, line) for number, line in numbered if line.strip()]
@@ -53,10 +52,7 @@ def task_from_jsonl(file: str | Path) -> Task:
 
 
 def _row(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise GossamerError(f"{file}, line {number}: not valid JSON: {error}") from error
+    row: Any = parse_json(line, Any, place=f"{file}, line {number}")
     for key, kind in _KEYS.items():
         fits = isinstance(row, dict) and isinstance(row.get(key), kind)
         if not fits or (kind is list and not all(isinstance(text, str) for text in row[key])):

@@ -1,6 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const main = document.getElementById("main");
+const MOST_DRAWN = 2000;  // links in one picture and its table; of more, the strongest
 const COLOR = { dense: "--dense", sparse: "--sparse" };
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -11,7 +12,8 @@ function element(name, attributes = {}, ...children) {
     if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
     else if (value !== null && value !== undefined) made.setAttribute(key, value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  // One at a time: as arguments of one call they would be too many.
+  for (const child of children.flat()) if (child !== null && child !== undefined) made.append(child);
   return made;
 }
 function drawn(name, attributes = {}, ...children) {
@@ -29,6 +31,8 @@ const number = (value, digits = 3) =>
     : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en")
     : Number.isInteger(value) ? String(value)
     : Math.abs(value) < 0.001 && value !== 0 ? value.toExponential(2) : value.toFixed(digits);
+
+const largest = (values, least) => values.reduce((most, value) => Math.max(most, value), least);
 
 const redraws = [];
 function section(id, title, ...children) {

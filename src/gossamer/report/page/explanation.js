@@ -1,4 +1,4 @@
-const MOST_DRAWN = 2000, FOLDED_FROM = 40;
+const FOLDED_FROM = 40;
 const percent = (share) => (100 * share).toFixed(0) + " %";
 const linkName = ([layer, head, query, key]) =>
   [`layer ${layer} head ${head}: `, token(data.tokens[query]), ` (${query}) reads `, token(data.tokens[key]), ` (${key})`];
@@ -44,7 +44,7 @@ function columns(links, folded) {
 function arcs(record, links, strength, color, folded, chosen, choose) {
   const tokens = columns(links, folded), column = new Map();
   tokens.forEach(({ places }, at) => places.forEach((place) => column.set(place, at)));
-  const layers = 1 + Math.max(...record.links.map((link) => link[0]), 0);
+  const layers = 1 + largest(record.links.map((link) => link[0]), 0);
   const wide = Math.max(360, 40 + tokens.length * 40), rise = Math.max(12, Math.min(40, 480 / layers)), inset = 60;
   const x = (place) => inset + (column.get(place) + .5) * (wide - inset - 4) / tokens.length;
   const y = (level) => 12 + (layers - level) * rise;
@@ -55,7 +55,7 @@ function arcs(record, links, strength, color, folded, chosen, choose) {
       drawn("text", { x: 2, y: y(level) + 4, class: "soft" }, level ? String(level - 1) : "in"));
   tokens.forEach(({ label, places }) => svg.append(drawn("text", { x: 0, y: 0, "text-anchor": "end", direction: "ltr",
     style: "unicode-bidi:isolate", transform: `translate(${x(places[0]) + 4},${y(0) + 12}) rotate(-50)` }, label)));
-  const most = Math.max(...links.map(strength), 1e-9);
+  const most = largest(links.map(strength), 1e-9);
   for (const link of links.slice(0, MOST_DRAWN)) {
     const [layer, , query, key] = link, picked = chosen && same(link, chosen);
     const found = record.found_by[record.places.get(link.join())] ?? 0;

@@ -186,7 +186,7 @@ function layered(tokens, layers, links, color, picked = [], label = (text) => sh
   // Slanted labels reach to the left of their token: the first ones must not leave the picture.
   const inset = Math.max(36, ...tokens.map((text, place) => 4.6 * label(text).length - (place + .5) * (wide - 40) / tokens.length));
   const x = (place) => inset + (place + .5) * (wide - inset - 4) / tokens.length, y = (level) => 12 + (layers - level) * rise;
-  const most = Math.max(...links.map((link) => Math.abs(link[4] ?? 1)), 1e-9);
+  const most = largest(links.map((link) => Math.abs(link[4] ?? 1)), 1e-9);
   const svg = drawn("svg", { viewBox: `0 0 ${wide} ${layers * rise + 34 + 5.4 * Math.max(...tokens.map((text) => label(text).length))}`, role: "img", style: `min-width:${Math.min(wide, 640)}px` });
   for (let level = 0; level <= layers; level += layers > 12 ? 5 : 1)
     svg.append(drawn("line", { x1: 32, x2: wide, y1: y(level), y2: y(level), class: "grid" }),
@@ -219,12 +219,16 @@ function circuitSection(name, links) {
   const pair = element("div", { class: "pair" });
   made.append(pair);
   for (const [model, { size, links: found }] of Object.entries(links.models)) {
-    const order = [...found].sort((a, b) => a[0] - b[0] || a[2] - b[2]);
+    const strongest = [...found].sort((a, b) => Math.abs(b[4]) - Math.abs(a[4])).slice(0, MOST_DRAWN);
+    const order = strongest.sort((a, b) => a[0] - b[0] || a[2] - b[2]);
+    const count = found.length > order.length
+      ? `the ${order.length.toLocaleString("en")} strongest of ${found.length.toLocaleString("en")} links on this prompt are shown`
+      : `${order.length.toLocaleString("en")} links on this prompt`;
     let place = -1;
     const picture = element("div", {}), says = element("output", {});
     const draw = () => {
       picture.replaceChildren(layered(links.tokens, layers, order, model, place < 0 ? [] : [place]));
-      if (place < 0) return says.replaceChildren(`${order.length.toLocaleString("en")} links on this prompt` + (size ? ` (best ${size.toLocaleString("en")}, less those cut off)` : ""));
+      if (place < 0) return says.replaceChildren(count + (size ? ` (best ${size.toLocaleString("en")}, less those cut off)` : ""));
       const [layer, head, query, key, score] = order[place];
       says.replaceChildren(`${place + 1} of ${order.length}: layer ${layer} head ${head}: `, token(links.tokens[query]), ` (${query}) reads `,
         token(links.tokens[key]), ` (${key}); ${changes[1]}, the metric changes by ${number(score, 4)}`);

@@ -28,9 +28,9 @@ class CrossEntropy(Constraint):
     relative_to_dense: ClassVar[bool] = True
     summary: ClassVar[str] = "cross-entropy at most tau"
 
-    slack: float = setting("Nats that the loss may be above the dense model's.", 0.01, least=0.0)
+    slack: float = setting("Nats that the loss may be above the dense model's.", 0.01, least=0.0, most=1e4)
     tau: float | None = setting(
-        "Bound on the cross-entropy, nats; the dense model's plus slack if it is not given.", None
+        "Bound on the cross-entropy, nats; the dense model's plus slack if it is not given.", None, least=0.0, most=1e4
     )
 
     distillation: float = setting(

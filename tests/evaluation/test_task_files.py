@@ -1,0 +1,85 @@
+"""Tasks of one's own run no code, unless it is asked for."""
+
+from pathlib import Path
+
+import pytest
+
+from families import tiny_model
+from gossamer.errors import GossamerError
+from gossamer.evaluation.capability import check_tasks, measure_tasks
+from gossamer.evaluation.task_files import check_task_files, templates_without_code
+from gossamer.models.checkpoint import save
+from gossamer.models.convert import add_gates
+from gossamer.runs.record import Run
+
+pytest.importorskip("lm_eval")
+
+PLAIN = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: tiny.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "tiny.yaml").write_text(text)
+    (folder / "tiny.jsonl").write_text('{"prompt": "the", "choices": ["one", "two"], "answer": 0}\n')
+    (folder / "evil.py").write_text("from pathlib import Path\nPath('harmed').touch()\ndef f(docs):\n    return docs\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (PLAIN + "process_docs: !function evil.f\n", r"line 11: the task brings !function evil.f"),
+        (PLAIN + "class: Task\n", "line 11: the task brings class"),
+        (PLAIN + "include: ../other.yaml\n", "another file from outside"),
+        (PLAIN.replace("metric: acc", "metric: ./evil.py"), "a metric that the harness does not have itself"),
+        (PLAIN.replace("metric: acc", "metric: acc, hf_evaluate: true"), "hf_evaluate"),
+        ("a: &a [*a]\nb: !!python/object/apply:os.system [x]\n", "is not YAML|brings"),
+        ("task: [\n", "is not YAML"),
+    ],
+)
+def test_a_task_that_brings_code_is_refused_before_it_is_read(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(GossamerError, match=said):
+        check_task_files(write(tmp_path, text))
+
+
+def test_a_task_without_code_is_let_through(tmp_path: Path) -> None:
+    check_task_files(write(tmp_path, PLAIN))
+
+
+@pytest.fixture
+def run(tokenizer, tmp_path: Path) -> Run:
+    save(add_gates(tiny_model("llama")), tmp_path / "run" / "model", tokenizer)
+    return Run(tmp_path / "run")
+
+
+def test_code_is_run_only_where_it_is_asked_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write(folder, PLAIN + "process_docs: !function evil.f\n")
+    with pytest.raises(GossamerError, match="give --allow-task-code"):
+        check_tasks(run, ["tiny"], folder)
+    assert not list(tmp_path.rglob("harmed"))
+    check_tasks(run, ["tiny"], folder, allow_task_code=True)
+    assert list(tmp_path.rglob("harmed"))
+
+
+def test_templates_call_nothing_that_leads_out(tokenizer, tmp_path: Path) -> None:
+    escape = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
+    folder = write(tmp_path, PLAIN.replace("{{prompt}}", escape))
+    with pytest.raises(Exception, match="unsafe"):
+        measure_tasks(tiny_model("llama"), tokenizer, ["tiny"], task_path=folder)
+    from lm_eval import utils
+
+    outside = utils.env
+    with templates_without_code():
+        assert utils.apply_template("{{a | upper}}", {"a": "x"}) == "X"
+    assert utils.env is outside
