@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from gossamer.errors import GossamerError
 from gossamer.inputs import check_tensors, reading
-from gossamer.models.architectures import ARCHITECTURES
+from gossamer.models.architectures import PROVEN
 
 OPTIONS: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Of ``from_pretrained``, for :func:`check_whole`."""
@@ -58,7 +58,7 @@ def check_whole(model: PreTrainedModel, found: Mapping[str, Any], name: str) -> 
         )
     with reading(name, remedy):
         check_tensors({key: tensor for key, tensor in model.named_parameters() if not tensor.is_meta})
-    if model.config.model_type in ARCHITECTURES:
+    if model.config.model_type in PROVEN:
         with reading(f"{name} with its config.json", remedy):
             _check_runs(model)
 
