@@ -48,6 +48,7 @@ def test_circuits_of_a_saved_model_lie_where_they_are_asked_for(
         found = model["sets"]["nodes"]
         assert found["kept"] >= 0.9
         assert model["levels"]["nodes"]["first_size"] <= found["size"]
+        assert len(model["circuit"]["nodes"]["names"]) == model["levels"]["nodes"]["first_size"]
     assert set(load_file(out / "circuits" / "own" / "scores.safetensors")) == {"dense", "sparse"}
     printed = capsys.readouterr().out
     assert "The sets that the search found" in printed

@@ -273,7 +273,11 @@ def _circuit_record(found: Circuits) -> dict[str, Any]:
     record: dict[str, Any] = {}
     if sizes.get("nodes") is not None:
         nodes = found.nodes(sizes["nodes"] or 0)
-        record["nodes"] = {"heads": int((nodes & is_head).sum()), "mlps": int((nodes & ~is_head)[1:].sum())}
+        record["nodes"] = {
+            "heads": int((nodes & is_head).sum()),
+            "mlps": int((nodes & ~is_head)[1:].sum()),
+            "names": [graph.source_name(source) for source in nodes.nonzero()[:, 0].tolist()],
+        }
     if sizes.get("edges") is not None:
         edges = found.edges(sizes["edges"] or 0)
         used = edges.any(1)
