@@ -13,7 +13,6 @@ from family_table import (
     quietly,
     row_of,
     table,
-    tiny_config,
     tiny_model,
 )
 
@@ -39,7 +38,7 @@ def test_the_page_of_families_is_true() -> None:
     quietly()
     rows = [row_of(family) for family in families()]
     assert table(rows) == TABLE.read_text(encoding="utf-8")
-    assert {tiny_config(row.family).model_type for row in rows if row.gates is None} == PROVEN
+    assert {tiny_model(row.family).config.model_type for row in rows if row.gates is None} == PROVEN
 
 
 def test_the_page_lists_what_is_proven() -> None:

@@ -151,6 +151,14 @@ def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
         yield layer.get_submodule(architecture.attention)
 
 
+def hands_arguments_on(layer: nn.Module) -> bool:
+    """Whether a layer hands further keyword arguments on to its attention, as far as its source tells."""
+    try:
+        return inspect.getsource(inspect.unwrap(type(layer).forward)).count("**kwargs") != 1
+    except (OSError, TypeError):
+        return True
+
+
 def _find(model: PreTrainedModel) -> Architecture:
     family, config = model.config.model_type, model.config
     path, layers = _layers(model)
