@@ -252,11 +252,8 @@ def _has(module: nn.Module, path: str) -> bool:
 def _heads(attention: nn.Module, output: str, width: int) -> int:
     """How many heads' outputs the output projection takes, as far as the module tells the size of one."""
     size = getattr(attention, "v_head_dim", None) or getattr(attention, "head_dim", None) or 1
-    return (
-        sum(part.numel() for part in attention.get_submodule(output).parameters() if part.ndim > 1)
-        // width
-        // int(size)
-    )
+    weight = getattr(attention.get_submodule(output), "weight", None)
+    return 0 if weight is None else int(weight.numel()) // width // int(size)
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
