@@ -305,7 +305,7 @@ def row_of(family: str) -> Row:
     try:
         model = tiny_model(family)
     except Exception as error:
-        return Row(family, _refusal(family) or f"not tried, for it cannot be built tiny: {_first_line(error)}")
+        return Row(family, _refusal(family) or f"not tried: no tiny model of it can be built ({type(error).__name__})")
     reasons: list[str | None] = []
     for check in (check_gates, check_circuits, check_edges, check_explanations):
         reasons.append(_reason(check, model))

@@ -211,6 +211,7 @@ REFUSED = {
     "longcat_flash": "a layer of longcat_flash has 2 attention modules",
     "bart": "the layers of bart attend to an encoder too",
     "beam": "gate_bias of its own",
+    "diffllama": "attention of diffllama is made of several",
     "doge": "doge does not run with gates|additive biases",
     "bert": "bert is an encoder",
 }

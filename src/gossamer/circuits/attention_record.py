@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.activation_cache import LinkRecorder
-from gossamer.circuits.streams import attention_hooks, graph_of
+from gossamer.circuits.streams import attention_hooks
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_write_text
 from gossamer.models.vocabulary import require_embeddings
@@ -65,9 +65,10 @@ def record_attention(
     for model in models.values():
         for prompt in prompts:
             require_embeddings(model, tokenizer, torch.tensor(prompt.ids), "the prompt")
-    graph = graph_of(next(iter(models.values())))
+    config = next(iter(models.values())).config
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
     lengths = [len(prompt.ids) for prompt in prompts]
-    links = sum(graph.layers * graph.heads * length * (length + 1) // 2 for length in lengths)
+    links = sum(layers * heads * length * (length + 1) // 2 for length in lengths)
     if links > MOST_LINKS:
         raise GossamerError(
             f"prompts of {' + '.join(map(str, lengths))} tokens have {links:,} links, more than the {MOST_LINKS:,} "
@@ -77,7 +78,7 @@ def record_attention(
     for prompt in prompts:
         found = {name: _of_model(model, tokenizer, prompt.ids) for name, model in models.items()}
         rows.append({"note": prompt.note, "tokens": [tokenizer.decode([i]) for i in prompt.ids], "models": found})
-    return {"layers": graph.layers, "heads": graph.heads, "prompts": rows}
+    return {"layers": layers, "heads": heads, "prompts": rows}
 
 
 def write_attention(

@@ -14,8 +14,8 @@ Within :func:`stream_hooks`, a :class:`StreamHooks` sees, and may change, what e
     write_mlp(layer, c)        what the MLP adds
     read_logits(x)             the stream that the last norm and the unembedding read
 
-Works for every family that gossamer can gate, dense or gated: the attention is computed here, by transformers'
-attention interface, from the same definition as :mod:`gossamer.ops.naive`.
+Works for every family whose layers have no parts but those in :mod:`gossamer.models.structure`, dense or gated: the
+attention is computed here, by transformers' attention interface, from the same definition as :mod:`gossamer.ops.naive`.
 """
 
 from collections.abc import Callable, Iterator

@@ -122,6 +122,21 @@ class GatePassHook:
         return args, {**kwargs, "gate_pass": self.state.new_pass()}
 
 
+class LayerPassHook:
+    """The forward pre-hook on a layer that does not hand its keyword arguments on: attention finds the pass here.
+
+    Args:
+        attention: of that layer.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = attention
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Also before a layer is run for a second time, then with the arguments of the first."""
+        self.attention.gate_pass = kwargs.get("gate_pass")  # type: ignore[assignment]
+
+
 class _SameGates(torch.autograd.Function):
     """Identity that finds out, on the way back, whether activations were recomputed under other gates.
 
@@ -235,7 +250,7 @@ def gated_attention_forward(
     state = getattr(module, "gate_state", None)
     if not isinstance(state, GateState):
         raise GossamerError("this attention module has no gates; gossamer.add_gates(model) puts them in")
-    gates = state.new_pass() if gate_pass is None else gate_pass
+    gates = gate_pass or getattr(module, "gate_pass", None) or state.new_pass()
     bias = module.gate_bias
     layer = int(module.gate_layer)  # type: ignore[arg-type]
     counted = gates.counts is not None and layer not in gates.counted

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import PROVEN, architecture_of, attention_modules, check_not_offloaded
-from gossamer.models.attention import IMPLEMENTATION, GatePassHook, GateState, gate_state
+from gossamer.models.attention import IMPLEMENTATION, GatePassHook, GateState, LayerPassHook, gate_state
 from gossamer.models.proof import GateProof
+from gossamer.models.structure import hands_arguments_on
 
 
 def is_gated(model: PreTrainedModel) -> bool:
@@ -91,11 +92,15 @@ def add_gates(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool =
     decoder = _decoder(model)
     decoder.gate_hook = decoder.register_forward_pre_hook(GatePassHook(state), with_kwargs=True)  # type: ignore[assignment]
     heads = model.config.num_attention_heads
+    layers = model.get_submodule(architecture_of(model).layers)
     for layer, module in enumerate(attention_modules(model)):
         weight = next(module.parameters())
         module.gate_bias = nn.Parameter(torch.full((heads,), float(gate_bias), device=weight.device))
         module.gate_state = state  # type: ignore[assignment]
         module.gate_layer = layer  # type: ignore[assignment]
+        if not hands_arguments_on(layers[layer]):
+            hook = layers[layer].register_forward_pre_hook(LayerPassHook(module), with_kwargs=True)
+            module.gate_pass_hook, module.gate_pass = hook, None  # type: ignore[assignment]
     model.save_pretrained = SavePretrained(model)
     model.set_attn_implementation(IMPLEMENTATION)
     if proof is not None:
@@ -123,5 +128,8 @@ def remove_gates(model: PreTrainedModel, *, inplace: bool = False) -> PreTrained
     del decoder.gate_hook, model.save_pretrained
     for module in attention_modules(model):
         del module.gate_bias, module.gate_state, module.gate_layer
+        if hasattr(module, "gate_pass_hook"):
+            module.gate_pass_hook.remove()  # type: ignore[operator, union-attr]
+            del module.gate_pass_hook, module.gate_pass
     model.set_attn_implementation(implementation)
     return model

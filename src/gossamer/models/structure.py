@@ -21,7 +21,7 @@ from gossamer.errors import GossamerError
 PROVEN = frozenset((
     "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "codegen", "cohere",
     "cohere2", "cohere2_moe", "cohere_compass_text", "ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3",
-    "diffllama", "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma",
+    "dots1", "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "gemma",
     "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2",
     "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense",
     "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "llama",
@@ -151,6 +151,14 @@ def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
         yield layer.get_submodule(architecture.attention)
 
 
+def hands_arguments_on(layer: nn.Module) -> bool:
+    """Whether a layer hands further keyword arguments on to its attention, as far as its source tells."""
+    try:
+        return inspect.getsource(inspect.unwrap(type(layer).forward)).count("**kwargs") != 1
+    except (OSError, TypeError):
+        return True
+
+
 def _find(model: PreTrainedModel) -> Architecture:
     family, config = model.config.model_type, model.config
     path, layers = _layers(model)
@@ -244,11 +252,8 @@ def _has(module: nn.Module, path: str) -> bool:
 def _heads(attention: nn.Module, output: str, width: int) -> int:
     """How many heads' outputs the output projection takes, as far as the module tells the size of one."""
     size = getattr(attention, "v_head_dim", None) or getattr(attention, "head_dim", None) or 1
-    return (
-        sum(part.numel() for part in attention.get_submodule(output).parameters() if part.ndim > 1)
-        // width
-        // int(size)
-    )
+    weight = getattr(attention.get_submodule(output), "weight", None)
+    return 0 if weight is None else int(weight.numel()) // width // int(size)
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -269,7 +274,7 @@ def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _require_interface(family: str, code: Any) -> None:
-    """Stop at attention whose code, or at a model in whose file, transformers' attention interface is not called."""
+    """Stop at attention that does not call transformers' interface, or does so twice; of a model its file is read."""
     try:
         source = inspect.getsource(sys.modules[code.__module__] if inspect.isclass(code) else inspect.unwrap(code))
     except (OSError, TypeError, KeyError):  # no source at hand: only running it tells
@@ -278,6 +283,8 @@ def _require_interface(family: str, code: Any) -> None:
         raise GossamerError(
             f"{family} does not call transformers' attention interface, so gates would do nothing in it"
         )
+    if not inspect.isclass(code) and source.count("attention_interface(") > 1:
+        raise GossamerError(f"attention of {family} is made of several, so that a link has no weight of its own")
 
 
 def _branches(config: Any, layer: nn.Module, attention: str) -> tuple[Branches | None, str | None]:
