@@ -10,13 +10,14 @@ import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gossamer.errors import GossamerError, cannot_write
+from gossamer.errors import TORCH_WRITER, GossamerError, cannot_write
 from gossamer.locks import locked
 
 _EXCHANGE = 2
@@ -152,6 +153,15 @@ def _named(target: Path, error: OSError | SafetensorError) -> Exception:
     return cannot_write(target, error)
 
 
+def file_checksum(file: Path) -> int:
+    """The CRC-32 of a file."""
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
 def same_file(a: object, b: object) -> bool:
     """Whether two paths lead to the same file or directory."""
     return isinstance(a, str) and isinstance(b, str) and all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
@@ -186,7 +196,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _named(target, error) from error
     except RuntimeError as error:
-        if "inline_container" not in str(error):
+        if not any(words in str(error) for words in TORCH_WRITER):
             raise
         raise cannot_write(target, error) from error
 
