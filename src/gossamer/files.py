@@ -12,7 +12,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -50,23 +50,26 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 _put_in_place(staging, target, replace)
                 flush_entry(target)
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                _remove(staging)
     except (OSError, SafetensorError) as error:
         raise _named(target, error) from error
 
 
 def _put_in_place(staging: Path, target: Path, replace: bool) -> None:
     if not os.path.lexists(target):
-        with suppress(FileExistsError):
+        try:
             os.rename(staging, target)  # which replaces no directory with anything in it
             return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
     if not replace:
         raise GossamerError(f"{target} exists already: it appeared while it was being made; give another place")
     if not _exchange(staging, target):
         retired = _beside(target, "old")
         os.rename(target, retired)
         os.rename(staging, target)
-        shutil.rmtree(retired)
+        _remove(retired)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -103,10 +106,16 @@ def _remove_matching(folder: Path, name: str | None) -> None:
             continue
         if match["kind"] == "old" and not os.path.lexists(folder / match["name"]):
             os.rename(left, folder / match["name"])
-        elif left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def set_modes(folder: Path) -> None:
