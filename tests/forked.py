@@ -2,10 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -17,13 +18,22 @@ _CONTEXT.set_forkserver_preload(
 
 
 def run_command(
-    arguments: Sequence[object], environment: Mapping[str, str], *, cwd: Path | None = None, timeout: float = 300
+    arguments: Sequence[object],
+    environment: Mapping[str, str],
+    *,
+    cwd: Path | None = None,
+    timeout: float = 300,
+    kill_at: tuple[int, Path] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """What ``gossamer`` prints and how it ends; only what is read when an interpreter starts is that of the server."""
+    """What ``gossamer`` prints and how it ends; only what is read when an interpreter starts is that of the server.
+
+    ``kill_at``: it is killed when it is about to change something in that folder for the n-th time; where it does not
+    come to that, it says how often it did.
+    """
     line = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _CONTEXT.Process(target=_run, args=(line, dict(environment), cwd or Path.cwd(), out, err))
+        process = _CONTEXT.Process(target=_run, args=(line, dict(environment), cwd or Path.cwd(), out, err, kill_at))
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -34,7 +44,33 @@ def run_command(
         return subprocess.CompletedProcess(line, process.exitcode, out.read_text(), err.read_text())
 
 
-def _run(line: list[str], environment: dict[str, str], cwd: Path, out: Path, err: Path) -> None:
+_CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+
+def _kill_at_change(number: int, folder: Path) -> Callable[[], int]:
+    """Gives what tells how often something was changed so far."""
+    place, count = str(folder), 0
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in _CHANGES) and str(arguments[0]).startswith(place):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return lambda: count
+
+
+def _run(
+    line: list[str],
+    environment: dict[str, str],
+    cwd: Path,
+    out: Path,
+    err: Path,
+    kill_at: tuple[int, Path] | None,
+) -> None:
     for file, descriptor in ((out, 1), (err, 2)):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, descriptor)
@@ -47,4 +83,11 @@ def _run(line: list[str], environment: dict[str, str], cwd: Path, out: Path, err
 
     from gossamer.cli import main
 
-    main()
+    if kill_at is None:
+        main()
+        return
+    count = _kill_at_change(*kill_at)
+    try:
+        main()
+    finally:
+        print(f"changes: {count()}", flush=True)

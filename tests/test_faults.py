@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from forked import run_command
 from settings_files import config
@@ -97,3 +100,40 @@ def hear() -> None:
     """Signals that are ignored in the background are heard."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def whole(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A run that nothing interrupted, and how often it changed something on the disk."""
+    folder = tmp_path_factory.mktemp("whole")
+    line = sparsify(saved_llama, text, folder / "run", checkpoint_every=1)
+    result = run_command(line, ENVIRONMENT, kill_at=(1 << 30, folder))
+    assert result.returncode == 0, result.stderr
+    return folder / "run", int(re.findall(r"changes: (\d+)", result.stdout)[-1])
+
+
+def shares(points: int) -> list[float]:
+    return [(point + 0.5) / points for point in range(points)]
+
+
+@pytest.mark.parametrize(
+    "share", [*shares(3), 1.0, *(pytest.param(share, marks=pytest.mark.slow) for share in shares(50))]
+)
+def test_a_run_killed_at_any_write_ends_as_one_that_was_not(
+    share: float, whole: tuple[Path, int], saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, and nothing is left of the first attempt."""
+    known, changes = whole
+    out = tmp_path / "run"
+    line = sparsify(saved_llama, text, out, checkpoint_every=1)
+    killed = run_command(line, ENVIRONMENT, kill_at=(max(1, round(share * changes)), tmp_path))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = run_command([*line, "--resume"], ENVIRONMENT)
+    assert again.returncode == 0, again.stderr
+    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
+        a, b = load_file(known / part), load_file(out / part)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    files = {path.relative_to(out) for path in out.rglob("*")}
+    assert files == {path.relative_to(known) for path in known.rglob("*")}

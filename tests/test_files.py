@@ -145,3 +145,18 @@ def test_a_write_that_fails_names_the_place_not_the_file_beside_it(tmp_path: Pat
             pass
         assert f"cannot write {tmp_path / ('x' * 300)}: File name too long" in str(told.value)
         assert "partial" not in str(told.value)
+
+
+def test_a_file_gives_way_to_a_directory_that_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("a file")
+    with atomic_directory(tmp_path / "model", replace=True) as staging:
+        (staging / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model").is_dir()
+
+
+def test_a_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GossamerError, match="is no file"):
+        atomic_write_text(tmp_path / "pipe", "x")
+    assert (tmp_path / "pipe").is_fifo()

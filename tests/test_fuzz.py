@@ -41,6 +41,19 @@ lora_rank: 2
 """
 
 
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: tiny.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
 class _Stops(Console):
     """A console that interrupts the training when it is told of a step."""
 
@@ -81,6 +94,10 @@ def _make_world(saved_llama: Path, world: Path) -> None:
         for word in ("sparse", "model", "row")
     ]
     (world / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    (world / "tasks").mkdir()
+    (world / "tasks" / "tiny.yaml").write_text(TASK)
+    rows = [{"prompt": f"the {word}", "choices": ["one", "two"], "answer": 0} for word in ("sparse", "model")]
+    (world / "tasks" / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     training = TrainingConfig(batch_size=2, checkpoint_every=1, precision="fp32")
     sizes = {"tokens": 128, "seq_len": 16, "validation_tokens": 32, "held_out_tokens": 64}
     config = RunConfig("model", "text.jsonl", training=training, lora_rank=2, stream_workers=0, **sizes)

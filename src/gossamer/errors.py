@@ -1,5 +1,8 @@
 """What is told to users of a fault that they can mend."""
 
+TORCH_WRITER = ("inline_container", "iostream error")
+"""What torch says when it could not write a file; it does not say why."""
+
 
 class GossamerError(Exception):
     """A fault the user can mend; its text is one clear line."""
@@ -11,11 +14,14 @@ class CollectiveError(GossamerError):
 
 def cannot_write(target: object, error: Exception) -> GossamerError:
     """What to tell the user of a file or directory that could not be written."""
-    return GossamerError(f"cannot write {target}: {_reason(error)}; give a place that can be written and has room")
+    return GossamerError(
+        f"cannot write {target}: {why_not_written(error)}; give a place that can be written and has room"
+    )
 
 
-def _reason(error: Exception) -> str:
-    if "inline_container" in str(error):  # torch's zip writer, which does not say why
+def why_not_written(error: BaseException) -> str:
+    """The reason, in words for somebody who has to make room or choose another place."""
+    if any(words in str(error) for words in TORCH_WRITER):
         return "it could not be written whole; is the disk full?"
     return error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
 

@@ -10,13 +10,14 @@ import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gossamer.errors import GossamerError, cannot_write
+from gossamer.errors import TORCH_WRITER, GossamerError, cannot_write
 from gossamer.locks import locked
 
 _EXCHANGE = 2
@@ -49,23 +50,26 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 _put_in_place(staging, target, replace)
                 flush_entry(target)
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
+                _remove(staging)
     except (OSError, SafetensorError) as error:
         raise _named(target, error) from error
 
 
 def _put_in_place(staging: Path, target: Path, replace: bool) -> None:
     if not os.path.lexists(target):
-        with suppress(FileExistsError):
+        try:
             os.rename(staging, target)  # which replaces no directory with anything in it
             return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
     if not replace:
         raise GossamerError(f"{target} exists already: it appeared while it was being made; give another place")
     if not _exchange(staging, target):
         retired = _beside(target, "old")
         os.rename(target, retired)
         os.rename(staging, target)
-        shutil.rmtree(retired)
+        _remove(retired)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -102,10 +106,16 @@ def _remove_matching(folder: Path, name: str | None) -> None:
             continue
         if match["kind"] == "old" and not os.path.lexists(folder / match["name"]):
             os.rename(left, folder / match["name"])
-        elif left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def set_modes(folder: Path) -> None:
@@ -152,6 +162,15 @@ def _named(target: Path, error: OSError | SafetensorError) -> Exception:
     return cannot_write(target, error)
 
 
+def file_checksum(file: Path) -> int:
+    """The CRC-32 of a file."""
+    crc = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
 def same_file(a: object, b: object) -> bool:
     """Whether two paths lead to the same file or directory."""
     return isinstance(a, str) and isinstance(b, str) and all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
@@ -186,7 +205,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _named(target, error) from error
     except RuntimeError as error:
-        if "inline_container" not in str(error):
+        if not any(words in str(error) for words in TORCH_WRITER):
             raise
         raise cannot_write(target, error) from error
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -322,3 +323,15 @@ def test_a_graph_of_another_model_is_refused() -> None:
     for other, width in ((Graph(3, 3), 32), (Graph(2, 4), 32), (graph, 64), (Graph(3, 4, parallel=True), 32)):
         with pytest.raises(GossamerError, match=r"c\.pt is a circuit of another model: .* has 3 layers of 4"):
             require_graph_of(model, Circuit(other, width, nothing, nothing.bool()), Path("c.pt"))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".pt", ".graphml"])
+def test_a_disk_that_takes_no_more_is_named_and_nothing_is_left(circuit: Circuit, suffix: str, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(GossamerError, match=rf"cannot write .*circuit\{suffix}"):
+            write_circuit(tmp_path / f"circuit{suffix}", circuit)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())

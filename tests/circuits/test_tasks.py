@@ -367,3 +367,20 @@ def test_smollm2_does_ioi(smollm2) -> None:
     ability = measure_ability(model, TASKS["ioi"].prompts(tokenizer, 20))
     require_ability(ability, "ioi")
     assert ability.corrupted < 0.3 * ability.clean
+
+
+@pytest.mark.parametrize("name", ["..jsonl", "...jsonl", ".own.jsonl"])
+def test_a_file_that_is_called_by_dots_alone_is_refused(name: str, tmp_path: Path) -> None:
+    """Its record would take the place of the folder of all records."""
+    (tmp_path / name).write_text('{"clean": "a", "corrupted": "b", "answers": ["c"], "wrong": ["d"]}\n')
+    with pytest.raises(GossamerError, match="called by a dot"):
+        find_task(str(tmp_path / name))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    row = '{"clean": "a", "corrupted": "b", "answers": ["c"], "wrong": ["d"]}\n'
+    (tmp_path / "own.jsonl").write_text("\ufeff" + row, encoding="utf-8")
+    (tmp_path / "plain.jsonl").write_text(row)
+    assert (
+        find_task(str(tmp_path / "own.jsonl")).file_checksum == find_task(str(tmp_path / "plain.jsonl")).file_checksum
+    )

@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from conftest import sentences
 from families import tiny_model
@@ -101,3 +103,30 @@ def test_fingerprints_tell_what_is_there_not_where(text: Path, tmp_path: Path) -
     assert text_fingerprint(str(copied)) != text_fingerprint(str(text))
     assert text_fingerprint("self") is None
     assert text_fingerprint("org/name") is None
+
+
+def test_blocks_that_have_changed_are_refused(own_model: Path, text: Path, tmp_path: Path) -> None:
+    run = post_train(config(own_model, text), tmp_path / "run")
+    file = run.folder / "blocks.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:])
+    with pytest.raises(GossamerError, match=r"blocks.safetensors has changed since it was written"):
+        evaluate_run(run)
+    file.write_bytes(whole[:-4])
+    with pytest.raises(GossamerError, match=r"blocks.safetensors cannot be used: cut short"):
+        evaluate_run(run)
+
+
+def test_damage_to_the_run_that_one_starts_from_is_found_before_anything_is_written(
+    own_model: Path, text: Path, tmp_path: Path
+) -> None:
+    start = post_train(replace(config(own_model, text), control=True), tmp_path / "first")
+    weights = load_file(start.control / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, start.control / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GossamerError, match=r"control is not whole: it lacks model.norm.weight"):
+        evaluate_run(start)
+    again = replace(config(own_model, text, start_from=str(start.folder)), control=True)
+    with pytest.raises(GossamerError, match=r"control is not whole"):
+        post_train(again, tmp_path / "second")
+    assert not (tmp_path / "second").exists()

@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from gossamer.cli.common import (
+    LARGEST_SEED,
     app,
     console,
     key_value_table,
@@ -43,7 +44,9 @@ _Score = Annotated[
         "learned-mask-complete search for a set, without links."
     ),
 ]
-_Seeds = Annotated[int, typer.Option(min=1, help="Repeat with so many seeds, from --seed on, and show the spread.")]
+_Seeds = Annotated[
+    int, typer.Option(min=1, max=1_000, help="Repeat with so many seeds, from --seed on, and show the spread.")
+]
 _Rephrased = Annotated[
     bool, typer.Option("--rephrased", help="Repeat with each of the task's other sets of templates.")
 ]
@@ -63,10 +66,10 @@ _Dense = Annotated[str | None, typer.Option(help="The dense model, where MODEL d
 def task(
     name: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file with examples of one's own.")],
     model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
-    examples: Annotated[int, typer.Option(min=1, help="How many examples the model is asked.")] = 100,
+    examples: Annotated[int, typer.Option(min=1, max=100_000, help="How many examples the model is asked.")] = 100,
     show: Annotated[int, typer.Option(min=0, help="How many of them are printed.")] = 3,
     corruption: _Corruption = None,
-    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the examples.")] = 0,
 ) -> None:
     """Show examples of a task, and how well MODEL does it."""
     from collections import Counter
@@ -108,16 +111,16 @@ def circuits(
         str, typer.Argument(help="A finished run; or, with --out, smollm2-sparse or a saved sparse model.")
     ],
     task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
-    examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
+    examples: Annotated[int, typer.Option(min=1, max=100_000, help="How many prompts.")] = 100,
     corruption: _Corruption = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the prompts.")] = 0,
     seeds: _Seeds = 1,
     rephrased: _Rephrased = False,
     levels: _Levels = "nodes,edges,links",
     score: _Score = "eap-ig-inputs",
     ablation: _Outside = Ablation.patch,
     signed: _Signed = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows in one forward pass.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Go on even if a model cannot do the task.")] = False,
     replace: _Replace = False,
     dense: _Dense = None,
@@ -227,11 +230,11 @@ def evaluate_circuit(
     signed: Annotated[
         bool, typer.Option("--signed", help="With these: those that help most, not those with the largest scores.")
     ] = False,
-    examples: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 100,
+    examples: Annotated[int, typer.Option(min=1, max=100_000, help="How many prompts.")] = 100,
     corruption: Annotated[
         str | None, typer.Option(help="Kind of corrupted prompts.", show_default="the task's first")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the prompts.")] = 0,
     ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = Ablation.patch,
     force: Annotated[bool, typer.Option("--force", help="Go on even if the model cannot do the task.")] = False,
 ) -> None:

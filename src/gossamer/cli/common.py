@@ -19,6 +19,9 @@ app = typer.Typer(
 )
 console = Console()
 
+LARGEST_SEED = 2**32 - 1
+"""That every library takes which draws something here."""
+
 
 class Precision(str, Enum):
     """Precision of the matrix products."""
@@ -75,11 +78,17 @@ def load_dense_and_sparse(
 ) -> "tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
     """A sparse model, the dense one that it was made from or that is named, and their tokenizer."""
     from gossamer.models.convert import is_gated
+    from gossamer.models.vocabulary import embeddings
 
     sparse, tokenizer = load_model_and_tokenizer(model)
     if not is_gated(sparse):
         raise GossamerError(f"{model} is a dense model; give a sparse one")
     original = _dense_of(model) if dense is None else load_model_and_tokenizer(dense)[0]
+    if embeddings(original) != embeddings(sparse):
+        raise GossamerError(
+            f"the dense model knows {embeddings(original):,} tokens and {model} {embeddings(sparse):,}; give the dense "
+            "model that it was made from"
+        )
     return original, sparse, tokenizer
 
 

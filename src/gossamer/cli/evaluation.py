@@ -22,7 +22,9 @@ from gossamer.errors import GossamerError
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
     precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Blocks, or requests of a task, in one forward pass.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=2**20, help="Blocks, or requests of a task, in one forward pass.")
+    ] = 8,
     tasks: Annotated[
         str | None,
         typer.Option(help="Also these tasks of lm-eval-harness, with commas between: arc_easy,lambada_openai."),
@@ -36,7 +38,7 @@ def evaluate(
         typer.Option("--allow-task-code", help="Let these tasks run code: their YAML can name any. Read it first."),
     ] = False,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question.", show_default="the task's own")
+        int | None, typer.Option(min=0, max=1_000, help="Examples before each question.", show_default="the task's own")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many examples of each task.", show_default="all")
@@ -47,7 +49,10 @@ def evaluate(
     held_out_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="So many unseen tokens at each of --lengths, or all there are.", show_default="as the run"
+            min=1,
+            max=10**9,
+            help="So many unseen tokens at each of --lengths, or all there are.",
+            show_default="as the run",
         ),
     ] = None,
 ) -> None:
@@ -168,7 +173,7 @@ def compare(
         str | None, typer.Option(help="The dense model.", show_default="the one that MODEL says it was made from")
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 128,
-    tokens: Annotated[int, typer.Option(min=2, help="At most so many tokens of the text.")] = 32_768,
+    tokens: Annotated[int, typer.Option(min=2, max=10**9, help="At most so many tokens of the text.")] = 32_768,
     precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
 ) -> None:
     """Compare a sparse MODEL with its dense model on a text: loss, KL and open links."""
@@ -176,12 +181,15 @@ def compare(
 
     from gossamer.evaluation.lengths import measure_at_length
     from gossamer.evaluation.tables import lengths_table
+    from gossamer.models.vocabulary import require_embeddings
     from gossamer.training.data import pack
     from gossamer.training.documents import read_documents, text_files
 
     original, sparse, tokenizer = load_dense_and_sparse(model, dense)
     documents = chain.from_iterable(read_documents(file) for file in text_files(Path(text)))
     blocks = pack(documents, tokenizer, seq_len, name=text, most=max(1, tokens // seq_len))
+    for each in (sparse, original):
+        require_embeddings(each, tokenizer, blocks, text)
     with console.status("comparing"):
         row = measure_at_length(sparse, original, blocks, precision.value)
     console.print(lengths_table([row], f"{model} beside its dense model on {text}, {row['tokens_evaluated']:,} tokens"))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gossamer.cli.common import app, console, load_model_and_tokenizer, split_names, warn
+from gossamer.cli.common import LARGEST_SEED, app, console, load_model_and_tokenizer, split_names, warn
 from gossamer.errors import GossamerError
 from gossamer.tables import Table
 
@@ -59,10 +59,10 @@ def explain(
     ] = None,
     links: _Links = None,
     share: Annotated[float, typer.Option(help="Of the metric, kept by the links.")] = 0.9,
-    seeds: Annotated[int, typer.Option(min=1, help="Searches; how far their sets agree is reported.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first search.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, max=1_000, help="Searches; how far their sets agree is reported.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the first search.")] = 0,
     text: _Text = None,
-    predictions: Annotated[int, typer.Option(min=1, help="With --text: how many of each length.")] = 20,
+    predictions: Annotated[int, typer.Option(min=1, max=100_000, help="With --text: how many of each length.")] = 20,
     seq_len: Annotated[str, typer.Option(help="With --text: tokens of context.")] = "16,32,64,128,256",
     figures: Annotated[
         Path | None, typer.Option(help="Directory for the picture as PNG and SVG; needs the extra: report.")

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gossamer.cli.common import app, console, warn
+from gossamer.cli.common import LARGEST_SEED, app, console, warn
 from gossamer.errors import GossamerError
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = 0,
 ) -> None:
     """Train a small model to add two-digit numbers, make it sparse, and say in words how it adds. Takes minutes.
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
+MOST_DRAWN = 2_000
+"""Links of a circuit in one picture; of more, the strongest."""
+
 LINES = ("-", "--", ":", "-.", "-")
 MARKERS = ("o", "s", "^", "D", "v")
 TINTS = {"dense": "Blues", "sparse": "Oranges"}
@@ -131,7 +134,8 @@ def circuit_figure(links: Mapping[str, Any], layers: int) -> "Figure":
     tokens, names = links["tokens"], list(links["models"])
     figure = new_figure(len(names) * max(3.5, 0.34 * len(tokens)), 5)
     for place, (axes, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
-        found = links["models"][name]["links"]
+        found = sorted(links["models"][name]["links"], key=lambda link: -abs(link[-1]))[:MOST_DRAWN]
+        count = len(links["models"][name]["links"])
         most = max((abs(score) for *_, score in found), default=1.0) or 1.0
         for layer, _, query, key, score in found:
             # Dashed links work against the answer: patching them raises the metric.
@@ -139,7 +143,11 @@ def circuit_figure(links: Mapping[str, Any], layers: int) -> "Figure":
                 (key, query), (layer, layer + 1), color=COLORS[place], alpha=0.7,
                 linewidth=0.3 + 3 * abs(score) / most, linestyle="--" if score > 0 else "-",
             )  # fmt: skip
-        axes.set(title=f"{name}: {len(found):,} links", ylabel="layer", ylim=(-0.3, layers + 0.3))
+        axes.set(
+            title=f"{name}: {count:,} links" + (f", {MOST_DRAWN:,} drawn" if count > MOST_DRAWN else ""),
+            ylabel="layer",
+            ylim=(-0.3, layers + 0.3),
+        )
         # Matplotlib reads text between dollar signs as mathematics.
         labels = [repr(token)[1:-1].replace("$", r"\$") for token in tokens]
         axes.set_xticks(range(len(tokens)), labels, rotation=60, ha="right", fontsize=7)

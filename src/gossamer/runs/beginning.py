@@ -8,15 +8,17 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
-from gossamer.files import atomic_directory, atomic_write_text, same_file
+from gossamer.files import atomic_directory, atomic_write_text, file_checksum, same_file
 from gossamer.measures.language import measure_language
 from gossamer.models.architectures import architecture_of
+from gossamer.models.checkpoint import load
 from gossamer.models.fingerprint import weights_fingerprint
 from gossamer.models.lora import adapter_targets
 from gossamer.models.pretrained import load_dense
+from gossamer.models.vocabulary import require_embeddings
 from gossamer.names import SELF
 from gossamer.runs.memory import require_memory
-from gossamer.runs.record import Run, versions
+from gossamer.runs.record import Run, load_control, versions
 from gossamer.runs.settings import RunConfig
 from gossamer.training.data import Blocks, load_blocks
 from gossamer.training.documents import skipped_files, text_fingerprint
@@ -53,9 +55,7 @@ def begin(
         raise GossamerError(f"{run.folder} exists already; go on with it by --resume, or give another --out")
     dense, tokenizer = load_dense(config.model)
     if run.folder.exists():
-        run.check_dense(dense)
-        if config.stream:
-            run.check_text()
+        _check_begun(run, config, dense, tokenizer)
     architecture_of(dense)
     if config.training.train == "lora":
         adapter_targets(dense, config.lora_targets)
@@ -70,6 +70,15 @@ def begin(
         with atomic_directory(run.folder) as staging:
             write_beginning(staging, config, dense, blocks)
     return dense, tokenizer
+
+
+def _check_begun(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Stop at a model, blocks or a streamed text that are not those that the run was begun with."""
+    run.check_dense(dense)
+    for blocks in (run.blocks("train"), run.blocks("validation"), run.blocks("held_out")):
+        require_embeddings(dense, tokenizer, blocks, str(run.folder / "blocks.safetensors"))
+    if config.stream:
+        run.check_text()
 
 
 def _check_same(begun: RunConfig, asked: RunConfig, folder: Path) -> None:
@@ -100,6 +109,9 @@ def _check_start(config: RunConfig, dense: PreTrainedModel) -> None:
         )
     if config.control and not start.control.exists():
         raise GossamerError(f"--start-from {folder} has no dense control to train on; give --no-control")
+    load(start.model)
+    if config.control:
+        load_control(start, "cpu")
     if config.training.train == "lora":
         raise GossamerError(
             f"--start-from {folder} does not go with --train lora: adapters are saved beside the dense model, "
@@ -177,13 +189,17 @@ def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blo
     dense_loss = measure_language(
         dense, blocks.validation, precision=training.precision, prompt_tokens=training.prompt_tokens
     ).loss
+    parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
+    save_file(parts, folder / "blocks.safetensors")
     record = {
         "config": config.to_dict(),
         "constraint": training.constraint.words(dense_loss),
         "versions": versions(),
-        "fingerprints": {"model": weights_fingerprint(dense), "text": text_fingerprint(config.text)},
+        "fingerprints": {
+            "model": weights_fingerprint(dense),
+            "text": text_fingerprint(config.text),
+            "blocks": f"{file_checksum(folder / 'blocks.safetensors'):08x}",
+        },
         "measured": {"loss_dense": dense_loss, "tokens_before": _tokens_before(config)},
     }
-    parts = {name: part.int().contiguous() for name, part in vars(blocks).items()}
-    save_file(parts, folder / "blocks.safetensors")
     atomic_write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")

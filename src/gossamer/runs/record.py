@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.errors import GossamerError
-from gossamer.files import remove_staging, remove_staging_in
+from gossamer.files import file_checksum, remove_staging, remove_staging_in
 from gossamer.inputs import read_tensors, reading
 from gossamer.locks import locked
 from gossamer.models.checkpoint import load
@@ -156,7 +156,9 @@ class Run:
             raise GossamerError(f"{self.folder} is not a run: it has no blocks.safetensors")
         shape = (None, self.config().seq_len)
         blocks = read_tensors(file, dict.fromkeys(("train", "validation", "held_out"), shape), remedy=AGAIN)
-        found = blocks[part]
+        found, known = blocks[part], self._fingerprint("blocks")
+        if known is not None and f"{file_checksum(file):08x}" != known:
+            raise GossamerError(f"{file} has changed since it was written; {AGAIN}")
         with reading(file, AGAIN):
             if found.is_floating_point() or (found.numel() and found.min() < 0):
                 raise ValueError(f"{part} holds numbers that are no tokens")

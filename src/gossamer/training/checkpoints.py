@@ -1,11 +1,10 @@
 """Training checkpoints on disk: which there are, and whether their files are as they were written."""
 
 import json
-import zlib
 from pathlib import Path
 
 from gossamer.errors import GossamerError
-from gossamer.files import flush, set_modes
+from gossamer.files import file_checksum, flush, set_modes
 from gossamer.inputs import read_json
 
 _SEAL = "checksums.json"
@@ -19,7 +18,7 @@ def write_checksums(checkpoint: Path) -> None:
     set_modes(checkpoint)
     sums = {}
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        sums[str(file.relative_to(checkpoint))] = _checksum(file)
+        sums[str(file.relative_to(checkpoint))] = [file.stat().st_size, file_checksum(file)]
     (checkpoint / _SEAL).write_text(json.dumps(sums, indent=2))
     flush(checkpoint)
 
@@ -36,7 +35,7 @@ def checkpoint_error(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
-        if _checksum(file)[1] != crc:
+        if file_checksum(file) != crc:
             return f"{name} has changed since it was written"
     return None
 
@@ -44,14 +43,6 @@ def checkpoint_error(checkpoint: Path) -> str | None:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _checksum(file: Path) -> list[int]:
-    crc = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            crc = zlib.crc32(chunk, crc)
-    return [file.stat().st_size, crc]
 
 
 def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:

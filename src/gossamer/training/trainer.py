@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from gossamer.errors import GossamerError
+from gossamer.errors import GossamerError, why_not_written
 from gossamer.files import flush_entry
 from gossamer.measures.losses import cross_entropy
 from gossamer.models.architectures import attention_modules
@@ -316,7 +316,7 @@ class PostTrainer(Trainer):
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
             raise GossamerError(
-                f"cannot write {self.folder / checkpoint}: {_first_line(error)}; "
+                f"cannot write {self.folder / checkpoint}: {why_not_written(error)}; "
                 "the checkpoints before it are untouched"
             ) from error
 
@@ -364,9 +364,3 @@ class _StepEnd(TrainerCallback):
 
 
 _STREAM = "stream.json"
-
-
-def _first_line(error: BaseException) -> str:
-    if "inline_container" in str(error):  # torch's zip writer, which does not say why
-        return "a file could not be written whole; is the disk full?"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

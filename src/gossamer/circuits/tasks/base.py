@@ -26,6 +26,9 @@ MetricKind = Literal["logit_difference", "probability_difference"]
 ATTEMPTS = 50
 """Examples drawn for each one asked for, before a task is given up."""
 
+IN_VAIN = 10_000
+"""Examples drawn one after another of which none is new, before it is given up too."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -175,7 +178,11 @@ class Task:
             raise GossamerError(f"task {self.name} has no phrasing {phrasing!r}; there are {known}")
         make = self.examples if phrasing is None else self.phrasings[phrasing]
         source = make(random.Random(seed), tokenizer, corruption)
+        in_vain = 0
         for _, example in zip(range(ATTEMPTS * count), source, strict=False):
+            in_vain += 1
+            if in_vain > IN_VAIN:
+                break
             if example in seen:
                 continue
             seen.add(example)
@@ -185,6 +192,7 @@ class Task:
             elif (measured := _measured(tokens)) not in seen:
                 seen.add(measured)
                 kept.append(tokens)
+                in_vain = 0
             if len(kept) == count:
                 return Prompts(self.metric, tuple(kept), tuple(dropped))
         raise GossamerError(
