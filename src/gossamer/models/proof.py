@@ -4,7 +4,11 @@ With all gates open the model has to compute what it did without them, in a batc
 to compute the same from a cache as without one; and every layer has to have gates that act.
 """
 
+import inspect
+from typing import Any, cast
+
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +17,12 @@ from gossamer.models.attention import counted_links, forced_open
 from gossamer.models.structure import attention_modules
 
 _TOKENS, _PADDING, _CACHED = 8, 3, 5
+
+
+def run_from_cache(model: PreTrainedModel, ids: Int[Tensor, "batch tokens"], first: Any) -> Tensor:
+    """The logits of further tokens, from the cache that a first pass returned; transformers is renaming it."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return cast(Tensor, model(input_ids=ids, use_cache=True, **{name: first[name]}).logits)
 
 
 class GateProof:
@@ -68,7 +78,7 @@ class GateProof:
         try:
             whole = model(input_ids=self.ids, use_cache=False).logits
             first = model(input_ids=self.ids[:, :_CACHED], use_cache=True)
-            rest = model(input_ids=self.ids[:, _CACHED:], past_key_values=first.past_key_values, use_cache=True).logits
+            rest = run_from_cache(model, self.ids[:, _CACHED:], first)
         finally:
             model.train(training)
         # In half precision a gate near its threshold may open in one of the two.
