@@ -325,7 +325,7 @@ BAD_INPUT = {
         ["{model}", "--epsilon", "0.1"],
         ["--epsilon is a setting of the constraint kl"],
     ),
-    "cut-off weights": (["{folder}/cut"], ["{folder}/cut", "no model"]),
+    "cut-off weights": (["{folder}/cut"], ["{folder}/cut", "cut short"]),
     "lost weights": (["{folder}/lossy"], ["{folder}/lossy", "is not whole: it lacks model.layers.1"]),
     "gated already": (["{folder}/gated"], ["gated", "give the dense model"]),
 }
