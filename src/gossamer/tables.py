@@ -67,6 +67,8 @@ class Table(table.Table):
             else:
                 for cell in row:
                     yield Text.assemble(_text(console, cell), overflow="fold")
+        if self.caption:
+            yield Text.assemble(_text(console, self.caption), style="dim", overflow="fold")
 
 
 def _text(console: Console, cell: Any) -> Text:
