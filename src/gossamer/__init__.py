@@ -1,8 +1,8 @@
 """gossamer: makes a trained transformer's attention sparse enough to read.
 
 ``add_gates`` puts gates on every attention link, ``remove_gates`` takes them off, ``save`` and ``load`` keep them,
-``save_adapter`` and ``load_adapter`` keep what LoRA trained, ``explain`` finds the links that carry a prediction,
-``gated_attention`` is the op itself. The ``gossamer`` command does the whole job.
+``save_adapter`` and ``load_adapter`` keep what LoRA trained, ``push_to_hub`` shares either, ``explain`` finds the links
+that carry a prediction, ``gated_attention`` is the op itself. The ``gossamer`` command does the whole job.
 """
 
 import sys
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from gossamer.models.attention import counted_links, forced_open, sampled_gates
     from gossamer.models.checkpoint import load, save
     from gossamer.models.convert import add_gates, is_gated, remove_gates
+    from gossamer.models.hub import push_to_hub
     from gossamer.models.lora import as_dense, merge_adapters
     from gossamer.models.lora_files import load_adapter, save_adapter
+    from gossamer.models.tokenizers import load_tokenizer
     from gossamer.ops import GatedAttentionOutput, OpenLinks, gated_attention, open_links
 
 __version__ = "0.1.0"
@@ -36,8 +38,10 @@ __all__ = [
     "is_gated",
     "load",
     "load_adapter",
+    "load_tokenizer",
     "merge_adapters",
     "open_links",
+    "push_to_hub",
     "remove_gates",
     "sampled_gates",
     "save",
@@ -58,8 +62,10 @@ _MODULES = {
     "is_gated": "gossamer.models.convert",
     "load": "gossamer.models.checkpoint",
     "load_adapter": "gossamer.models.lora_files",
+    "load_tokenizer": "gossamer.models.tokenizers",
     "merge_adapters": "gossamer.models.lora",
     "open_links": "gossamer.ops",
+    "push_to_hub": "gossamer.models.hub",
     "remove_gates": "gossamer.models.convert",
     "sampled_gates": "gossamer.models.attention",
     "save": "gossamer.models.checkpoint",

@@ -6,5 +6,8 @@ SMOLLM2 = "smollm2"
 SMOLLM2_SPARSE = "smollm2-sparse"
 """The sparse model that comes with gossamer, made from :data:`SMOLLM2`."""
 
+HUB_IDS = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What models that come in a package are called on the Hub; their weights there are not quantised."""
+
 SELF = "self"
 """Text sampled from the dense model itself."""

@@ -155,7 +155,8 @@ def written(model: GPT2LMHeadModel, ids: torch.Tensor, carried=None, other=None)
 @torch.no_grad()
 def faithfulness_by_hand(model: GPT2LMHeadModel, prompts: Prompts, carried: torch.Tensor, ablation: str) -> float:
     clean, corrupted = (torch.stack([getattr(t, kind) for t in prompts.kept]) for kind in ("clean", "corrupted"))
-    other = written(model, corrupted)[0] * (ablation == "patch")
+    other = written(model, corrupted)[0]
+    other = {"patch": other, "zero": 0 * other, "mean": other.mean(1, keepdim=True).expand_as(other)}[ablation]
     values = []
     for shares in (torch.zeros_like(carried), carried, torch.ones_like(carried)):
         logits = written(model, clean, shares, other)[1]
@@ -256,6 +257,34 @@ def test_nodes_chosen_as_a_whole_have_rows_of_edges_that_do_not_exist(model: GPT
         assert point.faithfulness == pytest.approx(
             faithfulness_by_hand(model, prompts_of_numbers(), carried, "patch"), abs=1e-5
         )
+
+
+@pytest.mark.parametrize("ablation", ["patch", "zero", "mean"])
+@pytest.mark.parametrize("chosen", [[1, 3], [2], [0, 1, 2, 3], [0, 2]])
+def test_nodes_chosen_as_a_whole_stay_where_nothing_feeds_them(
+    chosen: list[int], ablation: str, model: GPT2LMHeadModel, tmp_path: Path
+) -> None:
+    """To EAP-IG's prune() the edges that lead backwards are edges: a chosen node always has one that leads to it."""
+    edges = torch.zeros(4, 8, dtype=torch.bool)
+    edges[chosen] = True
+    eap_ig_file(tmp_path / "nodes.pt", edges)
+    found, prompts = read_circuit(tmp_path / "nodes.pt"), prompts_of_numbers()
+    carried = (edges & real())[:, :, None].double().expand(4, 8, 8)
+    wanted = faithfulness_by_hand(model, prompts, carried, ablation)
+    for circuit in (found, rewritten(found, tmp_path / "again.pt"), chosen_by_score(chosen)):
+        point = faithfulness_of(model, prompts, circuit.kept, fed=circuit.fed, ablation=ablation)
+        assert point.faithfulness == pytest.approx(wanted, abs=1e-5)
+
+
+def rewritten(circuit: Circuit, file: Path) -> Circuit:
+    write_circuit(file, circuit)
+    return read_circuit(file)
+
+
+def chosen_by_score(chosen: list[int]) -> Circuit:
+    scores = torch.tensor([2.0 if source in chosen else 1.0 for source in range(4)])
+    nothing = torch.zeros(4, 8)
+    return choose(Circuit(Graph(1, 2), 8, nothing, nothing.bool(), scores), "nodes", len(chosen))
 
 
 def test_a_circuit_without_scores_is_one_of_mibs_forms(tmp_path: Path) -> None:

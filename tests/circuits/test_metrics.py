@@ -10,11 +10,28 @@ def test_a_linear_curve() -> None:
     """f(k) = k: CPR and CMD are the areas of the trapezoid from 0.001 to 1 below k and 1 - k."""
     curve = measure_curve(1000, lambda sizes: [2.0 + 3.0 * size / 1000 for size in sizes])
     assert (curve.nothing, curve.everything) == (2.0, 5.0)
-    assert [point.size for point in curve.shares] == [round(1000 * share) for share in SHARES]
+    assert [point.size for point in curve.shares] == [int(share * 1000) for share in SHARES]
     assert curve.cpr == pytest.approx((1 - 0.001**2) / 2)
     assert curve.cmd == pytest.approx((1 - 0.001) ** 2 / 2)
     assert curve.first_size == pytest.approx(900, rel=0.02)
     assert curve.first_size >= 900
+
+
+@pytest.mark.parametrize("total", [7, 157, 1999, 32491])
+def test_sizes_and_integrals_are_those_of_the_mib_benchmark(total: int) -> None:
+    """It keeps int(p N) units and integrates over the nominal p, though so few units are less than p of them."""
+
+    def metric(size: int) -> float:
+        return 1.5 * (size / total) ** 0.3 - 0.2 * (size > total / 3)
+
+    curve = measure_curve(total, lambda sizes: list(map(metric, sizes)))
+    shares = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+    f = [metric(int(p * total)) / metric(total) for p in shares]
+    cpr = sum((shares[i + 1] - shares[i]) * (f[i] + f[i + 1]) / 2 for i in range(9))
+    cmd = sum((shares[i + 1] - shares[i]) * (abs(1 - f[i]) + abs(1 - f[i + 1])) / 2 for i in range(9))
+    assert [point.size for point in curve.shares] == [int(p * total) for p in shares]
+    assert [point.faithfulness for point in curve.shares] == pytest.approx(f)
+    assert (curve.cpr, curve.cmd) == (pytest.approx(cpr, rel=1e-12), pytest.approx(cmd, rel=1e-12))
 
 
 def test_the_first_crossing_is_found_exactly_where_the_rounds_reach() -> None:
@@ -27,15 +44,12 @@ def test_a_curve_that_falls_again_has_two_sizes() -> None:
     points = tuple(Point(size, f, f) for size, f in values.items())
     curve = Curve(1000, 0.0, 1.0, points, points)
     assert (curve.first_size, curve.lasting_size) == (10, 1000)
-    expected = (9 * (0.2 + 0.95) + 90 * (0.95 + 0.5) + 900 * 1.5) / 2000
-    assert curve.cpr == pytest.approx(expected)
-    assert curve.cmd == pytest.approx((9 * (0.8 + 0.05) + 90 * (0.05 + 0.5) + 900 * 0.5) / 2000)
 
 
 def test_faithfulness_above_one_counts_in_both_integrals() -> None:
-    points = (Point(0, 0.0, 2.0), Point(1, 0.0, 2.0))
-    curve = Curve(1, 0.0, 1.0, points, points)
-    assert (curve.cpr, curve.cmd) == (2.0, 1.0)
+    points = tuple(Point(int(1000 * share), 0.0, 2.0) for share in SHARES)
+    curve = Curve(1000, 0.0, 1.0, points, points)
+    assert (curve.cpr, curve.cmd) == (pytest.approx(2 * 0.999), pytest.approx(0.999))
 
 
 def test_few_units_are_measured_once_each() -> None:
@@ -47,7 +61,8 @@ def test_few_units_are_measured_once_each() -> None:
 
     curve = measure_curve(3, measure)
     assert sorted(asked) == sorted(set(asked))
-    assert [point.size for point in curve.shares] == [1, 2, 3]
+    assert [point.size for point in curve.shares] == [0, 0, 0, 0, 0, 0, 0, 0, 1, 3]
+    assert [point.size for point in curve.points] == [1, 2, 3]
     assert curve.first_size == 3
 
 

@@ -1,17 +1,14 @@
 """Records, figures and the commands that draw them, on what tiny runs leave."""
 
-import asyncio
 import json
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
 
 from gossamer.circuits.compare import SearchConfig, compare_circuits
 from gossamer.circuits.records import load_circuit
@@ -25,8 +22,6 @@ from gossamer.report.records import load_records
 from gossamer.report.series import faithfulness_charts, loss_chart, training_charts
 from gossamer.runs.record import Run
 from gossamer.training.settings import TrainingConfig
-
-NOTEBOOK = Path(__file__).parents[2] / "docs" / "example.ipynb"
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +192,3 @@ def test_records_in_a_notebook_show_escaped_figures(run: Path, tmp_path: Path) -
     assert "open fraction=" in repr(records)
     with pytest.raises(GossamerError, match="is not a run"):
         load_records(tmp_path / "nowhere")
-
-
-def test_the_example_notebook_runs(tmp_path: Path) -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
-    asyncio.run(NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).async_execute())
-    kinds = [set(output.get("data", {})) for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in kind for kind in kinds) == 2
-    assert sum("text/html" in kind for kind in kinds) == 1
-    assert "open fraction" in json.dumps(notebook.cells[-3]["outputs"])

@@ -14,7 +14,7 @@ from gossamer.errors import GossamerError
 from gossamer.models.architectures import PROVEN
 
 Ablation = Literal["patch", "zero", "mean"]
-"""What units outside a circuit carry: the corrupted run's values, zero, or the mean over corrupted runs."""
+"""What units outside a circuit carry, the corrupted run's values, zero, or the mean over corrupted runs."""
 
 
 @dataclass

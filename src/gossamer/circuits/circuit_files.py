@@ -7,7 +7,8 @@ Scores in files have EAP-IG's sign: it attributes a loss, the metric times -1, s
 
 A file may hold scores alone, of edges, nodes or neurons, and leave it to its reader how many are kept: :func:`choose`.
 Neurons are the dimensions of what a node writes into the residual stream. A graph that was chosen by nodes or neurons
-keeps all edges of a node; in ``.pt`` files also those that no model has, since they lead backwards.
+keeps all edges of a node; in ``.pt`` files also those that no model has, since they lead backwards. EAP-IG counts them
+when it prunes, so that no node that was chosen as a whole is ever cut off from the input: :attr:`Circuit.fed`.
 """
 
 import json
@@ -44,6 +45,7 @@ class Circuit:
         kept: which of them are in the circuit.
         node_scores, neuron_scores: of the sources, and of the neurons of each; NaN where there is none.
         neurons: which dimensions of what a source writes its kept edges carry; None: all.
+        fed: sources that were chosen as a whole, and stay though no kept edge leads to them; None: there are none.
     """
 
     graph: Graph
@@ -53,6 +55,7 @@ class Circuit:
     node_scores: Float[Tensor, " sources"] | None = None
     neuron_scores: Float[Tensor, "sources d_model"] | None = None
     neurons: Bool[Tensor, "sources d_model"] | None = None
+    fed: Bool[Tensor, " sources"] | None = None
 
     @property
     def scored(self) -> tuple[Level, ...]:
@@ -114,6 +117,7 @@ def choose(
     if level == "edges" and circuit.scores[circuit.graph.possible()].isnan().any():
         raise GossamerError(f"{name} has scores of edges that are no numbers (nan)")
     graph, neurons = circuit.graph, circuit.neurons if circuit.neurons is not None and circuit.neurons.any() else None
+    fed = None
     if level == "edges":
         kept = top_edges(graph, circuit.scores, count, absolute=absolute)
     else:
@@ -124,8 +128,9 @@ def choose(
         chosen[torch.argsort(ranked, descending=True, stable=True)[:count]] = True
         chosen = chosen.view_as(scores)
         neurons = chosen if level == "neurons" else neurons
-        kept = graph.possible() & (chosen.any(1) if level == "neurons" else chosen)[:, None]
-    return replace(circuit, kept=kept, neurons=neurons)
+        fed = chosen.any(1) if level == "neurons" else chosen
+        kept = graph.possible() & fed[:, None]
+    return replace(circuit, kept=kept, neurons=neurons, fed=fed)
 
 
 def require_graph_of(model: PreTrainedModel, circuit: Circuit, file: Path) -> None:
@@ -258,13 +263,14 @@ def _filled(values: Tensor, found: dict[int, Any]) -> Tensor | None:
 
 def _write_pt(file: Path, circuit: Circuit) -> None:
     sources, destinations = _names(circuit.graph)
+    kept = circuit.kept if circuit.fed is None else circuit.kept | circuit.fed[:, None]
     content = {
         "cfg": _settings(circuit),
         "src_nodes": sources,
         "dst_nodes": destinations,
         "edges_scores": circuit.scores.contiguous(),
-        "edges_in_graph": circuit.kept.contiguous(),
-        "nodes_in_graph": circuit.kept_nodes,
+        "edges_in_graph": kept.contiguous(),
+        "nodes_in_graph": kept.any(1),
         "nodes_scores": circuit.node_scores,
         "neurons_in_graph": circuit.neurons,
         "neurons_scores": circuit.neuron_scores,
@@ -283,10 +289,12 @@ def _read_pt(file: Path) -> Circuit:
         scores = content["edges_scores"].float()
     if content.get("edges_in_graph") is not None:
         kept = content["edges_in_graph"].bool()
-    possible = graph.possible()
+    possible, fed = graph.possible(), None
     if kept.shape == possible.shape:
         # A node that was chosen as a whole has a full row, with edges that lead backwards among those that there are.
-        kept = kept & (possible | ~(kept & possible).any(1, keepdim=True))
+        whole = (kept & possible).any(1) & (kept & ~possible).any(1)
+        kept = kept & (possible | ~whole[:, None])
+        fed = whole if whole.any() else None
     return _checked(
         graph,
         width,
@@ -295,6 +303,7 @@ def _read_pt(file: Path) -> Circuit:
         node_scores=_floats(content.get("nodes_scores")),
         neuron_scores=_floats(content.get("neurons_scores")),
         neurons=_floats(content.get("neurons_in_graph")),
+        fed=fed,
     )
 
 
@@ -347,6 +356,7 @@ def _checked(
     node_scores: Tensor | None = None,
     neuron_scores: Tensor | None = None,
     neurons: Tensor | None = None,
+    fed: Tensor | None = None,
 ) -> Circuit:
     shape, by_neuron = (graph.sources, graph.destinations), (graph.sources, width)
     for name, values, wanted in (
@@ -361,4 +371,4 @@ def _checked(
     if (kept & ~graph.possible()).any():
         raise ValueError("it has edges that lead backwards")
     chosen = None if neurons is None else neurons.bool()
-    return Circuit(graph, width, scores, kept, node_scores, neuron_scores, chosen)
+    return Circuit(graph, width, scores, kept, node_scores, neuron_scores, chosen, fed)

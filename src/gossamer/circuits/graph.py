@@ -107,19 +107,26 @@ class Graph:
         return owners
 
 
-def prune(graph: Graph, kept: Bool[Tensor, "sources destinations"]) -> Bool[Tensor, "sources destinations"]:
-    """The kept edges that lie on a path from the input to the logits through kept edges."""
+def prune(
+    graph: Graph, kept: Bool[Tensor, "sources destinations"], *, fed: Bool[Tensor, " sources"] | None = None
+) -> Bool[Tensor, "sources destinations"]:
+    """The kept edges that lie on a path from the input to the logits through kept edges.
+
+    ``fed`` are sources beside the input at which such a path may begin.
+    """
     kept = kept & graph.possible()
+    begins = torch.arange(graph.sources) == 0
+    if fed is not None:
+        begins = begins | fed
     owners = graph.source_of_destination()
     inner = owners >= 0
     while True:
-        fed = torch.zeros(graph.sources, dtype=torch.bool)
-        fed[0] = True
-        fed[owners[inner & kept.any(0)]] = True
+        reached = begins.clone()
+        reached[owners[inner & kept.any(0)]] = True
         used = kept.any(1)
         heard = torch.ones(graph.destinations, dtype=torch.bool)
         heard[inner] = used[owners[inner]]
-        pruned = kept & fed[:, None] & heard[None]
+        pruned = kept & reached[:, None] & heard[None]
         if torch.equal(pruned, kept):
             return kept
         kept = pruned

@@ -42,7 +42,7 @@ PROPORTIONAL, INTEGRAL = 10.0, 0.5
 LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.1, 50.0
 
 SLACK = 0.02
-"""How far inside the constraints the mask is learned: what is removed afterwards uses it up."""
+"""How far inside the constraints the mask is learned. What is removed afterwards uses it up."""
 
 REMOVED_AT_ONCE = (0.5, 0.3, 0.15, 0.07, 0.03)
 """Shares of the set whose removal is tried in one pass."""

@@ -1,16 +1,18 @@
 """How well a circuit explains a behaviour.
 
     faithfulness  f(C) = (m(C) - m(nothing)) / (m(everything) - m(nothing)),  m the mean metric on the clean prompts
-    CPR           integral of f over the kept share k, higher is better
+    CPR           integral of f over the kept share p, higher is better
     CMD           integral of |1 - f|, 0 is best  (Mueller et al. 2025, arXiv 2504.13151)
     size at 90 %  the smallest circuit with f >= 0.9: the first in order of size, and the first after which none falls
                   below any more
 
-The integrals are trapezoids on a linear axis over the shares at which f was measured, from the smallest of them on.
+The integrals are those of the MIB benchmark: int(p N) of N units are kept, and the trapezoids stand on a linear axis
+over p itself, from the smallest share on. Of few units, a small share is none: f is 0 there.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gossamer.errors import GossamerError
 
@@ -37,7 +39,8 @@ class Curve:
     Attributes:
         total: how many units there are.
         nothing, everything: mean metric with no unit and with all units kept.
-        shares: the points at :data:`SHARES`; the others only narrow down the size at 90 %.
+        shares: a point for each of :data:`SHARES`.
+        points: each measured size once, but for the empty circuit; some only narrow down the size at 90 %.
     """
 
     total: int
@@ -57,10 +60,8 @@ class Curve:
         return self._integral(lambda f: abs(1 - f))
 
     def _integral(self, function: Callable[[float], float]) -> float:
-        pairs = zip(self.shares, self.shares[1:], strict=False)
-        return sum(
-            (b.size - a.size) / self.total * (function(a.faithfulness) + function(b.faithfulness)) / 2 for a, b in pairs
-        )
+        values = [function(point.faithfulness) for point in self.shares]
+        return sum((q - p) * (a + b) / 2 for (p, q), (a, b) in zip(pairwise(SHARES), pairwise(values), strict=True))
 
     @property
     def first_size(self) -> int | None:
@@ -95,8 +96,8 @@ def measure_curve(total: int, measure: Callable[[list[int]], list[float]], *, ro
         new = sorted(set(sizes) - metrics.keys())
         metrics.update(zip(new, measure(new) if new else [], strict=True))
 
-    shares = sorted({max(1, round(share * total)) for share in SHARES})
-    add([0, *shares, total])
+    shares = [int(share * total) for share in SHARES]
+    add([0, *shares])
     nothing, everything = metrics[0], metrics[total]
 
     def point(size: int) -> Point:

@@ -74,7 +74,7 @@ def load_circuit(
     corruption: str | None = None,
     ablation: Ablation = "patch",
 ) -> Circuit:
-    """A circuit of edges from what :func:`compare_circuits` left, pruned.
+    """A circuit of edges from what :func:`gossamer.circuits.compare.compare_circuits` left, pruned.
 
     Args:
         root: the directory of a run whose circuits have been found, or what ``--out`` of gossamer circuits named.

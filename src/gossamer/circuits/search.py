@@ -245,6 +245,7 @@ def faithfulness_of(
     kept: Bool[Tensor, "sources destinations"],
     *,
     neurons: Bool[Tensor, "sources d_model"] | None = None,
+    fed: Bool[Tensor, " sources"] | None = None,
     ablation: Ablation = "patch",
     batch_size: int = 16,
 ) -> Point:
@@ -255,6 +256,7 @@ def faithfulness_of(
         prompts: of the task.
         kept: the circuit.
         neurons: which dimensions of what a source writes its kept edges carry; all if None.
+        fed: sources that are not cut off though no kept edge leads to them; see :func:`gossamer.circuits.graph.prune`.
         ablation: what everything else carries.
         batch_size: prompts in one forward pass.
 
@@ -262,7 +264,7 @@ def faithfulness_of(
         GossamerError: if the metric does not tell clean from corrupted prompts.
     """
     graph = graph_of(model)
-    possible, pruned = graph.possible(), prune(graph, kept)
+    possible, pruned = graph.possible(), prune(graph, kept, fed=fed)
     circuits = ((torch.zeros_like(possible), None), (pruned, neurons), (possible, None))
     metrics = torch.zeros(3, dtype=torch.double)
     batches = tuple(prompts.batches(batch_size))

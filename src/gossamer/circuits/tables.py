@@ -34,14 +34,20 @@ def comparison_tables(record: dict[str, Any]) -> list[Table]:
         left = "; ".join(_share(x.get("left_when_cut")) for x in (a, b))
         sizes.add_row(level, f"{a['total']:,}", *counts, ratio, left, f"{a['cpr']:.3f}", f"{b['cpr']:.3f}")
         for name, curve in (("dense", a), ("sparse", b)):
-            at = {point["size"]: point["faithfulness"] for point in curve["points"]}
-            shown = [at.get(round(share * curve["total"])) for share in SHOWN]
-            cells = ("-" if value is None else f"{value:.3f}" for value in shown)
+            cells = (_faithfulness(curve, share) for share in SHOWN)
             explained.add_row(level, name, *cells, f"{curve['cmd']:.3f}")
     tables = [ability, sizes, explained, _pruned_table(record)]
     if dense.get("sets"):
         tables.append(_sets_table(record))
     return tables + ([_spread_table(record)] if len(record["variations"]) > 1 else [])
+
+
+def _faithfulness(curve: dict[str, Any], share: float) -> str:
+    """Of the circuit of that share; a record of an earlier version may have rounded its size otherwise."""
+    at = {0: 0.0, **{point["size"]: point["faithfulness"] for point in curve["points"]}}
+    exact = share * curve["total"]
+    value = at.get(int(exact) if int(exact) in curve["shares"] else max(1, round(exact)))
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _pruned_table(record: dict[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
 # The order in which --help names the commands.
-from gossamer.cli import pictures, training, evaluation, circuits, explain  # noqa: F401
+from gossamer.cli import pictures, training, evaluation, circuits, explain, hub  # noqa: F401
 from gossamer.cli.common import app
 from gossamer.cli.faults import check_encoding, line_of, usage_line
 from gossamer.errors import CollectiveError, one_line

@@ -258,9 +258,9 @@ def evaluate_circuit(
     require_ability(measure_ability(network, prompts), chosen.name, forced=force)
 
     def measure(kept: "Tensor") -> "Point":  # type: ignore[name-defined]
-        return faithfulness_of(network, prompts, kept, neurons=found.neurons, ablation=ablation.value)
+        return faithfulness_of(network, prompts, kept, neurons=found.neurons, fed=found.fed, ablation=ablation.value)
 
-    point, pruned = measure(found.kept), prune(found.graph, found.kept)
+    point, pruned = measure(found.kept), prune(found.graph, found.kept, fed=found.fed)
     facts: dict[str, object] = {"edges": f"{point.size:,} of {int(found.graph.possible().sum()):,}"}
     if (cut_off := int(found.kept.sum()) - point.size) > 0:
         facts["cut off, left out"] = f"{cut_off:,}"

@@ -49,12 +49,13 @@ def key_value_table(title: str, facts: dict[str, object]) -> Table:
 
 
 def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
-    """The model and tokenizer of a run, a saved sparse model, an adapter, or a model by name."""
+    """The model and tokenizer of a run, a saved sparse model, an adapter, either on the Hub, or a dense model."""
     from transformers.utils import logging
 
     from gossamer.models.checkpoint import is_saved_model, load
     from gossamer.models.lora_files import adapter_base, is_adapter, load_adapter
     from gossamer.models.pretrained import load_dense
+    from gossamer.models.repositories import gossamer_folder
     from gossamer.models.shipped import SHIPPED, load_shipped
     from gossamer.models.tokenizers import load_own_tokenizer
     from gossamer.runs.record import Run, load_sparse
@@ -65,11 +66,12 @@ def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedT
     run = Run(Path(target))
     if (run.folder / "blocks.safetensors").exists():
         return load_sparse(run), load_own_tokenizer(run.model)
-    if is_saved_model(Path(target)):
-        return load(target), load_own_tokenizer(target)
-    if is_adapter(Path(target)):
-        dense, tokenizer = load_dense(adapter_base(target))
-        return load_adapter(target, dense, inplace=True), tokenizer
+    folder = gossamer_folder(target) or Path(target)
+    if is_saved_model(folder):
+        return load(folder), load_own_tokenizer(folder)
+    if is_adapter(folder):
+        dense, tokenizer = load_dense(adapter_base(folder))
+        return load_adapter(folder, dense, inplace=True), tokenizer
     return load_dense(target)
 
 
@@ -96,10 +98,11 @@ def _dense_of(model: str) -> "PreTrainedModel":  # type: ignore[name-defined]
     """The dense model that a sparse one says it was made from; of a run, the very one."""
     from gossamer.models.checkpoint import saved_base
     from gossamer.models.lora_files import adapter_base, is_adapter
+    from gossamer.models.repositories import gossamer_folder
     from gossamer.models.shipped import SHIPPED, shipped_adapter
     from gossamer.runs.record import Run
 
-    folder = Path(model)
+    folder = gossamer_folder(model) or Path(model)
     if model in SHIPPED and not folder.exists():
         return load_model_and_tokenizer(adapter_base(shipped_adapter(model)))[0]
     if (folder / "blocks.safetensors").exists():

@@ -233,10 +233,11 @@ def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
 def inspect_model(target: str) -> None:
     """Print what a saved sparse or a dense model is."""
     from gossamer.models.architectures import architecture_of
-    from gossamer.models.checkpoint import gate_biases
+    from gossamer.models.checkpoint import gate_biases, is_saved_model, load
     from gossamer.models.convert import is_gated
 
-    model, _ = load_model_and_tokenizer(target)
+    # A saved model need not have a tokenizer.
+    model = load(target) if is_saved_model(Path(target)) else load_model_and_tokenizer(target)[0]
     gated = is_gated(model)
     config = model.config
     facts: dict[str, object] = {

@@ -206,13 +206,13 @@ def import_(
 
     from gossamer.models.checkpoint import save
     from gossamer.models.imported import import_checkpoint
-    from gossamer.models.pretrained import load_tokenizer
+    from gossamer.models.pretrained import dense_tokenizer
     from gossamer.models.vocabulary import require_vocabulary
 
     logging.disable_progress_bar()
     if out.exists():
         raise GossamerError(f"{out} exists already; give another --out")
-    words = load_tokenizer(tokenizer) if tokenizer is not None else None
+    words = dense_tokenizer(tokenizer) if tokenizer is not None else None
     model = import_checkpoint(checkpoint, heads=heads, activation=activation.value, vocab_size=vocab_size)
     if words is not None:
         require_vocabulary(model, words, "what the tokenizer makes")

@@ -25,7 +25,7 @@ from gossamer.errors import GossamerError
 from gossamer.explanations.prediction import Prediction
 
 SMALLEST_DIFFERENCE = 1e-3
-"""Between the metric with all links and with none, nats: below it there is nothing to explain."""
+"""Between the metric with all links and with none, in nats. Below it there is nothing to explain."""
 
 _TOKENS_AT_ONCE = 1_024
 """Rows times tokens in one forward pass without gradients."""

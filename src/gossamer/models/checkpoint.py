@@ -36,8 +36,9 @@ from gossamer.inputs import check, check_tensors, read_json, read_tensors, readi
 from gossamer.models.architectures import attention_modules
 from gossamer.models.convert import add_gates, is_gated
 from gossamer.models.lora import has_adapters
+from gossamer.models.repositories import MODEL_TYPE, found_folder
 from gossamer.models.whole import OPTIONS, check_whole, quiet_loading
-from gossamer.names import SMOLLM2_SPARSE
+from gossamer.names import HUB_IDS, SMOLLM2_SPARSE
 
 AGAIN = "save the model anew with gossamer.save"
 
@@ -112,7 +113,7 @@ def write_model(
     base = os.path.abspath(base) if os.path.isdir(base) else base
     config.pop("quantization_config", None)
     config["architectures"] = [type(model).__name__]
-    outer = {"model_type": "gossamer", "format": FORMAT, "base_model_type": model.config.model_type, "base": base}
+    outer = {"model_type": MODEL_TYPE, "format": FORMAT, "base_model_type": model.config.model_type, "base": base}
     (folder / "config.json").write_text(json.dumps(outer, indent=2) + "\n")
     (folder / "base_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     card = front_matter("gossamer", base) + _CARD.format(family=model.config.model_type)
@@ -132,7 +133,7 @@ def front_matter(library: str, base: str, **more: list[str]) -> str:
     """The head of a model card, YAML between dashes; it names the dense model where that is not one of this machine."""
     facts: dict[str, Any] = {"library_name": library}
     if base != "unknown" and not is_local_model(base):
-        facts["base_model"] = base
+        facts["base_model"] = HUB_IDS.get(base, base)
     return f"---\n{yaml.safe_dump({**facts, **more}, sort_keys=False, allow_unicode=True)}---\n"
 
 
@@ -152,31 +153,37 @@ def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a gated model that :func:`save` wrote, gates and all, in ``eval()`` mode.
 
     Args:
-        path: the directory, or ``smollm2-sparse``, the model that comes with gossamer.
+        path: the directory; the id of a repository on the Hub, ``org/name``; or ``smollm2-sparse``, the model that
+            comes with gossamer. Where it holds adapters, they are merged into the dense model that they name.
         dtype: of the weights; as saved if None.
         device: where to put them.
+        revision: branch, tag or commit on the Hub; the main branch if None.
 
     Raises:
-        GossamerError: if there is no such directory, or it is not a whole gossamer model.
+        GossamerError: if there is no such directory or repository, or it is not a whole gossamer model.
     """
-    folder = Path(path)
-    if str(path) == SMOLLM2_SPARSE and not folder.exists():
+    if str(path) == SMOLLM2_SPARSE and not os.path.exists(path):
         from gossamer.models.shipped import load_shipped  # whose files are read by what imports this module
 
         return load_shipped(SMOLLM2_SPARSE)[0].to(device, dtype)
+    folder = found_folder(path, revision)
     if is_run(folder):
         raise GossamerError(f"{folder} is a run, not a saved model; its sparse model is in {folder / 'model'}")
     if (folder / "adapter_config.json").exists():
-        raise GossamerError(
-            f"{folder} holds adapters, not a whole model; gossamer.load_adapter puts them on their base"
-        )
+        from gossamer.models.lora_files import load_adapter  # likewise
+
+        return load_adapter(folder).to(device, dtype)
     outer = _read_json(folder / "config.json", folder)
-    if outer.get("model_type") != "gossamer":
+    if outer.get("model_type") != MODEL_TYPE:
         kind = f"a dense {outer['model_type']} model" if "model_type" in outer else "no model"
         raise GossamerError(f"{folder} holds {kind}, not a gossamer one")
     if outer.get("format") != FORMAT:
@@ -265,7 +272,7 @@ def saved_base(folder: Path) -> str:
 def is_saved_model(folder: Path) -> bool:
     """Whether the directory is one that :func:`save` wrote."""
     file = folder / "config.json"
-    return file.exists() and _read_json(file, folder).get("model_type") == "gossamer"
+    return file.exists() and _read_json(file, folder).get("model_type") == MODEL_TYPE
 
 
 def is_run(folder: Path) -> bool:

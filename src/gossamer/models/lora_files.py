@@ -29,6 +29,7 @@ from gossamer.models.checkpoint import front_matter, gate_biases, is_local_model
 from gossamer.models.convert import add_gates, is_gated
 from gossamer.models.lora import has_adapters, inject_adapters, merge_adapters
 from gossamer.models.pretrained import cache_folder, load_dense
+from gossamer.models.repositories import GATES, found_folder
 from gossamer.names import SMOLLM2
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ FORMAT = 1
 SAMPLES = 4
 """Values kept of each weight of the dense model, evenly spaced."""
 
-_GATES = "gossamer_gates.safetensors"
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of peft's names in a file
@@ -98,7 +98,7 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str], *, dtype:
         named = {f"{_PREFIX}{name}": value.detach().to("cpu", dtype).contiguous() for name, value in adapters.items()}
         save_file(named, staging / _WEIGHTS, metadata={"format": "pt"})
         gates = {"gate_bias": gate_biases(model).cpu().contiguous(), "base_samples": samples(weights)}
-        save_file(gates, staging / _GATES, metadata={"gossamer": json.dumps(described)})
+        save_file(gates, staging / GATES, metadata={"gossamer": json.dumps(described)})
         shown = "path/to/the/dense/model" if base == "unknown" or is_local_model(base) else base
         card = _CARD.format(base=json.dumps(shown, ensure_ascii=False), family=model.config.model_type)
         head = front_matter("peft", base, tags=["lora", "gossamer"])
@@ -107,7 +107,7 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str], *, dtype:
 
 def is_adapter(folder: Path) -> bool:
     """Whether the directory is one that :func:`save_adapter` wrote."""
-    return (folder / _GATES).exists()
+    return (folder / GATES).exists()
 
 
 def adapter_base(path: str | os.PathLike[str]) -> str:
@@ -116,7 +116,7 @@ def adapter_base(path: str | os.PathLike[str]) -> str:
     Raises:
         GossamerError: if there are no adapters, or they name no model.
     """
-    config, _ = _read_adapters(Path(path))
+    config, _ = _read_adapters(found_folder(path))
     if not config.base_model_name_or_path:
         raise GossamerError(
             f"{path} does not say which dense model its adapters were trained on; "
@@ -131,22 +131,24 @@ def load_adapter(
     *,
     merge: bool = True,
     inplace: bool = False,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """The gated model of which :func:`save_adapter` wrote adapters and gates, in ``eval()`` mode.
 
     Args:
-        path: the directory.
+        path: the directory, or the id of a repository on the Hub, ``org/name``.
         base: the dense model it was made from, or its name or directory as for
             :func:`gossamer.models.pretrained.load_dense`; the one that the adapters name if None.
         merge: add the adapters into the weights, which gives exactly the model that a run saves; else they stay
             adapters and can be trained further.
         inplace: change ``base`` itself instead of a copy, where it is a model.
+        revision: branch, tag or commit on the Hub; the main branch if None.
 
     Raises:
-        GossamerError: if there is no such directory or it is not whole; if ``base`` is of another family or other
-            shapes, or has other weights than those the adapters were trained on.
+        GossamerError: if there is no such directory or repository or it is not whole; if ``base`` is of another family
+            or other shapes, or has other weights than those the adapters were trained on.
     """
-    folder = Path(path)
+    folder = found_folder(path, revision)
     described, gates = _read_gates(folder)
     config, adapters = _read_adapters(folder)
     if isinstance(base, PreTrainedModel):
@@ -232,10 +234,10 @@ def _put_on(model: PreTrainedModel, config: "LoraConfig", adapters: dict[str, Te
 
 
 def _read_gates(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    file = folder / _GATES
+    file = folder / GATES
     if not file.exists():
         hint = f"; {folder} is a run, its adapters are in {folder / 'adapter'}" if is_run(folder) else ""
-        raise GossamerError(f"{folder} holds no adapters that gossamer saved: it has no {_GATES}{hint}")
+        raise GossamerError(f"{folder} holds no adapters that gossamer saved: it has no {GATES}{hint}")
     with reading(file, AGAIN):
         with safe_open(file, framework="pt") as stream:
             metadata = stream.metadata() or {}

@@ -135,14 +135,15 @@ def _under_bare_names(source: str, dtype: torch.dtype | None) -> tuple[PreTraine
     return model, found
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or a Hub id.
+def dense_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a dense model: of ``smollm2``, a directory or a Hub id.
 
     Raises:
         GossamerError: if there is none.
     """
+    source = str(_smollm2()) if name == SMOLLM2 else name
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise GossamerError(
             f"no tokenizer {name!r}: give a directory that a tokenizer was saved to, or the id of a model on the Hub "

@@ -7,10 +7,35 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gossamer.errors import GossamerError
-from gossamer.models.checkpoint import base_config
+from gossamer.models.checkpoint import base_config, is_saved_model
+from gossamer.models.lora_files import adapter_base, is_adapter
+from gossamer.models.pretrained import dense_tokenizer
+from gossamer.models.repositories import gossamer_folder
+from gossamer.models.shipped import SHIPPED, shipped_adapter
 
 _SOMETHING = ("a", "0", ".")
 """Texts of which every tokenizer knows one."""
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, fast or not.
+
+    Args:
+        path: whatever :func:`gossamer.load`, :func:`gossamer.load_adapter` or
+            :func:`gossamer.models.pretrained.load_dense` takes.
+        revision: branch, tag or commit on the Hub; the main branch if None.
+
+    Raises:
+        GossamerError: if there is none.
+    """
+    name = os.fspath(path)
+    if name in SHIPPED and not os.path.exists(name):
+        folder = shipped_adapter(name)
+    else:
+        folder = gossamer_folder(name, revision) or Path(name)
+    if is_adapter(folder):
+        return dense_tokenizer(adapter_base(folder))
+    return load_own_tokenizer(folder) if is_saved_model(folder) else dense_tokenizer(name)
 
 
 def load_own_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

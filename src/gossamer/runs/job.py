@@ -121,7 +121,7 @@ class Job:
 
     @property
     def adapters(self) -> bool:
-        """Whether adapters are trained: then ``dense`` itself becomes the sparse model, without a copy."""
+        """Whether adapters are trained. If so, ``dense`` itself becomes the sparse model, without a copy."""
         return self.config.training.train == "lora"
 
     def train(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

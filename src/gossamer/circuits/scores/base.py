@@ -66,7 +66,7 @@ class SetSearch(Protocol):
 
 
 LinkScores = Callable[..., Float[Tensor, "prompts layers heads tokens tokens"]]
-"""Scores of the attention links of each prompt: a function of model, batch and ``ablation``, "patch" or "zero"."""
+"""Scores of the attention links of each prompt, from model, batch and ``ablation``, which is ``patch`` or ``zero``."""
 
 
 @dataclass(frozen=True)

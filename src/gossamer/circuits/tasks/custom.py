@@ -1,4 +1,6 @@
-"""A task of one's own from a JSONL file in UTF-8: one object a line with the keys of :class:`Example`.
+"""A task of one's own from a JSONL file in UTF-8, one object a line.
+
+The keys are those of :class:`gossamer.circuits.tasks.base.Example`:
 
     {"clean": "The capital of France is", "corrupted": "The capital of Italy is",
      "answers": [" Paris"], "wrong": [" Rome"]}
