@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace, tokens: int) -> dict[str, dict[str, f
     times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in functions}
     tensors = inputs(arguments, tokens)
     d_output = torch.randn_like(tensors[0])
-    price = torch.full((arguments.batch, arguments.heads), 1e-6, device=DEVICE)
+    price = torch.full((arguments.batch, arguments.heads, tokens), 1e-6, device=DEVICE)
     for repeat in range(arguments.warm_up + arguments.repeats):
         for name, function in functions.items():
             with torch.no_grad():

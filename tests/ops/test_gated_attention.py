@@ -1,9 +1,12 @@
 """Every implementation against the definition in float64, and the definition against pencil and paper."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from attention_cases import FAST, GPU, IMPLEMENTATIONS, PADDING, TRITON, inputs, place
 from gossamer import GatedAttentionOutput, gated_attention
@@ -278,3 +281,36 @@ def test_expected_links_are_left_out_when_not_asked_for(implementation: str) -> 
 def test_arguments_that_do_not_fit_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         gated_attention(**{**inputs(8), **change})
+
+
+def _distances_from_float64(
+    attend: Callable[..., torch.Tensor], tensors: list[torch.Tensor], d_output: torch.Tensor
+) -> list[float]:
+    """Relative distance of the output and of the gradients of q, k and v from dense attention in float64."""
+
+    def graded(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        output = function(*leaves)
+        return [output, *torch.autograd.grad(output, leaves, d_output.to(dtype))]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = graded(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True), torch.float64)
+    return [((x - y).norm() / y.norm()).item() for x, y in zip(graded(attend, torch.bfloat16), exact, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_bfloat16_is_as_exact_as_flash_attention(size: int) -> None:
+    """With the gates forced open; the greater q, the more the gradients cancel."""
+    generator = torch.Generator().manual_seed(size)
+    q, k, v, d_output = (torch.randn(2, 4, 128, 64, generator=generator).bfloat16() for _ in range(4))
+    bias = torch.full((4,), math.inf)
+
+    def gated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return gated_attention(q, k, v, bias, implementation="chunked").output
+
+    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    found, peer = (_distances_from_float64(f, [q * size, k, v], d_output) for f in (gated, flash))
+    assert all(mine <= 1.05 * its for mine, its in zip(found, peer, strict=True))

@@ -93,8 +93,7 @@ class _Call:
         self.batch, self.heads, self.queries, _ = q.shape
         self.kv_heads = k.shape[1]
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.stored = torch.bfloat16 if q.dtype == torch.bfloat16 else self.dtype
-        self.q, self.key = q, k.to(self.dtype)
+        self.q, self.key = q, k.to(self.dtype).contiguous()
         self.bias = gate_bias.to(self.dtype).clamp(-_FAR, _FAR).repeat(self.batch)
         self.pairs, self.scale, self.softcap = pairs, scale, softcap
         self.noise_keys = None if noise_keys is None else noise_keys.flatten(1)
@@ -143,7 +142,7 @@ class _Block:
         if call.noise_keys is not None:
             words = call.words
             self.noise = Noise(call.noise_keys, _packed(words[:, at] << 16), _packed(words[:, self.columns]))
-        self.logits = self.pairwise(self.grouped(call.q).to(call.dtype) * call.scale, call.key)
+        self.logits = self.pairwise(self.grouped(call.q).to(call.dtype), call.key, call.scale)
 
     def grouped(self, x: Tensor) -> Tensor:
         """The block's rows of [batch, heads, queries, n] as [batch, kv_heads, group * rows, n]."""
@@ -158,9 +157,10 @@ class _Block:
         """[..., n], all rows of the block, as [batch, heads, rows, n]."""
         return x.view(self.call.batch, self.call.heads, -1, x.shape[-1])
 
-    def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
-        """Products of the block's rows x with its keys or values of y, [streams, rows, columns]."""
-        products = x @ y[:, :, self.columns].mT
+    def pairwise(self, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
+        """``factor`` times the products of the rows x with the block's keys or values of y, [streams, rows, columns]."""
+        x, y = x.flatten(0, 1), y[:, :, self.columns].flatten(0, 1)
+        products = torch.baddbmm(x.new_empty(()), x, y.mT, beta=0, alpha=factor)
         return products.view(self.call.batch * self.call.heads, -1, products.shape[-1])
 
     def forward(self, expect: bool) -> ForwardElements:
@@ -168,7 +168,6 @@ class _Block:
         call = self.call
         result: ForwardElements = run_elements(
             forward_elements, call.work, self.logits, call.bias, self.allowed, call.softcap, self.noise, expect,
-            call.stored,
         )  # fmt: skip
         return result
 
@@ -177,7 +176,7 @@ class _Block:
         call = self.call
         result: BackwardElements = run_elements(
             backward_elements, call.work, self.logits, products, normaliser, delta, d_expected,
-            call.bias, self.allowed, call.softcap, self.noise, call.stored,
+            call.bias, self.allowed, call.softcap, self.noise,
         )  # fmt: skip
         return result
 
@@ -197,7 +196,7 @@ class _Chunked(torch.autograd.Function):
         expect: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)
-        value = v.to(call.stored)
+        value = v.to(call.dtype).contiguous()
         # Laid out as the projections around attention have it.
         output = q.new_empty(call.batch, call.queries, call.heads, v.shape[-1]).transpose(1, 2)
         normaliser = q.new_empty(call.batch * call.heads, call.queries, dtype=call.dtype)
@@ -227,25 +226,25 @@ class _Chunked(torch.autograd.Function):
         q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
         pairs, scale, softcap, noise_keys = ctx.settings
         call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)
-        key, value = k.to(call.stored), v.to(call.stored)
+        value = v.to(call.dtype).contiguous()
         price = torch.zeros_like(normaliser) if d_expected is None else d_expected.flatten(0, 1).to(call.dtype)
         dq = torch.empty_like(q)
-        # Transposed, [batch, kv_heads, features, keys]: that product is faster by a third than its transpose.
-        d_key, d_value = (torch.zeros(x.mT.shape, dtype=call.dtype, device=x.device) for x in (k, v))
+        # Transposed, [batch * kv_heads, features, keys]: that product is faster by a third than its transpose.
+        d_key, d_value = (torch.zeros(x.mT.flatten(0, 1).shape, dtype=call.dtype, device=x.device) for x in (k, v))
         d_bias = torch.zeros_like(call.bias)
         for start in range(0, call.queries, BLOCK):
             block = _Block(call, start)
             columns = block.columns
-            d_out = block.grouped(d_output)
-            delta = (d_out.to(call.dtype) * block.grouped(output)).sum(-1).view(len(call.bias), -1)
-            d_out = d_out.to(call.stored)
+            d_out = block.grouped(d_output).to(call.dtype)
+            delta = (d_out * block.grouped(output)).sum(-1).view(len(call.bias), -1)
             normalisers, prices = (_packed(x[:, block.rows]) for x in (normaliser, price))
             elements = block.backward(block.pairwise(d_out, value), normalisers, delta, prices)
             d_bias += elements.d_bias.sum(-1)
             d_logits = block.by_group(elements.d_logits)
-            d_value[..., columns] += d_out.mT @ block.by_group(elements.weights)
-            d_key[..., columns] += block.grouped(q).to(call.stored).mT @ d_logits
-            dq[:, :, block.rows] = block.by_head(d_logits @ key[:, :, columns]).mul_(scale)
-        dk, dv = d_key.mT.mul(scale).to(k.dtype), d_value.mT.to(v.dtype)
+            own = block.grouped(q).to(call.dtype)
+            d_value[..., columns].baddbmm_(d_out.mT.flatten(0, 1), block.by_group(elements.weights).flatten(0, 1))
+            d_key[..., columns].baddbmm_(own.mT.flatten(0, 1), d_logits.flatten(0, 1))
+            dq[:, :, block.rows] = block.by_head(d_logits @ call.key[:, :, columns]).mul_(scale)
+        dk, dv = d_key.mT.mul(scale).to(k.dtype).view(k.shape), d_value.mT.to(v.dtype).view(v.shape)
         d_bias = d_bias.view(call.batch, call.heads).sum(0).to(gate_bias.dtype)
         return dq, dk, dv, d_bias, None, None, None, None, None

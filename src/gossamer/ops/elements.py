@@ -13,6 +13,7 @@ g = sigma(G + n) = p u / (p u + (1 - p)(1 - u)): neither a logarithm nor a secon
 """
 
 import logging
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -98,6 +99,11 @@ class ForwardElements(NamedTuple):
     expected: Float[Tensor, "streams rows"] | None
 
 
+def _exp(x: Tensor) -> Tensor:
+    """exp as a power of two: inductor writes the results of ``exp`` and ``sigmoid`` that are used twice to memory."""
+    return torch.exp2(x * math.log2(math.e))
+
+
 def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
     """softcap * tanh(logits / softcap); the logits themselves without a cap."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
@@ -110,28 +116,24 @@ def forward_elements(
     softcap: float | None,
     noise: Noise | None,
     expect: bool,
-    stored: torch.dtype,
 ) -> ForwardElements:
-    """One block forward; ``logits`` are q k^T times the scale, ``bias`` is finite and ``[streams]``.
-
-    ``stored`` is the dtype of the weights, for the product that comes after.
-    """
+    """One block forward; ``logits`` are q k^T times the scale, ``bias`` is finite and ``[streams]``."""
     logits = allowed.fill(soft_capped(logits, softcap))
     top = logits.amax(-1)
     top = torch.where(top == float("-inf"), 0.0, top)
-    weights = torch.exp(logits - top[..., None])
+    weights = _exp(logits - top[..., None])
     total = weights.sum(-1)
     gate_logits = logits + bias[:, None, None]
     gates = gate_logits > 0
     opened = gates.sum(-1, dtype=torch.int32)
     expected = None
     if expect or noise is not None:
-        probability = torch.sigmoid(gate_logits)
+        probability = 1 / (1 + _exp(-gate_logits))
         if expect:
             expected = probability.sum(-1)
         if noise is not None:
             gates = noise.uniforms().to(logits.dtype) > 1 - probability
-    return ForwardElements(torch.where(gates, weights, 0.0).to(stored), top, total, opened, expected)
+    return ForwardElements(torch.where(gates, weights, 0.0), top, total, opened, expected)
 
 
 class BackwardElements(NamedTuple):
@@ -158,18 +160,16 @@ def backward_elements(
     allowed: Allowed,
     softcap: float | None,
     noise: Noise | None,
-    stored: torch.dtype,
 ) -> BackwardElements:
     """One block backward; ``products`` are dO v^T, ``delta`` is dO . O by query (docs/derivations.md).
 
-    ``bias`` is ``[streams]``; ``normaliser``, ``delta`` and ``d_expected`` are ``[streams, rows]``; ``stored`` is the
-    dtype of the results that products come after.
+    ``bias`` is ``[streams]``; ``normaliser``, ``delta`` and ``d_expected`` are ``[streams, rows]``.
     """
     capped = soft_capped(logits, softcap)
     logits = allowed.fill(capped)
-    pattern = torch.exp(logits - normaliser[..., None])
+    pattern = _exp(logits - normaliser[..., None])
     gate_logits = logits + bias[:, None, None]
-    probability = torch.sigmoid(gate_logits)
+    probability = 1 / (1 + _exp(-gate_logits))
     weighted = pattern * products
     if noise is None:
         gates, soft = gate_logits > 0, probability
@@ -182,7 +182,7 @@ def backward_elements(
     d_logits = torch.where(gates, weighted, 0.0) - pattern * delta[..., None] + d_gates
     if softcap is not None:
         d_logits = d_logits * (1 - (capped / softcap) ** 2)
-    return BackwardElements(torch.where(gates, pattern, 0.0).to(stored), d_logits.to(stored), d_gates.sum(-1))
+    return BackwardElements(torch.where(gates, pattern, 0.0), d_logits, d_gates.sum(-1))
 
 
 @cache
