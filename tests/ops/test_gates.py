@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gossamer.ops.gates import fold_seed, make_pairs, noise_keys, pair_uniforms
+from gossamer.ops.gates import fold_seed, make_pairs, noise_keys, noise_of, pair_uniforms
 
 WORD = 0xFFFFFFFF
 
@@ -36,16 +36,20 @@ def reference_uniform(seed: int, batch: int, head: int, i: int, j: int) -> float
     return ((x >> 9) + 0.5) / 2**23
 
 
+def _keys(seed: int, batch: int, heads: int) -> torch.Tensor:
+    return noise_keys(noise_of(seed, 0, torch.device("cpu")), batch, heads)
+
+
 @pytest.fixture(scope="module")
 def sample() -> torch.Tensor:
     positions = torch.arange(512)[None].expand(2, -1)
-    return pair_uniforms(noise_keys(7, 2, 4, torch.device("cpu")), positions, positions)
+    return pair_uniforms(_keys(7, 2, 4), positions, positions)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 + 12345])
 def test_uniforms_follow_the_documented_formula_bit_for_bit(seed: int) -> None:
     positions = torch.tensor([[0, 1, 2, 255, 256, 40_000, 65_535]]).expand(3, -1)
-    uniforms = pair_uniforms(noise_keys(seed, 3, 2, torch.device("cpu")), positions, positions)
+    uniforms = pair_uniforms(_keys(seed, 3, 2), positions, positions)
     for b in range(3):
         for h in range(2):
             for a, i in enumerate(positions[0].tolist()):
@@ -63,7 +67,7 @@ def test_uniforms_stay_off_zero_and_one() -> None:
 def test_no_word_repeats_within_a_stream() -> None:
     """All steps are bijections: the 2^20 pairs here give 2^20 different words, hence few equal top 23 bits."""
     positions = torch.arange(1024)[None]
-    uniforms = pair_uniforms(noise_keys(3, 1, 1, torch.device("cpu")), positions, positions).flatten()
+    uniforms = pair_uniforms(_keys(3, 1, 1), positions, positions).flatten()
     pairs, values = uniforms.numel(), 2**23
     expected_distinct = values * (1 - math.exp(-pairs / values))
     assert abs(uniforms.unique().numel() - expected_distinct) < 6 * math.sqrt(pairs)
@@ -71,7 +75,7 @@ def test_no_word_repeats_within_a_stream() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_change_the_noise_of_real_pairs(side: str) -> None:
-    keys = noise_keys(11, 1, 2, torch.device("cpu"))
+    keys = _keys(11, 1, 2)
     real, padded = 5, 9
     plain = _uniforms(keys, torch.ones(1, real, dtype=torch.bool))
     mask = torch.zeros(1, padded, dtype=torch.bool)
@@ -81,7 +85,7 @@ def test_padding_does_not_change_the_noise_of_real_pairs(side: str) -> None:
 
 
 def test_truncation_does_not_change_the_noise() -> None:
-    keys = noise_keys(11, 1, 2, torch.device("cpu"))
+    keys = _keys(11, 1, 2)
     long = _uniforms(keys, torch.ones(1, 300, dtype=torch.bool))
     assert torch.equal(long[:, :, :65, :65], _uniforms(keys, torch.ones(1, 65, dtype=torch.bool)))
 
@@ -114,7 +118,7 @@ def test_neighbours_are_uncorrelated(sample: torch.Tensor, dimension: int) -> No
 def test_seeds_are_uncorrelated(sample: torch.Tensor) -> None:
     positions = torch.arange(512)[None].expand(2, -1)
     for other in (6, 8, 7 + 2**32):
-        second = pair_uniforms(noise_keys(other, 2, 4, torch.device("cpu")), positions, positions)
+        second = pair_uniforms(_keys(other, 2, 4), positions, positions)
         correlation = torch.corrcoef(torch.stack([sample.flatten().double(), second.flatten().double()]))[0, 1]
         assert abs(correlation) < 4.5 / math.sqrt(sample.numel())
 

@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 
 from attention_cases import GPU, TRITON
-from gossamer.ops.gates import noise_keys, pair_uniforms
-from gossamer.ops.triton_kernels import _key_words, _noise, _query_words
+from gossamer.ops.gates import noise_keys, noise_of, pair_uniforms
+from gossamer.ops.triton_kernels import _key_words, _noise, _noise_keys, _query_words
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @triton.jit
-def _write_noise(NOISE, OUT, stream, streams, first_query, first_key, N: tl.constexpr):
-    k0 = tl.load(NOISE + stream).to(tl.uint32, bitcast=True)
-    k1 = tl.load(NOISE + streams + stream).to(tl.uint32, bitcast=True)
+def _write_noise(NOISE, OUT, first_query, first_key, N: tl.constexpr):
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    OUT += (batch * tl.num_programs(1) + head) * N * N
+    k0, k1 = _noise_keys(NOISE, batch, head)
     i = tl.arange(0, N)
     words = _query_words(first_query + i, k0)
     noise = _noise(words[:, None], _key_words(first_key + i)[None, :], k1)
@@ -30,15 +31,17 @@ def _write_noise(NOISE, OUT, stream, streams, first_query, first_key, N: tl.cons
 
 @pytest.mark.parametrize("implementation", [TRITON])
 @pytest.mark.parametrize("first_query,first_key", [(0, 0), (500, 3), (65_472, 65_472)])
-def test_noise_is_the_documented_one_bit_for_bit(implementation: str, first_query: int, first_key: int) -> None:
-    device = "cuda" if GPU else "cpu"
-    keys = noise_keys(2**63 + 5, 2, 3, torch.device(device))
+@pytest.mark.parametrize("seed,first_row", [(2**63 + 5, 0), (7, 3)])
+def test_noise_is_the_documented_one_bit_for_bit(
+    implementation: str, first_query: int, first_key: int, seed: int, first_row: int
+) -> None:
+    device = torch.device("cuda" if GPU else "cpu")
+    noise = noise_of(seed, first_row, device)
     places = torch.arange(64, device=device).expand(2, -1)
-    wanted = pair_uniforms(keys, places + first_query, places + first_key)
-    for stream in range(6):
-        found = torch.empty(64, 64, device=device)
-        _write_noise[(1,)](keys, found, stream, 6, first_query, first_key, N=64)
-        assert torch.equal(found, wanted[stream // 3, stream % 3])
+    wanted = pair_uniforms(noise_keys(noise, 2, 3), places + first_query, places + first_key)
+    found = torch.empty(2, 3, 64, 64, device=device)
+    _write_noise[(1, 3, 2)](noise, found, first_query, first_key, N=64)
+    assert torch.equal(found, wanted)
 
 
 def reports(tmp_path: Path, *arguments: str) -> list[dict]:

@@ -1,21 +1,33 @@
 """Gated attention: one door, :func:`gated_attention`, and the implementations behind it."""
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gossamer.ops import chunked, naive
-from gossamer.ops.gates import MAX_POSITIONS, GatedAttentionOutput, OpenLinks, Pairs, fold_seed, make_pairs, noise_keys
+from gossamer.ops import library, naive
+from gossamer.ops.gates import MAX_POSITIONS, GatedAttentionOutput, OpenLinks, Pairs, fold_seed, make_pairs, noise_of
 
-__all__ = ["GatedAttentionOutput", "Implementation", "OpenLinks", "fold_seed", "gated_attention", "open_links"]
+__all__ = [
+    "GatedAttentionOutput",
+    "Implementation",
+    "OpenLinks",
+    "attend",
+    "fold_seed",
+    "gated_attention",
+    "make_pairs",
+    "open_links",
+]
 
 Implementation = Literal["naive", "chunked", "triton"]
 """``naive`` is the definition; ``chunked`` and ``triton`` take memory linear in the length."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""Compute capability of the oldest NVIDIA GPUs that the Triton kernels are written for (Ampere)."""
 
 MAX_FEATURES = 256
 """Largest head size that the Triton kernels take."""
@@ -34,8 +46,9 @@ def gated_attention(
     window: int | None = None,
     softcap: float | None = None,
     sample: bool = False,
-    seed: int = 0,
-    first_row: int = 0,
+    seed: int | Int[Tensor, ""] = 0,
+    first_row: int | Int[Tensor, ""] = 0,
+    first_real: Int[Tensor, " batch"] | None = None,
     expect: bool = True,
     implementation: Implementation | None = None,
 ) -> GatedAttentionOutput:
@@ -59,8 +72,11 @@ def gated_attention(
         window: how many last keys a query may read, its own included.
         softcap: c in ``S = c tanh(S / c)`` (Gemma 2).
         sample: sampled gates (training) rather than hard ones (evaluation).
-        seed: of the noise; see :mod:`gossamer.ops.gates` for its formula.
+        seed: of the noise; see :mod:`gossamer.ops.gates` for its formula. Compiled code takes every seed that comes
+            as a tensor (int64, of no dimension) without being compiled again; one on the GPU is not waited for.
         first_row: where in a larger batch these rows begin; they draw the noise that they have there.
+        first_real: index of each row's first real token among the keys, from which the noise counts; negative where a
+            cache has dropped it. If None, that of ``mask``.
         expect: sum up the expected open links; evaluation that does not need them is faster without.
         implementation: None picks ``triton`` on an NVIDIA GPU for head sizes up to 256, ``chunked`` elsewhere.
 
@@ -70,26 +86,45 @@ def gated_attention(
     Raises:
         ValueError: on shapes or arguments that do not fit.
     """
-    batch, heads, _, _ = q.shape
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
-    pairs = _pairs(q, k, gate_bias, causal, mask, lengths, window)
+    pairs = _pairs(q, k, gate_bias, causal, mask, lengths, window, first_real)
+    noise = noise_of(seed, first_row, q.device) if sample else None
+    return attend(
+        q, k, v, gate_bias, pairs,
+        scale=scale, softcap=softcap, noise=noise, expect=expect, implementation=implementation,
+    )  # fmt: skip
+
+
+def attend(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    v: Float[Tensor, "batch kv_heads keys d_value"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    noise: Int[Tensor, " 2"] | None,
+    expect: bool,
+    implementation: Implementation | None = None,
+) -> GatedAttentionOutput:
+    """:func:`gated_attention` of pairs that are made once for all layers, and with the noise as one tensor."""
+    scale = _scale(scale, q)
     _check_softcap(softcap)
-    if sample and pairs.keys > MAX_POSITIONS:
+    if noise is not None and pairs.keys > MAX_POSITIONS:
         raise ValueError(f"{pairs.keys} keys: sampled gates tell at most {MAX_POSITIONS} positions apart")
-    result = _module(implementation, q, v.shape[-1]).gated_attention(
-        q,
-        k,
-        v,
-        gate_bias,
-        pairs,
-        scale=_scale(scale, q),
-        softcap=softcap,
-        noise_keys=noise_keys(seed, batch, heads, q.device, first_row) if sample else None,
-        expect=expect,
-    )
-    assert isinstance(result, GatedAttentionOutput)
-    return result
+    q, k, v = _of_one_dtype(q, k, v)
+    name = _implementation(implementation, q, v.shape[-1])
+    with torch.autocast(q.device.type, enabled=False):
+        if name == "naive":
+            return naive.gated_attention(
+                q, k, v, gate_bias, pairs, scale=scale, softcap=softcap, noise=noise, expect=expect
+            )
+        return library.attend(
+            q, k, v, gate_bias, pairs,
+            scale=scale, softcap=softcap, noise=noise, expect=expect, implementation=name,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -117,7 +152,9 @@ def open_links(
     _check_softcap(softcap)
     if pairs.keys > MAX_POSITIONS:
         raise ValueError(f"{pairs.keys} keys: links are written down for at most {MAX_POSITIONS}")
-    result = _module(implementation, q).open_links(q, k, gate_bias, pairs, scale=_scale(scale, q), softcap=softcap)
+    q, k = _of_one_dtype(q, k)
+    module = import_module(f"{__name__}.{_implementation(implementation, q)}")
+    result = module.open_links(q, k, gate_bias, pairs, scale=_scale(scale, q), softcap=softcap)
     assert isinstance(result, OpenLinks)
     return result
 
@@ -130,6 +167,7 @@ def _pairs(
     mask: Tensor | None,
     lengths: Tensor | None,
     window: int | None,
+    first_real: Tensor | None = None,
 ) -> Pairs:
     batch, heads, queries, d_head = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -151,7 +189,23 @@ def _pairs(
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}, not one length per row ({batch},)")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}, must be at least 1")
-    return make_pairs(batch, queries, keys, causal=causal, window=window, mask=mask, lengths=lengths, device=q.device)
+    if first_real is not None and first_real.shape != (batch,):
+        raise ValueError(f"first_real has shape {tuple(first_real.shape)}, not one index per row ({batch},)")
+    return make_pairs(
+        batch, queries, keys,
+        causal=causal, window=window, mask=mask, lengths=lengths, device=q.device, first_real=first_real,
+    )  # fmt: skip
+
+
+def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Queries, keys and values as they are; under autocast in its dtype if theirs differ, as torch's own attention."""
+    dtypes = {x.dtype for x in tensors}
+    device = tensors[0].device.type
+    if len(dtypes) > 1 and torch.is_autocast_enabled(device):
+        return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
+    if len(dtypes) > 1:
+        raise ValueError(f"q, k and v are of different dtypes ({', '.join(str(x.dtype) for x in tensors)}); cast them")
+    return list(tensors)
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
@@ -168,21 +222,20 @@ def _check_softcap(softcap: float | None) -> None:
 
 
 @cache
-def _triton_runs() -> bool:
-    return find_spec("triton") is not None and torch.version.cuda is not None
+def _triton_runs(device: torch.device) -> bool:
+    """Whether the kernels run there: tensor cores with bfloat16 came with compute capability 8.0."""
+    if find_spec("triton") is None or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
-def _module(implementation: Implementation | None, q: Tensor, value_size: int = 0) -> ModuleType:
-    """The module of the implementation; Triton is imported only where it is used. The definition does empty batches."""
+def _implementation(implementation: Implementation | None, q: Tensor, value_size: int = 0) -> Implementation:
+    """The implementation asked for, or the one that fits. The definition does empty batches."""
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f"implementation {implementation!r} is none of {', '.join(get_args(Implementation))}")
     if q.shape[0] == 0:
-        return naive
+        return "naive"
     if implementation is None:
         fits = q.dtype != torch.float64 and max(q.shape[-1], value_size) <= MAX_FEATURES
-        implementation = "triton" if q.is_cuda and fits and _triton_runs() else "chunked"
-    if implementation == "triton":
-        from gossamer.ops import triton
-
-        return triton
-    return {"naive": naive, "chunked": chunked}[implementation]
+        return "triton" if fits and q.is_cuda and _triton_runs(q.device) else "chunked"
+    return implementation

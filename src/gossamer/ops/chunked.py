@@ -5,12 +5,9 @@ between is in :mod:`gossamer.ops.elements`. The gradients are those of docs/deri
 accumulates in float32 at least. Grouped queries are rows of one product, so keys and values are not expanded.
 """
 
-from typing import Any
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gossamer.ops.elements import (
     Allowed,
@@ -22,33 +19,13 @@ from gossamer.ops.elements import (
     run_elements,
     soft_capped,
 )
-from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs
+from gossamer.ops.gates import OpenLinks, Pairs, empty_rows, noise_keys
 
 BLOCK = 64
 """Queries worked on at once."""
 
 _FAR = 1e30
 """Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
-
-
-def gated_attention(
-    q: Float[Tensor, "batch heads queries d_head"],
-    k: Float[Tensor, "batch kv_heads keys d_head"],
-    v: Float[Tensor, "batch kv_heads keys d_value"],
-    gate_bias: Float[Tensor, " heads"],
-    pairs: Pairs,
-    *,
-    scale: float,
-    softcap: float | None,
-    noise_keys: Int[Tensor, "2 batch heads"] | None,
-    expect: bool,
-) -> GatedAttentionOutput:
-    """The same as :func:`gossamer.ops.naive.gated_attention`, in blocks."""
-    with torch.autocast(q.device.type, enabled=False):
-        output, expected, opened, log_sum_exp = _Chunked.apply(
-            q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect
-        )
-    return GatedAttentionOutput(output, expected, opened, pairs.allowed_links(q.shape[1]), log_sum_exp)
 
 
 def open_links(
@@ -61,7 +38,7 @@ def open_links(
     softcap: float | None,
 ) -> OpenLinks:
     """The same as :func:`gossamer.ops.naive.open_links`, in blocks."""
-    call = _Call(q, k, gate_bias, pairs, scale, softcap, None)
+    call = _Call(q, k, gate_bias, pairs, scale, softcap)
     counts = torch.zeros_like(call.bias, dtype=torch.long)
     streams, found, weights = [], [], []
     for start in range(0, pairs.queries, BLOCK):
@@ -88,7 +65,7 @@ class _Call:
         pairs: Pairs,
         scale: float,
         softcap: float | None,
-        noise_keys: Tensor | None,
+        noise: Tensor | None = None,
     ) -> None:
         self.batch, self.heads, self.queries, _ = q.shape
         self.kv_heads = k.shape[1]
@@ -96,14 +73,10 @@ class _Call:
         self.q, self.key = q, k.to(self.dtype).contiguous()
         self.bias = gate_bias.to(self.dtype).clamp(-_FAR, _FAR).repeat(self.batch)
         self.pairs, self.scale, self.softcap = pairs, scale, softcap
-        self.noise_keys = None if noise_keys is None else noise_keys.flatten(1)
+        self.noise_keys = None if noise is None else noise_keys(noise, self.batch, self.heads).flatten(1)
         self.places = torch.arange(pairs.keys, dtype=torch.int32, device=q.device)
-        self.real, self.words = None, self.places[None]
-        if not pairs.plain:
-            # Counted from the first real token.
-            self.words = self.by_stream(self.places - pairs.first_real[:, None].to(torch.int32) & 0xFFFF)
-        if pairs.real is not None:
-            self.real = self.by_stream(pairs.real)
+        self.words = self.places[None] if pairs.extents is None else self.by_stream(pairs.places() & 0xFFFF)
+        self.real = None if pairs.real is None else self.by_stream(pairs.real)
 
     @property
     def work(self) -> int:
@@ -158,7 +131,7 @@ class _Block:
         return x.view(self.call.batch, self.call.heads, -1, x.shape[-1])
 
     def pairwise(self, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
-        """``factor`` times the products of the rows x with the block's keys or values of y, [streams, rows, columns]."""
+        """``factor`` times the products of rows x and the block's keys or values of y, [streams, rows, columns]."""
         x, y = x.flatten(0, 1), y[:, :, self.columns].flatten(0, 1)
         products = torch.baddbmm(x.new_empty(()), x, y.mT, beta=0, alpha=factor)
         return products.view(self.call.batch * self.call.heads, -1, products.shape[-1])
@@ -181,70 +154,74 @@ class _Block:
         return result
 
 
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gate_bias: Tensor,
-        pairs: Pairs,
-        scale: float,
-        softcap: float | None,
-        noise_keys: Tensor | None,
-        expect: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)
-        value = v.to(call.dtype).contiguous()
-        # Laid out as the projections around attention have it.
-        output = q.new_empty(call.batch, call.queries, call.heads, v.shape[-1]).transpose(1, 2)
-        normaliser = q.new_empty(call.batch * call.heads, call.queries, dtype=call.dtype)
-        expected = torch.empty_like(normaliser)
-        opened = torch.empty_like(normaliser, dtype=torch.long)
-        for start in range(0, call.queries, BLOCK):
-            block = _Block(call, start)
-            elements = block.forward(expect)
-            closed = elements.total == 0
-            total = torch.where(closed, 1.0, elements.total)
-            sums = block.by_group(elements.weights) @ value[:, :, block.columns]
-            output[:, :, block.rows] = block.by_head(sums) / block.by_head(total[..., None])
-            normaliser[:, block.rows] = torch.where(closed, float("inf"), elements.top + total.log())
-            opened[:, block.rows] = elements.opened
-            if elements.expected is not None:
-                expected[:, block.rows] = elements.expected
-        ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
-        ctx.settings = (pairs, scale, softcap, noise_keys)
-        log_sum_exp = torch.where(normaliser.isinf(), -torch.inf, normaliser)
-        opened, expected, log_sum_exp = (x.view(call.batch, call.heads, -1) for x in (opened, expected, log_sum_exp))
-        ctx.mark_non_differentiable(opened, log_sum_exp)
-        return output, expected if expect else None, opened, log_sum_exp
+def forward(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    v: Float[Tensor, "batch kv_heads keys d_value"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    scale: float,
+    softcap: float | None,
+    noise: Tensor | None,
+    expect: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Output, expected and hard open links, log-sum-exp, the last three by query; not differentiable."""
+    call = _Call(q, k, gate_bias, pairs, scale, softcap, noise)
+    value = v.to(call.dtype).contiguous()
+    output = empty_rows(q, v.shape[-1])
+    log_sum_exp = q.new_empty(call.batch * call.heads, call.queries, dtype=call.dtype)
+    expected = torch.empty_like(log_sum_exp) if expect else None
+    opened = torch.empty_like(log_sum_exp, dtype=torch.long)
+    for start in range(0, call.queries, BLOCK):
+        block = _Block(call, start)
+        elements = block.forward(expect)
+        total = torch.where(elements.total == 0, 1.0, elements.total)
+        sums = block.by_group(elements.weights) @ value[:, :, block.columns]
+        output[:, :, block.rows] = block.by_head(sums) / block.by_head(total[..., None])
+        log_sum_exp[:, block.rows] = elements.top + elements.total.log()
+        opened[:, block.rows] = elements.opened
+        if expected is not None:
+            expected[:, block.rows] = elements.expected
+    shape = (call.batch, call.heads, call.queries)
+    return output, None if expected is None else expected.view(shape), opened.view(shape), log_sum_exp.view(shape)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
-        pairs, scale, softcap, noise_keys = ctx.settings
-        call = _Call(q, k, gate_bias, pairs, scale, softcap, noise_keys)
-        value = v.to(call.dtype).contiguous()
-        price = torch.zeros_like(normaliser) if d_expected is None else d_expected.flatten(0, 1).to(call.dtype)
-        dq = torch.empty_like(q)
-        # Transposed, [batch * kv_heads, features, keys]: that product is faster by a third than its transpose.
-        d_key, d_value = (torch.zeros(x.mT.flatten(0, 1).shape, dtype=call.dtype, device=x.device) for x in (k, v))
-        d_bias = torch.zeros_like(call.bias)
-        for start in range(0, call.queries, BLOCK):
-            block = _Block(call, start)
-            columns = block.columns
-            d_out = block.grouped(d_output).to(call.dtype)
-            delta = (d_out * block.grouped(output)).sum(-1).view(len(call.bias), -1)
-            normalisers, prices = (_packed(x[:, block.rows]) for x in (normaliser, price))
-            elements = block.backward(block.pairwise(d_out, value), normalisers, delta, prices)
-            d_bias += elements.d_bias.sum(-1)
-            d_logits = block.by_group(elements.d_logits)
-            own = block.grouped(q).to(call.dtype)
-            d_value[..., columns].baddbmm_(d_out.mT.flatten(0, 1), block.by_group(elements.weights).flatten(0, 1))
-            d_key[..., columns].baddbmm_(own.mT.flatten(0, 1), d_logits.flatten(0, 1))
-            dq[:, :, block.rows] = block.by_head(d_logits @ call.key[:, :, columns]).mul_(scale)
-        dk, dv = d_key.mT.mul(scale).to(k.dtype).view(k.shape), d_value.mT.to(v.dtype).view(v.shape)
-        d_bias = d_bias.view(call.batch, call.heads).sum(0).to(gate_bias.dtype)
-        return dq, dk, dv, d_bias, None, None, None, None, None
+
+def backward(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    v: Float[Tensor, "batch kv_heads keys d_value"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    scale: float,
+    softcap: float | None,
+    noise: Tensor | None,
+    output: Float[Tensor, "batch heads queries d_value"],
+    log_sum_exp: Float[Tensor, "batch heads queries"],
+    d_output: Float[Tensor, "batch heads queries d_value"],
+    d_expected: Float[Tensor, "batch heads queries"] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias."""
+    call = _Call(q, k, gate_bias, pairs, scale, softcap, noise)
+    value = v.to(call.dtype).contiguous()
+    normaliser = torch.where(log_sum_exp.isinf(), torch.inf, log_sum_exp).flatten(0, 1)
+    price = torch.zeros_like(normaliser) if d_expected is None else d_expected.flatten(0, 1).to(call.dtype)
+    dq, dk, dv = (empty_rows(x, x.shape[-1]) for x in (q, k, v))
+    # Transposed, [batch * kv_heads, features, keys]: that product is faster by a third than its transpose.
+    d_key, d_value = (torch.zeros(x.mT.flatten(0, 1).shape, dtype=call.dtype, device=x.device) for x in (k, v))
+    d_bias = torch.zeros_like(call.bias)
+    for start in range(0, call.queries, BLOCK):
+        block = _Block(call, start)
+        d_out = block.grouped(d_output).to(call.dtype)
+        delta = (d_out * block.grouped(output)).sum(-1).view(len(call.bias), -1)
+        normalisers, prices = (_packed(x[:, block.rows]) for x in (normaliser, price))
+        elements = block.backward(block.pairwise(d_out, value), normalisers, delta, prices)
+        d_bias += elements.d_bias.sum(-1)
+        d_logits = block.by_group(elements.d_logits)
+        own = block.grouped(q).to(call.dtype)
+        columns = block.columns
+        d_value[..., columns].baddbmm_(d_out.mT.flatten(0, 1), block.by_group(elements.weights).flatten(0, 1))
+        d_key[..., columns].baddbmm_(own.mT.flatten(0, 1), d_logits.flatten(0, 1))
+        dq[:, :, block.rows] = block.by_head(d_logits @ call.key[:, :, columns]).mul_(scale)
+    dk.copy_(d_key.mul_(scale).mT.view(k.shape))
+    dv.copy_(d_value.mT.view(v.shape))
+    return dq, dk, dv, d_bias.view(call.batch, call.heads).sum(0).to(gate_bias.dtype)

@@ -24,6 +24,7 @@ padding (left or right) nor truncating a sequence changes the noise of the pairs
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -124,19 +125,33 @@ def fold_seed(seed: int, *words: int) -> int:
     return high << 32 | low
 
 
-def noise_keys(
-    seed: int, batch: int, heads: int, device: torch.device, first_row: int = 0
-) -> Int[Tensor, "2 batch heads"]:
+def noise_of(seed: int | Tensor, first_row: int | Tensor, device: torch.device) -> Int[Tensor, " 2"]:
+    """What the noise of a call depends on: the seed, its 64 bits as a signed number, and the first row of the batch."""
+    return torch.cat([_word(x, device) for x in (seed, first_row)])
+
+
+def _word(x: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(x, Tensor):
+        return x.reshape(1).to(device, torch.int64)
+    return torch.full((1,), (x + (1 << 63)) % (1 << 64) - (1 << 63), dtype=torch.int64, device=device)
+
+
+def noise_keys(noise: Int[Tensor, " 2"], batch: int, heads: int) -> Int[Tensor, "2 batch heads"]:
     """The keys k0 and k1 of every (batch, head), as int32 with the bits of the unsigned words.
 
-    The rows are those from ``first_row`` on of a larger batch. torch has no arithmetic on unsigned 32-bit integers;
-    words are kept in int64 here.
+    torch has no arithmetic on unsigned 32-bit integers; words are kept in int64 here.
+
+    Args:
+        noise: from :func:`noise_of`.
+        batch: rows, counted from the first row in ``noise``.
+        heads: query heads.
     """
-    start = torch.tensor(_absorb(_absorb(0, seed & _WORD), seed >> 32 & _WORD))
-    rows = torch.arange(first_row, first_row + batch)[:, None]
-    streams = _absorb(_absorb(start, rows), torch.arange(heads)[None])
-    keys = torch.stack([_absorb(streams, torch.tensor(which)) for which in (0, 1)])
-    return keys.to(torch.int32).to(device)
+    device = noise.device
+    seed, first_row = noise[0], noise[1]
+    start = _absorb(_absorb(torch.zeros_like(seed), seed & _WORD), seed >> 32 & _WORD)
+    rows = (torch.arange(batch, device=device) + first_row & _WORD)[:, None]
+    streams = _absorb(_absorb(start, rows), torch.arange(heads, device=device)[None])
+    return _absorb(streams, torch.arange(2, device=device)[:, None, None]).to(torch.int32)
 
 
 def pair_uniforms(
@@ -178,33 +193,38 @@ class Pairs:
     """Which (query, key) pairs are allowed, and where queries and keys stand.
 
     Attributes:
-        queries, keys: how many there are. The last query stands at the last key, so with a cache of earlier
+        batch, queries, keys: how many there are. The last query stands at the last key, so with a cache of earlier
             keys query i stands at key ``i + keys - queries``.
         causal: keys after the query are not allowed.
         window: only the last ``window`` keys, the query's own included, are allowed.
         real: ``[batch, keys]``, the tokens that are not padding, or None where all are real. Padding queries get
             no allowed pairs, so that they are neither computed nor counted.
         mask: ``[batch, 1, queries, keys]``, further pairs that are not allowed, or None.
-        first_real: ``[batch]``, index of each row's first real token.
+        extents: ``[batch, 4]``, int32, by row: index of the first real token, from which the noise counts (negative
+            where the keys begin after it); first and one past the last real key; 1 if all between them are real.
+            None where the row's first token is its first key, and all are real.
+        device: of the queries.
     """
 
+    batch: int
     queries: int
     keys: int
     causal: bool
     window: int | None
     real: Bool[Tensor, "batch keys"] | None
     mask: Bool[Tensor, "batch 1 queries keys"] | None
-    first_real: Int[Tensor, " batch"]
+    extents: Int[Tensor, "batch 4"] | None
+    device: torch.device
 
     @property
     def offset(self) -> int:
         """Index of the key at which the first query stands."""
         return self.keys - self.queries
 
-    @property
-    def plain(self) -> bool:
-        """Whether causality and window alone decide what is allowed."""
-        return self.real is None and self.mask is None
+    def places(self) -> Int[Tensor, "batch_or_1 keys"]:
+        """Where each key stands, counted from its row's first real token, int32."""
+        places = torch.arange(self.keys, dtype=torch.int32, device=self.device)[None]
+        return places if self.extents is None else places - self.extents[:, :1]
 
     def key_range(self, start: int, stop: int) -> tuple[int, int]:
         """The keys that queries ``start`` to ``stop`` can reach by causality and window, padding and mask aside."""
@@ -217,40 +237,40 @@ class Pairs:
 
     def allowed(self, rows: slice, columns: slice) -> Bool[Tensor, "batch_or_1 1 rows columns"]:
         """The allowed pairs among the queries ``rows`` and the keys ``columns``."""
-        device = self.first_real.device
-        i = torch.arange(rows.start, rows.stop, device=device)[:, None] + self.offset
-        j = torch.arange(columns.start, columns.stop, device=device)[None, :]
-        allowed = j <= i if self.causal else torch.ones(len(i), j.shape[1], dtype=torch.bool, device=device)
+        i = torch.arange(rows.start, rows.stop, device=self.device)[:, None] + self.offset
+        j = torch.arange(columns.start, columns.stop, device=self.device)[None, :]
+        allowed = j <= i if self.causal else torch.ones(len(i), j.shape[1], dtype=torch.bool, device=self.device)
         if self.window is not None:
-            allowed &= i - j < self.window
+            allowed = allowed & (i - j < self.window)
         allowed = allowed[None, None]
         if self.real is not None:
             real_queries = self.real[:, rows.start + self.offset : rows.stop + self.offset]
             allowed = allowed & real_queries[:, None, :, None] & self.real[:, None, None, columns]
         return allowed if self.mask is None else allowed & self.mask[:, :, rows, columns]
 
-    def allowed_links(self, heads: int) -> Int[Tensor, "batch heads queries"]:
+    @cached_property
+    def allowed_counts(self) -> Int[Tensor, "batch_or_1 queries"]:
         """How many keys each query is allowed; without a mask in memory linear in the length."""
         if self.mask is not None:
-            counts = self.allowed(slice(0, self.queries), slice(0, self.keys)).sum((-1, -3))
-        else:
-            device = self.first_real.device
-            real = torch.ones(1, self.keys, dtype=torch.bool, device=device) if self.real is None else self.real
-            before = torch.nn.functional.pad(real.cumsum(-1), (1, 0))
-            i = torch.arange(self.offset, self.keys, device=device)
-            stop = i + 1 if self.causal else torch.full_like(i, self.keys)
-            start = torch.zeros_like(i) if self.window is None else (i + 1 - self.window).clamp(min=0)
-            counts = (before[:, stop] - before[:, start]) * real[:, i]
-        return counts[:, None].expand(len(self.first_real), heads, -1)
+            return self.allowed(slice(0, self.queries), slice(0, self.keys)).sum((-1, -3))
+        i = torch.arange(self.offset, self.keys, device=self.device)
+        stop = i + 1 if self.causal else torch.full_like(i, self.keys)
+        start = torch.zeros_like(i) if self.window is None else (i + 1 - self.window).clamp(min=0)
+        if self.real is None:
+            return (stop - start)[None]
+        before = torch.nn.functional.pad(self.real.cumsum(-1), (1, 0))
+        return (before[:, stop] - before[:, start]) * self.real[:, i]
+
+    def allowed_links(self, heads: int) -> Int[Tensor, "batch heads queries"]:
+        """:attr:`allowed_counts` of every head."""
+        return self.allowed_counts[:, None].expand(self.batch, heads, -1)
 
     def uniforms(
         self, keys: Int[Tensor, "2 batch heads"], rows: slice, columns: slice
     ) -> Float[Tensor, "batch heads rows columns"]:
         """:func:`pair_uniforms` of the queries ``rows`` and the keys ``columns``."""
-        device = self.first_real.device
-        i = torch.arange(rows.start, rows.stop, device=device) + self.offset - self.first_real[:, None]
-        j = torch.arange(columns.start, columns.stop, device=device) - self.first_real[:, None]
-        return pair_uniforms(keys, i, j)
+        places = self.places().long().expand(self.batch, -1)
+        return pair_uniforms(keys, places[:, rows.start + self.offset : rows.stop + self.offset], places[:, columns])
 
 
 def make_pairs(
@@ -263,15 +283,40 @@ def make_pairs(
     mask: Bool[Tensor, "batch keys"] | Bool[Tensor, "batch 1 queries keys"] | None,
     lengths: Int[Tensor, " batch"] | None,
     device: torch.device,
+    first_real: Int[Tensor, " batch"] | None = None,
 ) -> Pairs:
     """Bring padding lengths, a padding mask or a full mask into the one form that implementations read."""
-    first_real = torch.zeros(batch, dtype=torch.long, device=device)
     real = None
     if lengths is not None:
         real = torch.arange(keys, device=device) < lengths[:, None]
     if mask is not None and mask.ndim == 2:
         real, mask = mask, None
-        first_real = real.int().argmax(-1)
+    extents = _extents(batch, keys, real, mask, first_real)
+    return Pairs(batch, queries, keys, causal, window, real, mask, extents, device)
+
+
+def _extents(
+    batch: int, keys: int, real: Tensor | None, mask: Tensor | None, first_real: Tensor | None
+) -> Int[Tensor, "batch 4"] | None:
+    if real is not None:
+        start = real.int().argmax(-1)
+        stop = keys - real.flip(-1).int().argmax(-1)
+        origin, whole = start, real.sum(-1) == stop - start
     elif mask is not None:
-        first_real = mask[:, 0].any(-2).int().argmax(-1)
-    return Pairs(queries, keys, causal, window, real, mask, first_real)
+        origin = mask[:, 0].any(-2).int().argmax(-1)
+        start, whole = torch.zeros_like(origin), torch.zeros_like(origin)
+        stop = start + keys
+    elif first_real is not None:
+        origin, start, whole = first_real, torch.zeros_like(first_real), torch.ones_like(first_real)
+        stop = start + keys
+    else:
+        return None
+    return torch.stack([origin if first_real is None else first_real, start, stop, whole], -1).int()
+
+
+def empty_rows(
+    like: Float[Tensor, "batch heads tokens _"], features: int
+) -> Float[Tensor, "batch heads tokens features"]:
+    """A tensor not set yet, laid out as the projections around attention have it."""
+    batch, heads, tokens, _ = like.shape
+    return like.new_empty(batch, tokens, heads, features).transpose(1, 2)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs
+from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs, noise_keys
 from gossamer.ops.weights import attention_logits, attention_weights, per_query_head
 
 
@@ -24,16 +24,16 @@ def gated_attention(
     *,
     scale: float,
     softcap: float | None,
-    noise_keys: Int[Tensor, "2 batch heads"] | None,
+    noise: Int[Tensor, " 2"] | None,
     expect: bool,
 ) -> GatedAttentionOutput:
-    """Gated attention of the given pairs; sampled where ``noise_keys`` are given. Computed in float32 at least."""
+    """Gated attention of the given pairs; sampled where ``noise`` is given. Computed in float32 at least."""
     exact = torch.promote_types(q.dtype, torch.float32)
     value = per_query_head(v.to(exact), q.shape[1])
     gate_logits, pattern, allowed, log_sum_exp = _links(q, k, gate_bias, pairs, scale, softcap)
     noisy = gate_logits
-    if noise_keys is not None:
-        uniforms = pairs.uniforms(noise_keys, slice(0, pairs.queries), slice(0, pairs.keys))
+    if noise is not None:
+        uniforms = pairs.uniforms(noise_keys(noise, *q.shape[:2]), slice(0, pairs.queries), slice(0, pairs.keys))
         noisy = gate_logits + torch.logit(uniforms.to(exact))
     soft = torch.sigmoid(noisy)
     gates = (noisy > 0).to(exact) + soft - soft.detach()

@@ -11,19 +11,18 @@ gradients are those of docs/derivations.md. Tiles whose pairs are all allowed ar
 are not visited. The kernels are in :mod:`gossamer.ops.triton_kernels`.
 """
 
-import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import triton
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gossamer.ops import triton_kernels as kernels
-from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs
+from gossamer.ops.gates import OpenLinks, Pairs, empty_rows
 
 _FAR = 1e30
 """Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
@@ -75,14 +74,8 @@ class _Call:
         self.batch, self.heads, self.queries, self.d = q.shape
         self.q, self.k, self.pairs = q, k, pairs
         self.bias = gate_bias.float().clamp(-_FAR, _FAR)
+        self.extents = pairs.extents
         self.real = None if pairs.real is None else pairs.real.contiguous().view(torch.uint8)
-        self.bounds = None
-        if pairs.real is not None:
-            last_real = pairs.keys - 1 - pairs.real.flip(-1).int().argmax(-1)
-            self.bounds = torch.stack([pairs.first_real, last_real + 1], -1).int()
-        elif pairs.mask is not None:
-            self.real = torch.ones(self.batch, pairs.keys, dtype=torch.uint8, device=q.device)
-            self.bounds = torch.stack([pairs.first_real, torch.full_like(pairs.first_real, pairs.keys)], -1).int()
         self.mask = None if pairs.mask is None else pairs.mask.view(torch.uint8)
         self.mask_strides = (0, 0, 0) if self.mask is None else (self.mask.stride(0), *self.mask.stride()[2:])
         self.sizes = (self.heads, pairs.queries, pairs.keys, pairs.window or 0, scale, softcap or 1.0)
@@ -93,6 +86,7 @@ class _Call:
             "CAUSAL": pairs.causal,
             "WINDOW": pairs.window is not None,
             "SOFTCAP": softcap is not None,
+            "HAS_EXTENTS": self.extents is not None,
             "HAS_REAL": self.real is not None,
             "HAS_MASK": self.mask is not None,
             # allow_tf32 raises once somebody has used the newer setting, which follows the older one.
@@ -120,106 +114,89 @@ def _strides(*tensors: Tensor) -> Sequence[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _empty_rows(like: Tensor, features: int) -> Tensor:
-    """``[batch, heads, tokens, features]``, laid out as the projections around attention have it."""
-    batch, heads, tokens, _ = like.shape
-    return like.new_empty(batch, tokens, heads, features).transpose(1, 2)
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _forward(
-    call: _Call, v: Tensor | None, noise_keys: Tensor | None, expect: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-    """Output, base-2 normaliser, and expected and hard open links, the last three by query."""
-    output = None if v is None else _empty_rows(call.q, v.shape[-1])
-    normaliser, opened = call.by_query(), call.by_query(torch.int32)
+def _attend(
+    call: _Call, v: Tensor | None, noise: Tensor | None, expect: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Output, expected and hard open links, log-sum-exp, the last three by query."""
+    output = None if v is None else empty_rows(call.q, v.shape[-1])
+    opened, log_sum_exp = call.by_query(torch.int64), call.by_query()
     expected = call.by_query() if expect else None
     values = 0 if v is None else v.shape[-1]
     sizes = call.launch("forward", values)
-    kernels.forward[(triton.cdiv(call.queries, sizes.M), call.heads, call.batch)](
-        call.q, call.k, v, call.bias, noise_keys, call.real, call.bounds, call.mask, output, normaliser, expected,
-        opened, *_strides(call.q, call.k), *((0, 0, 0) if v is None else _strides(v)),
-        *((0, 0, 0) if output is None else _strides(output)), *call.mask_strides, call.batch, *call.sizes,
-        **call.flags, **sizes.options(), DV=values, PDV=padded(values), SAMPLE=noise_keys is not None, EXPECT=expect,
-        VALUES=v is not None,
-    )  # fmt: skip
-    return output, normaliser, expected, opened
-
-
-class _Triton(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gate_bias: Tensor,
-        pairs: Pairs,
-        scale: float,
-        softcap: float | None,
-        noise_keys: Tensor | None,
-        expect: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        q, k, v = _dense_rows(q, k, v)
-        call = _Call(q, k, gate_bias, pairs, scale, softcap)
-        output, normaliser, expected, opened = _forward(call, v, noise_keys, expect)
-        assert output is not None
-        ctx.save_for_backward(q, k, v, gate_bias, output, normaliser)
-        ctx.settings = (pairs, scale, softcap, noise_keys)
-        opened = opened.long()
-        log_sum_exp = torch.where(normaliser.isinf(), -torch.inf, normaliser * math.log(2))
-        ctx.mark_non_differentiable(opened, log_sum_exp)
-        return output, expected, opened, log_sum_exp
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_output: Tensor, d_expected: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        q, k, v, gate_bias, output, normaliser = ctx.saved_tensors
-        pairs, scale, softcap, noise_keys = ctx.settings
-        call = _Call(q, k, gate_bias, pairs, scale, softcap)
-        (d_output,) = _dense_rows(d_output)
-        if d_expected is None:
-            d_expected = torch.zeros_like(normaliser)
-        d_expected = d_expected.float().contiguous()
-        features = v.shape[-1]
-        flags = {**call.flags, "DV": features, "PDV": padded(features), "SAMPLE": noise_keys is not None}
-        dq, dk, dv = _empty_rows(q, q.shape[-1]), _empty_rows(k, k.shape[-1]), _empty_rows(v, features)
-        delta = call.by_query()
-        sizes = call.launch("query_gradients", features)
-        blocks = triton.cdiv(call.queries, sizes.M)
-        d_bias = torch.empty(call.batch, call.heads, blocks, dtype=torch.float32, device=q.device)
-        shared = (call.bias, noise_keys, call.real, call.bounds, call.mask)
-        kernels.query_gradients[(blocks, call.heads, call.batch)](
-            q, k, v, *shared, output, d_output, normaliser, d_expected, delta, dq, d_bias,
-            *_strides(q, k, v, output, d_output, dq), *call.mask_strides, call.batch, *call.sizes,
-            **flags, **sizes.options(),
+    with _on(call.q.device):
+        kernels.forward[(triton.cdiv(call.queries, sizes.M), call.heads, call.batch)](
+            call.q, call.k, v, call.bias, noise, call.real, call.extents, call.mask, output, log_sum_exp, expected,
+            opened, *_strides(call.q, call.k), *((0, 0, 0) if v is None else _strides(v)),
+            *((0, 0, 0) if output is None else _strides(output)), *call.mask_strides, *call.sizes,
+            **call.flags, **sizes.options(), DV=values, PDV=padded(values), SAMPLE=noise is not None, EXPECT=expect,
+            VALUES=v is not None,
         )  # fmt: skip
-        sizes = call.launch("key_value_gradients", features)
-        kernels.key_value_gradients[(triton.cdiv(pairs.keys, sizes.N), k.shape[1], call.batch)](
-            q, k, v, *shared, d_output, normaliser, d_expected, delta, dk, dv,
-            *_strides(q, k, v, d_output, dk, dv), *call.mask_strides, call.batch, *call.sizes,
-            **flags, **sizes.options(),
-        )  # fmt: skip
-        return dq, dk, dv, d_bias.sum((0, 2)).to(gate_bias.dtype), None, None, None, None, None
+    return output, expected, opened, log_sum_exp
 
 
-def gated_attention(
+def forward(
     q: Float[Tensor, "batch heads queries d_head"],
     k: Float[Tensor, "batch kv_heads keys d_head"],
     v: Float[Tensor, "batch kv_heads keys d_value"],
     gate_bias: Float[Tensor, " heads"],
     pairs: Pairs,
-    *,
     scale: float,
     softcap: float | None,
-    noise_keys: Int[Tensor, "2 batch heads"] | None,
+    noise: Tensor | None,
     expect: bool,
-) -> GatedAttentionOutput:
-    """The same as :func:`gossamer.ops.naive.gated_attention`, on the GPU; accumulates in float32."""
-    with torch.autocast(q.device.type, enabled=False):
-        output, expected, opened, log_sum_exp = _Triton.apply(
-            q, k, v, gate_bias, pairs, scale, softcap, noise_keys, expect
-        )
-    return GatedAttentionOutput(output, expected, opened, pairs.allowed_links(q.shape[1]), log_sum_exp)
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The same as :func:`gossamer.ops.chunked.forward`, on the GPU; accumulates in float32."""
+    q, k, v = _dense_rows(q, k, v)
+    output, *by_query = _attend(_Call(q, k, gate_bias, pairs, scale, softcap), v, noise, expect)
+    assert output is not None
+    return output, *by_query
+
+
+def backward(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    v: Float[Tensor, "batch kv_heads keys d_value"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    scale: float,
+    softcap: float | None,
+    noise: Tensor | None,
+    output: Float[Tensor, "batch heads queries d_value"],
+    log_sum_exp: Float[Tensor, "batch heads queries"],
+    d_output: Float[Tensor, "batch heads queries d_value"],
+    d_expected: Float[Tensor, "batch heads queries"] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as :func:`gossamer.ops.chunked.backward`, on the GPU."""
+    q, k, v, d_output = _dense_rows(q, k, v, d_output)
+    call = _Call(q, k, gate_bias, pairs, scale, softcap)
+    prices = None if d_expected is None else d_expected.float().contiguous()
+    features = v.shape[-1]
+    flags = {
+        **call.flags, "DV": features, "PDV": padded(features), "SAMPLE": noise is not None,
+        "PRICED": prices is not None, "RESCALE": q.dtype == torch.float16,
+    }  # fmt: skip
+    dq, dk, dv = (empty_rows(x, x.shape[-1]) for x in (q, k, v))
+    delta = call.by_query()
+    shared = (call.bias, noise, call.real, call.extents, call.mask)
+    sizes = call.launch("query_gradients", features)
+    blocks = triton.cdiv(call.queries, sizes.M)
+    d_bias = torch.empty(call.batch, call.heads, blocks, dtype=torch.float32, device=q.device)
+    with _on(q.device):
+        kernels.query_gradients[(blocks, call.heads, call.batch)](
+            q, k, v, *shared, output, d_output, log_sum_exp, prices, delta, dq, d_bias,
+            *_strides(q, k, v, output, d_output, dq), *call.mask_strides, *call.sizes, **flags, **sizes.options(),
+        )  # fmt: skip
+        sizes = call.launch("key_value_gradients", features)
+        kernels.key_value_gradients[(triton.cdiv(pairs.keys, sizes.N), k.shape[1], call.batch)](
+            q, k, v, *shared, d_output, log_sum_exp, prices, delta, dk, dv,
+            *_strides(q, k, v, d_output, dk, dv), *call.mask_strides, *call.sizes, **flags, **sizes.options(),
+        )  # fmt: skip
+    return dq, dk, dv, d_bias.sum((0, 2)).to(gate_bias.dtype)
 
 
 @torch.no_grad()
@@ -235,7 +212,7 @@ def open_links(
     """The same as :func:`gossamer.ops.naive.open_links`, on the GPU: one pass counts, a second writes."""
     q, k = _dense_rows(q, k)
     call = _Call(q, k, gate_bias, pairs, scale, softcap)
-    _, normaliser, _, opened = _forward(call, None, None, expect=False)
+    _, _, opened, log_sum_exp = _attend(call, None, None, expect=False)
     starts = opened.flatten().cumsum(0).sub_(opened.flatten())
     counts = opened.sum(-1)
     links = int(counts.sum())
@@ -243,8 +220,9 @@ def open_links(
     weights = torch.empty(links, dtype=torch.float32, device=q.device)
     if links:
         sizes = call.launch("write_links")
-        kernels.write_links[(triton.cdiv(call.queries, sizes.M), call.heads, call.batch)](
-            q, k, call.bias, call.real, call.bounds, call.mask, normaliser, starts, found, weights,
-            *_strides(q, k), *call.mask_strides, *call.sizes, **call.flags, **sizes.options(),
-        )  # fmt: skip
+        with _on(q.device):
+            kernels.write_links[(triton.cdiv(call.queries, sizes.M), call.heads, call.batch)](
+                q, k, call.bias, call.real, call.extents, call.mask, log_sum_exp, starts, found, weights,
+                *_strides(q, k), *call.mask_strides, *call.sizes, **call.flags, **sizes.options(),
+            )  # fmt: skip
     return OpenLinks(counts, found, weights)

@@ -64,6 +64,28 @@ def _opens(noise, probability):
 
 
 @triton.jit
+def _absorb(state, word):
+    x = (state ^ word) + 0x9E3779B9
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _noise_keys(NOISE, batch, head):
+    """k0 and k1 of one head of one row, by the formula of gates.py; NOISE holds the seed and the first row."""
+    seed, first_row = tl.load(NOISE), tl.load(NOISE + 1)
+    state = tl.full([], 0, tl.uint32)
+    state = _absorb(state, seed.to(tl.uint32))
+    state = _absorb(state, (seed >> 32).to(tl.uint32))
+    state = _absorb(state, (first_row + batch).to(tl.uint32))
+    state = _absorb(state, head.to(tl.uint32))
+    return _absorb(state, tl.full([], 0, tl.uint32)), _absorb(state, tl.full([], 1, tl.uint32))
+
+
+@triton.jit
 def _query_words(query_places, k0):
     return (query_places << 16).to(tl.uint32, bitcast=True) ^ k0
 
@@ -94,16 +116,27 @@ def _allowed(
 
 
 @triton.jit
+def _extents(EXTENTS, batch, keys, HAS_EXTENTS: tl.constexpr):
+    """Of the row: where the noise counts from, first and one past the last real key, whether all between are real."""
+    origin, start, stop, whole = 0, 0, keys, 1
+    if HAS_EXTENTS:
+        EXTENTS += 4 * batch
+        origin, start = tl.load(EXTENTS), tl.load(EXTENTS + 1)
+        stop, whole = tl.load(EXTENTS + 2), tl.load(EXTENTS + 3)
+    return origin, start, stop, whole
+
+
+@triton.jit
 def _key_range(
-    first, last, offset, keys, window, real_start, real_stop,
-    N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    first, last, offset, keys, window, real_start, real_stop, whole,
+    N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Keys that the queries first .. last - 1 can reach: (low, whole_low, whole_high, high).
 
     Tiles of N keys are visited from low to high; those from whole_low to whole_high need no mask.
     """
     low, high = real_start, real_stop
-    whole_low, whole_high = real_start, keys
+    whole_low, whole_high = real_start, real_stop
     if CAUSAL:
         high = tl.minimum(high, last + offset)
         whole_high = tl.minimum(whole_high, first + offset + 1)
@@ -111,22 +144,26 @@ def _key_range(
         low = tl.maximum(low, first + offset - window + 1)
         whole_low = tl.maximum(low, last + offset - window)
     low = low // N * N
-    if MASKED:
+    if HAS_MASK:
         return low, low, low, high
     else:
-        whole_low = tl.minimum((whole_low + N - 1) // N * N, high)
+        if HAS_REAL:
+            # Padding queries reach nothing.
+            inside = (whole != 0) & (first + offset >= real_start) & (last + offset <= real_stop)
+            whole_high = tl.where(inside, whole_high, low)
+        whole_low = tl.maximum(tl.minimum((whole_low + N - 1) // N * N, high), low)
         return low, whole_low, tl.maximum(whole_high // N * N, whole_low), high
 
 
 @triton.jit
 def forward(
-    Q, K, V, BIAS, NOISE, REAL, BOUNDS, MASK, OUT, NORMALISER, EXPECTED, OPENED,
+    Q, K, V, BIAS, NOISE, REAL, EXTENTS, MASK, OUT, LOG_SUM_EXP, EXPECTED, OPENED,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
-    mask_batch, mask_row, mask_key, batch_size, heads, queries, keys, window, scale, softcap,
+    mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr, EXPECT: tl.constexpr,
-    VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
+    EXPECT: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, base-2 normaliser, and per query the expected and the hard open links, of M queries of one head."""
     # The longest rows first: they are the last blocks.
@@ -147,17 +184,14 @@ def forward(
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
     bias *= _LOG2_E
-    real_start, real_stop = 0, keys
+    origin, real_start, real_stop, whole = _extents(EXTENTS, batch, keys, HAS_EXTENTS)
     if HAS_REAL:
         REAL += batch * keys
-        real_start, real_stop = tl.load(BOUNDS + 2 * batch), tl.load(BOUNDS + 2 * batch + 1)
     if HAS_MASK:
         MASK += batch * mask_batch
     if SAMPLE:
-        stream = batch * heads + head
-        k0 = tl.load(NOISE + stream).to(tl.uint32, bitcast=True)
-        k1 = tl.load(NOISE + batch_size * heads + stream).to(tl.uint32, bitcast=True)
-        query_words = _query_words(rows + offset - real_start, k0)
+        k0, k1 = _noise_keys(NOISE, batch, head)
+        query_words = _query_words(rows + offset - origin, k0)
 
     accumulated = tl.zeros([M, PDV], tl.float32)
     top = tl.full([M], -_INFINITY, tl.float32)
@@ -165,14 +199,14 @@ def forward(
     expected = tl.zeros([M], tl.float32)
     opened = tl.zeros([M], tl.float32)  # exact up to 2^24; adding floats takes an instruction less
     low, whole_low, whole_high, high = _key_range(
-        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop,
-        N, CAUSAL, WINDOW, HAS_REAL or HAS_MASK,
+        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop, whole,
+        N, CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
     )  # fmt: skip
-    for phase in tl.static_range(0 if WINDOW else 1, 3):
+    for phase in tl.static_range(0 if WINDOW or HAS_REAL else 1, 3):
         if phase == 0:
             begin, end = low, whole_low
         elif phase == 1:
-            begin, end = whole_low if WINDOW else low, whole_high
+            begin, end = whole_low if WINDOW or HAS_REAL else low, whole_high
         else:
             begin, end = whole_high, high
         for start in range(begin, end, N):
@@ -207,7 +241,7 @@ def forward(
                 if EXPECT:
                     expected += tl.sum(probability, 1)
                 if SAMPLE:
-                    noise = _noise(query_words[:, None], _key_words(columns - real_start)[None, :], k1)
+                    noise = _noise(query_words[:, None], _key_words(columns - origin)[None, :], k1)
                     open_gates = _opens(noise, probability)
             if VALUES:
                 v = tl.load(V + columns[:, None] * v_row + value_features[None, :], mask=value_mask, other=0.0)
@@ -224,11 +258,18 @@ def forward(
             output.to(OUT.dtype.element_ty),
             mask=row_inside[:, None] & (value_features < DV)[None, :],
         )
-    normaliser = tl.where(closed, _INFINITY, top * factor + tl.log2(tl.where(closed, 1.0, total)))
-    tl.store(NORMALISER + lines, normaliser, mask=row_inside)
-    tl.store(OPENED + lines, opened.to(tl.int32), mask=row_inside)
+    log_sum_exp = (top * factor + tl.log2(tl.where(closed, 1.0, total))) / _LOG2_E
+    tl.store(LOG_SUM_EXP + lines, tl.where(closed, -_INFINITY, log_sum_exp), mask=row_inside)
+    tl.store(OPENED + lines, opened.to(tl.int64), mask=row_inside)
     if EXPECT:
         tl.store(EXPECTED + lines, expected, mask=row_inside)
+
+
+@triton.jit
+def _normaliser(POINTERS, inside):
+    """Base-2 logarithms of the softmax's denominators; infinite where nothing is allowed, so that P is 0."""
+    log_sum_exp = tl.load(POINTERS, mask=inside, other=-_INFINITY)
+    return tl.where(log_sum_exp == -_INFINITY, _INFINITY, log_sum_exp * _LOG2_E)
 
 
 @triton.jit
@@ -259,14 +300,28 @@ def _logit_gradients(
 
 
 @triton.jit
+def _added(total, gradients, rows, RESCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """total + gradients @ rows. Each line of the gradients is brought near 1 first where float16 would lose it."""
+    if RESCALE:
+        largest = tl.max(tl.abs(gradients), 1)
+        # A power of two, so that nothing is rounded; 0 and what lies near it stay as they are.
+        power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.where((power > 1e-30) & (power < 1e30), power, 1.0)[:, None]
+        return total + power * tl.dot((gradients / power).to(rows.dtype), rows, input_precision=PRECISION)
+    else:
+        return tl.dot(gradients.to(rows.dtype), rows, total, input_precision=PRECISION)
+
+
+@triton.jit
 def query_gradients(
-    Q, K, V, BIAS, NOISE, REAL, BOUNDS, MASK, OUT, D_OUT, NORMALISER, D_EXPECTED, DELTA, D_Q, D_BIAS,
+    Q, K, V, BIAS, NOISE, REAL, EXTENTS, MASK, OUT, D_OUT, LOG_SUM_EXP, D_EXPECTED, DELTA, D_Q, D_BIAS,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
-    mask_batch, mask_row, mask_key, batch_size, heads, queries, keys, window, scale, softcap,
+    mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
+    PRICED: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of M queries of one head, their part of the bias gradient, and Delta = dO . O for the other kernel."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -289,37 +344,36 @@ def query_gradients(
     lines = (batch * heads + head) * queries + rows
     delta = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(DELTA + lines, delta, mask=row_inside)
-    normaliser = tl.load(NORMALISER + lines, mask=row_inside, other=_INFINITY)
-    d_expected = tl.load(D_EXPECTED + lines, mask=row_inside, other=0.0)
+    normaliser = _normaliser(LOG_SUM_EXP + lines, row_inside)
+    d_expected = tl.zeros([M], tl.float32)
+    if PRICED:
+        d_expected = tl.load(D_EXPECTED + lines, mask=row_inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
     bias *= _LOG2_E
-    real_start, real_stop = 0, keys
+    origin, real_start, real_stop, whole = _extents(EXTENTS, batch, keys, HAS_EXTENTS)
     if HAS_REAL:
         REAL += batch * keys
-        real_start, real_stop = tl.load(BOUNDS + 2 * batch), tl.load(BOUNDS + 2 * batch + 1)
     if HAS_MASK:
         MASK += batch * mask_batch
     k1 = 0
     query_words = rows
     if SAMPLE:
-        stream = batch * heads + head
-        k0 = tl.load(NOISE + stream).to(tl.uint32, bitcast=True)
-        k1 = tl.load(NOISE + batch_size * heads + stream).to(tl.uint32, bitcast=True)
-        query_words = _query_words(rows + offset - real_start, k0)
+        k0, k1 = _noise_keys(NOISE, batch, head)
+        query_words = _query_words(rows + offset - origin, k0)
 
     d_q = tl.zeros([M, PD], tl.float32)
     d_bias = tl.zeros([M], tl.float32)
     low, whole_low, whole_high, high = _key_range(
-        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop,
-        N, CAUSAL, WINDOW, HAS_REAL or HAS_MASK,
+        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop, whole,
+        N, CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
     )  # fmt: skip
-    for phase in tl.static_range(0 if WINDOW else 1, 3):
+    for phase in tl.static_range(0 if WINDOW or HAS_REAL else 1, 3):
         if phase == 0:
             begin, end = low, whole_low
         elif phase == 1:
-            begin, end = whole_low if WINDOW else low, whole_high
+            begin, end = whole_low if WINDOW or HAS_REAL else low, whole_high
         else:
             begin, end = whole_high, high
         for start in range(begin, end, N):
@@ -343,13 +397,13 @@ def query_gradients(
                 )  # fmt: skip
                 raw = tl.where(allowed, raw, -_INFINITY)
             _, d_gates, d_logits = _logit_gradients(
-                raw, products, query_words[:, None], _key_words(columns - real_start)[None, :], k1,
+                raw, products, query_words[:, None], _key_words(columns - origin)[None, :], k1,
                 normaliser[:, None], delta[:, None], factor, bias, threshold, d_expected[:, None], SAMPLE,
             )  # fmt: skip
             d_bias += tl.sum(d_gates, 1)
             if SOFTCAP:
                 d_logits *= cap_slope
-            d_q = tl.dot(d_logits.to(k.dtype), k, d_q, input_precision=PRECISION)
+            d_q = _added(d_q, d_logits, k, RESCALE, PRECISION)
 
     D_Q += batch * dq_batch + head.to(tl.int64) * dq_head
     tl.store(D_Q + rows[:, None] * dq_row + features[None, :], (d_q * scale).to(D_Q.dtype.element_ty), mask=inside)
@@ -359,13 +413,14 @@ def query_gradients(
 
 @triton.jit
 def key_value_gradients(
-    Q, K, V, BIAS, NOISE, REAL, BOUNDS, MASK, D_OUT, NORMALISER, D_EXPECTED, DELTA, D_K, D_V,
+    Q, K, V, BIAS, NOISE, REAL, EXTENTS, MASK, D_OUT, LOG_SUM_EXP, D_EXPECTED, DELTA, D_K, D_V,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    mask_batch, mask_row, mask_key, batch_size, heads, queries, keys, window, scale, softcap,
+    mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
+    PRICED: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of N keys of one key/value head, summed over its query heads. Tiles are [N, M]."""
     first = tl.program_id(0) * N
@@ -381,13 +436,12 @@ def key_value_gradients(
     k = tl.load(K + columns[:, None] * k_row + features[None, :], mask=inside, other=0.0)
     v = tl.load(V + columns[:, None] * v_row + value_features[None, :], mask=value_inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
-    real_start, real_stop = 0, keys
+    origin, real_start, real_stop, whole = _extents(EXTENTS, batch, keys, HAS_EXTENTS)
     if HAS_REAL:
         REAL += batch * keys
-        real_start, real_stop = tl.load(BOUNDS + 2 * batch), tl.load(BOUNDS + 2 * batch + 1)
     if HAS_MASK:
         MASK += batch * mask_batch
-    key_words = _key_words(columns - real_start)
+    key_words = _key_words(columns - origin)
 
     # Queries that reach these keys, and among them those that reach all of them. Rows past the end need no mask:
     # their q and dO are zero and their normaliser is infinite.
@@ -401,9 +455,12 @@ def key_value_gradients(
         whole_high = tl.minimum(whole_high, first + window - offset) // M * M
     low = low // M * M
     high = tl.maximum(high, low)  # no query may reach these keys; // rounds towards zero below it
-    if HAS_REAL or HAS_MASK:
+    if HAS_MASK:
         whole_low, whole_high = low, low
     else:
+        if HAS_REAL:
+            inside_real = (whole != 0) & (first >= real_start) & (last <= real_stop)
+            whole_high = tl.where(inside_real, tl.minimum(whole_high, real_stop - offset) // M * M, low)
         whole_low = tl.minimum((whole_low + M - 1) // M * M, high)
         whole_high = tl.maximum(whole_high, whole_low)
 
@@ -420,9 +477,7 @@ def key_value_gradients(
         k0 = tl.full([], 0, tl.uint32)
         k1 = tl.full([], 0, tl.uint32)
         if SAMPLE:
-            stream = batch * heads + head
-            k0 = tl.load(NOISE + stream).to(tl.uint32, bitcast=True)
-            k1 = tl.load(NOISE + batch_size * heads + stream).to(tl.uint32, bitcast=True)
+            k0, k1 = _noise_keys(NOISE, batch, head)
         for phase in tl.static_range(0, 3 if WINDOW or HAS_REAL or HAS_MASK else 2):
             if phase == 0:
                 begin, end = low, whole_low
@@ -443,9 +498,11 @@ def key_value_gradients(
                     mask=row_inside[:, None] & (value_features < DV)[None, :],
                     other=0.0,
                 )
-                normaliser = tl.load(NORMALISER + line + rows, mask=row_inside, other=_INFINITY)
+                normaliser = _normaliser(LOG_SUM_EXP + line + rows, row_inside)
                 delta = tl.load(DELTA + line + rows, mask=row_inside, other=0.0)
-                d_expected = tl.load(D_EXPECTED + line + rows, mask=row_inside, other=0.0)
+                d_expected = tl.zeros([M], tl.float32)
+                if PRICED:
+                    d_expected = tl.load(D_EXPECTED + line + rows, mask=row_inside, other=0.0)
                 raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 products = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
                 if SOFTCAP:
@@ -458,13 +515,13 @@ def key_value_gradients(
                     )  # fmt: skip
                     raw = tl.where(allowed, raw, -_INFINITY)
                 kept, _, d_logits = _logit_gradients(
-                    raw, products, _query_words(rows + offset - real_start, k0)[None, :], key_words[:, None], k1,
+                    raw, products, _query_words(rows + offset - origin, k0)[None, :], key_words[:, None], k1,
                     normaliser[None, :], delta[None, :], factor, bias, threshold, d_expected[None, :], SAMPLE,
                 )  # fmt: skip
                 d_v = tl.dot(kept.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
                 if SOFTCAP:
                     d_logits *= cap_slope
-                d_k = tl.dot(d_logits.to(q.dtype), q, d_k, input_precision=PRECISION)
+                d_k = _added(d_k, d_logits, q, RESCALE, PRECISION)
 
     D_K += batch * dk_batch + kv_head.to(tl.int64) * dk_head
     D_V += batch * dv_batch + kv_head.to(tl.int64) * dv_head
@@ -474,12 +531,12 @@ def key_value_gradients(
 
 @triton.jit
 def write_links(
-    Q, K, BIAS, REAL, BOUNDS, MASK, NORMALISER, STARTS, PAIRS, WEIGHTS,
+    Q, K, BIAS, REAL, EXTENTS, MASK, LOG_SUM_EXP, STARTS, PAIRS, WEIGHTS,
     q_batch, q_head, q_row, k_batch, k_head, k_row, mask_batch, mask_row, mask_key,
     heads, queries, keys, window, scale, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, PD: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The open links of M queries of one head, each query's from its own start, in the order of the keys."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
@@ -496,18 +553,18 @@ def write_links(
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
-    real_start, real_stop = 0, keys
+    _, real_start, real_stop, whole = _extents(EXTENTS, batch, keys, HAS_EXTENTS)
     if HAS_REAL:
         REAL += batch * keys
-        real_start, real_stop = tl.load(BOUNDS + 2 * batch), tl.load(BOUNDS + 2 * batch + 1)
     if HAS_MASK:
         MASK += batch * mask_batch
     lines = (batch * heads + head) * queries + rows
-    normaliser = tl.load(NORMALISER + lines, mask=row_inside, other=_INFINITY)
+    normaliser = _normaliser(LOG_SUM_EXP + lines, row_inside)
     place = tl.load(STARTS + lines, mask=row_inside, other=0)
     low, _, _, high = _key_range(
-        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop, N, CAUSAL, WINDOW, True
-    )
+        first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop, whole,
+        N, CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
+    )  # fmt: skip
     for start in range(low, high, N):
         columns = start + tl.arange(0, N)
         k = tl.load(

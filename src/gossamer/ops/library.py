@@ -1,0 +1,143 @@
+"""The fast implementations as operators of torch: ``gossamer::gated_attention`` and its backward pass.
+
+torch sees them as wholes: it knows shapes, dtypes and strides of their results without running them, and their
+gradients, so that ``torch.compile`` takes them into its graphs. The backward pass has no derivative of its own.
+"""
+
+from importlib import import_module
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from gossamer.ops.gates import GatedAttentionOutput, Pairs, empty_rows
+
+
+def attend(
+    q: Float[Tensor, "batch heads queries d_head"],
+    k: Float[Tensor, "batch kv_heads keys d_head"],
+    v: Float[Tensor, "batch kv_heads keys d_value"],
+    gate_bias: Float[Tensor, " heads"],
+    pairs: Pairs,
+    *,
+    scale: float,
+    softcap: float | None,
+    noise: Int[Tensor, " 2"] | None,
+    expect: bool,
+    implementation: str,
+) -> GatedAttentionOutput:
+    """The same as :func:`gossamer.ops.naive.gated_attention`, by the module of that name."""
+    output, expected, opened, log_sum_exp = _forward(
+        q, k, v, gate_bias, pairs.real, pairs.mask, pairs.extents, noise,
+        scale, pairs.causal, pairs.window, softcap, expect, implementation,
+    )  # fmt: skip
+    return GatedAttentionOutput(
+        output, expected if expect else None, opened, pairs.allowed_links(q.shape[1]), log_sum_exp
+    )
+
+
+def _pairs(
+    q: Tensor, k: Tensor, causal: bool, window: int | None, real: Tensor | None, mask: Tensor | None,
+    extents: Tensor | None,
+) -> Pairs:  # fmt: skip
+    return Pairs(q.shape[0], q.shape[2], k.shape[2], causal, window, real, mask, extents, q.device)
+
+
+@torch.library.custom_op("gossamer::gated_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_bias: Tensor,
+    real: Tensor | None,
+    mask: Tensor | None,
+    extents: Tensor | None,
+    noise: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    expect: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, expected links (empty unless asked for), hard open links and log-sum-exp."""
+    pairs = _pairs(q, k, causal, window, real, mask, extents)
+    module = import_module(f"gossamer.ops.{implementation}")
+    output, expected, opened, log_sum_exp = module.forward(q, k, v, gate_bias, pairs, scale, softcap, noise, expect)
+    return output, log_sum_exp.new_empty(0) if expected is None else expected, opened, log_sum_exp
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate_bias: Tensor, real: Tensor | None, mask: Tensor | None,
+    extents: Tensor | None, noise: Tensor | None, scale: float, causal: bool, window: int | None,
+    softcap: float | None, expect: bool, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, heads, queries, _ = q.shape
+    output = empty_rows(q, v.shape[-1])
+    log_sum_exp = q.new_empty(batch, heads, queries, dtype=torch.promote_types(q.dtype, torch.float32))
+    expected = torch.empty_like(log_sum_exp) if expect else log_sum_exp.new_empty(0)
+    return output, expected, torch.empty_like(log_sum_exp, dtype=torch.long), log_sum_exp
+
+
+@torch.library.custom_op("gossamer::gated_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_bias: Tensor,
+    real: Tensor | None,
+    mask: Tensor | None,
+    extents: Tensor | None,
+    noise: Tensor | None,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    d_output: Tensor,
+    d_expected: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias."""
+    pairs = _pairs(q, k, causal, window, real, mask, extents)
+    module = import_module(f"gossamer.ops.{implementation}")
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = module.backward(
+        q, k, v, gate_bias, pairs, scale, softcap, noise, output, log_sum_exp, d_output, d_expected
+    )
+    return gradients
+
+
+@_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate_bias: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return *(empty_rows(x, x.shape[-1]) for x in (q, k, v)), torch.empty_like(gate_bias)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, scale, causal, window, softcap, expect, implementation = inputs
+    ctx.save_for_backward(*tensors, output[0], output[3])
+    ctx.settings = (scale, causal, window, softcap, implementation)
+    ctx.expect = expect
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_output: Tensor | None, d_expected: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_output is None:
+        d_output = torch.zeros_like(ctx.saved_tensors[-2])
+    gradients = _backward(*ctx.saved_tensors, d_output, d_expected if ctx.expect else None, *ctx.settings)
+    return (*gradients, *[None] * 10)
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _refuse_second(ctx: Any, *_: Tensor) -> NoReturn:
+    raise RuntimeError("gated attention has no second derivative; implementation='naive' has one")
+
+
+_backward.register_autograd(_refuse_second)
