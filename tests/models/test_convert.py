@@ -293,3 +293,22 @@ def test_attention_biases_in_a_mask_are_refused() -> None:
 
 def test_tiny_config_is_fresh_each_time() -> None:
     assert tiny_config("llama") is not tiny_config("llama")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "phi3"])
+def test_sampled_gates_with_a_cache_are_those_without(name: str, side: str) -> None:
+    """Also where the cache has dropped the keys that no window reaches any more."""
+    gated = gossamer.add_gates(tiny_model(name))
+    ids, mask = tokens(2, 14), padded(side)
+    with gossamer.sampled_gates(gated, seed=4):
+        whole = gated(input_ids=ids, attention_mask=mask).logits
+        cache, found = None, []
+        for start, stop in ((0, 9), (9, 10), (10, 14)):
+            so_far = None if mask is None else mask[:, :stop]
+            out = gated(input_ids=ids[:, start:stop], attention_mask=so_far, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], rtol=1e-4, atol=1e-4)

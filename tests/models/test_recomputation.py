@@ -8,6 +8,7 @@ import pytest
 import torch
 from family_table import tiny_model as any_tiny_model
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -166,3 +167,24 @@ def test_a_gated_model_is_compiled_as_one_graph() -> None:
     for context in CONTEXTS.values():
         with context(model):
             torch.testing.assert_close(logits(compiled), logits(model))
+
+
+@torch.no_grad()
+def test_a_compiled_model_with_sampled_gates_serves_every_seed() -> None:
+    torch.compiler.reset()
+    model = gated().eval()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(12):
+        with gossamer.sampled_gates(model, seed=seed, first_row=seed % 3):
+            torch.testing.assert_close(logits(compiled), logits(model))
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_model_has_the_gradients_of_the_plain_one() -> None:
+    model = gated()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for seed in (1, 2):
+        with gossamer.sampled_gates(model, seed=seed):
+            found, wanted = (gradients(model, logits(each).square().mean()) for each in (compiled, model))
+        assert_same(found, wanted)

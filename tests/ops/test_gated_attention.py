@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from attention_cases import FAST, GPU, IMPLEMENTATIONS, PADDING, TRITON, inputs, place
 from gossamer import GatedAttentionOutput, gated_attention
+from gossamer.ops import make_pairs, noise_of
 
 FIELDS = ("output", "expected_open", "open_links", "allowed_links", "log_sum_exp")
 
@@ -314,3 +316,51 @@ def test_bfloat16_is_as_exact_as_flash_attention(size: int) -> None:
 
     found, peer = (_distances_from_float64(f, [q * size, k, v], d_output) for f in (gated, flash))
     assert all(mine <= 1.05 * its for mine, its in zip(found, peer, strict=True))
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("case", ["plain", "left", "full mask", "window", "softcap"])
+@pytest.mark.parametrize("implementation", FAST)
+def test_the_operator_keeps_what_torch_asks_of_operators(implementation: str, case: str, sample: bool) -> None:
+    if implementation == "triton" and (case, sample) != ("plain", True) and not GPU:
+        pytest.skip("long in the interpreter; runs on a GPU")
+    tokens = 6 if case == "plain" else 97
+    q, k, v, bias = inputs(tokens, implementation=implementation).values()
+    options = {key: x.to(q.device) if isinstance(x, torch.Tensor) else x for key, x in PADDING.get(case, {}).items()}
+    mask = options.get("mask")
+    pairs = make_pairs(
+        2, tokens, tokens, causal=True, window=options.get("window"), mask=mask, lengths=None, device=q.device
+    )
+    noise = noise_of(3, 0, q.device) if sample else None
+    arguments = (
+        q, k, v, bias, pairs.real, pairs.mask, pairs.extents, noise,
+        0.25, True, pairs.window, options.get("softcap"), True, implementation,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.gossamer.gated_attention.default, arguments)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_seeds_as_tensors_are_the_same_seeds(implementation: str) -> None:
+    tensors = inputs(20, implementation=implementation)
+    for seed, row in ((3, 0), (2**63 + 5, 2)):
+        signed = torch.tensor(seed - (seed >> 63 << 64), device=tensors["q"].device)
+        found, wanted = (
+            gated_attention(**tensors, sample=True, seed=s, first_row=r, implementation=implementation).output
+            for s, r in ((signed, torch.tensor(row)), (seed, row))
+        )
+        assert torch.equal(found, wanted)
+
+
+def test_compiled_and_sampled_the_op_is_compiled_once_for_all_seeds() -> None:
+    torch.compiler.reset()
+    tensors = inputs(20)
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def compiled(seed: torch.Tensor) -> torch.Tensor:
+        return gated_attention(**tensors, sample=True, seed=seed, implementation="chunked").output
+
+    for seed in range(12):
+        wanted = gated_attention(**tensors, sample=True, seed=seed, implementation="chunked").output
+        assert torch.equal(compiled(torch.tensor(seed)), wanted)
+    assert counter.frame_count == 1

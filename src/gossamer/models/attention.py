@@ -16,12 +16,13 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_tracing
 
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import attention_modules
-from gossamer.ops import fold_seed, gated_attention
+from gossamer.ops import Pairs, attend, fold_seed, make_pairs, noise_of
 
 IMPLEMENTATION = "gossamer"
 """The name under which the op is registered with transformers."""
@@ -47,21 +48,30 @@ class GatePass:
         state: how the gates act when the pass begins.
 
     Attributes:
-        sampled, seed, first_row, forced_open, counts: as in :class:`GateState` when it began.
+        sampled, noise, forced_open, counts: as in :class:`GateState` when it began.
+        key: a number that tells passes with other gates apart; 0 in compiled code, which is to serve all of them.
         graded: whether it was to be differentiated.
         counted: layers whose links were counted; the second run of a layer does not count them again.
     """
 
     def __init__(self, state: "GateState") -> None:
-        self.sampled, self.seed, self.first_row = state.sampled, state.seed, state.first_row
+        self.sampled, self.noise = state.sampled, state.noise
         self.forced_open, self.counts = state.forced_open, state.counts
+        self.key = 0
+        if not torch.compiler.is_compiling():
+            self.key = hash((state.sampled, state.seed, state.first_row, state.forced_open))
         self.graded = torch.is_grad_enabled()
         self.counted: set[int] = set()
+        self._pairs: dict[tuple[object, ...], tuple[Tensor | None, Pairs]] = {}
 
-    @property
-    def key(self) -> int:
-        """A 64-bit number that tells passes with other gates apart."""
-        return hash((self.sampled, self.seed, self.first_row, self.forced_open))
+    def pairs(self, mask: Tensor | None, query: Tensor, key: Tensor, window: int | None) -> Pairs:
+        """The allowed pairs, made once for all layers with the same mask."""
+        if torch.compiler.is_compiling():
+            return _pairs(mask, query, key, window)
+        name = (id(mask), query.shape[2], key.shape[2], window, query.device)
+        if name not in self._pairs:  # the mask is kept too, so that its id stays its own
+            self._pairs[name] = (mask, _pairs(mask, query, key, window))
+        return self._pairs[name][1]
 
 
 @dataclass
@@ -71,8 +81,9 @@ class GateState:
     Attributes:
         dense_implementation: transformers' attention implementation before the gates were put in.
         sampled: sample the gates rather than take the hard ones of evaluation.
-        seed: of the noise; each layer folds its own index into it.
+        seed: of the noise; each layer has its own index folded into it.
         first_row: where in the batch of a whole training step the rows of a forward pass begin.
+        noise: ``[layers, 2]``, both of them as the op takes them; a tensor, so that compiled code serves every seed.
         forced_open: every gate is open, whatever its logit: the dense model's own attention.
         switched_off: attention goes through the dense model's own implementation, as asked for.
         counts: link counts by layer, filled where it is not None.
@@ -82,6 +93,7 @@ class GateState:
     sampled: bool = False
     seed: int = 0
     first_row: int = 0
+    noise: Int[Tensor, "layers 2"] | None = field(default=None, repr=False)
     forced_open: bool = False
     switched_off: bool = False
     counts: dict[int, LinkCounts] | None = field(default=None, repr=False)
@@ -208,7 +220,10 @@ def sampled_gates(model: PreTrainedModel, seed: int, first_row: int = 0) -> Iter
     Forward passes over parts of a batch draw what one over the whole of it would, if each is given the index
     ``first_row`` at which its part begins.
     """
-    with _set(gate_state(model), sampled=True, seed=seed, first_row=first_row):
+    layers = list(attention_modules(model))
+    noise = [noise_of(fold_seed(seed, layer), first_row, torch.device("cpu")) for layer in range(len(layers))]
+    device = next(layers[0].parameters()).device
+    with _set(gate_state(model), sampled=True, seed=seed, first_row=first_row, noise=torch.stack(noise).to(device)):
         yield
 
 
@@ -238,11 +253,12 @@ def gated_attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     gate_pass: GatePass | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "batch queries heads d_value"], None]:
     """transformers' attention function: gates, counts, and the output as transformers lays it out.
 
-    The window, where there is one, is in the mask. Attention dropout is not applied: the gates' own noise
+    ``attention_mask`` is what :func:`padding_mask` gives. Attention dropout is not applied: the gates' own noise
     takes its place, and the loss has to be comparable with the dense model's.
     """
     if s_aux is not None:
@@ -254,18 +270,16 @@ def gated_attention_forward(
     bias = module.gate_bias
     layer = int(module.gate_layer)  # type: ignore[arg-type]
     counted = gates.counts is not None and layer not in gates.counted
-    result = gated_attention(
+    noise = gates.noise[layer].to(query.device) if gates.sampled and gates.noise is not None else None
+    result = attend(
         query,
         key,
         value,
         torch.full_like(bias, torch.inf) if gates.forced_open else bias,  # type: ignore[arg-type]
+        gates.pairs(attention_mask, query, key, sliding_window),
         scale=scaling,
-        causal=attention_mask is None,
-        mask=None if attention_mask is None else _as_bool(attention_mask, query.shape[0]),
         softcap=softcap,
-        sample=gates.sampled,
-        seed=fold_seed(gates.seed, layer),
-        first_row=gates.first_row,
+        noise=noise,
         expect=counted,
     )
     if gates.counts is not None and counted:
@@ -282,6 +296,23 @@ def gated_attention_forward(
     return output.transpose(1, 2), None
 
 
+def _pairs(mask: Tensor | None, query: Tensor, key: Tensor, window: int | None) -> Pairs:
+    """The allowed pairs: causal and within the window, besides what :func:`padding_mask` says; or by a mask in full."""
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    full = mask is not None and mask.ndim == 4
+    first_real = None
+    if mask is not None and full:
+        mask = _as_bool(mask, batch)
+    elif mask is not None and (dropped := mask.shape[-1] - keys):
+        first_real = mask.int().argmax(-1) - dropped
+        mask = mask[:, dropped:]
+    return make_pairs(
+        batch, queries, keys,
+        causal=not full, window=None if full else window, mask=mask, lengths=None, device=query.device,
+        first_real=first_real,
+    )  # fmt: skip
+
+
 def _as_bool(mask: Tensor, batch: int) -> Bool[Tensor, "batch 1 queries keys"]:
     if mask.dtype != torch.bool:
         allowed = mask > torch.finfo(mask.dtype).min / 2
@@ -293,6 +324,42 @@ def _as_bool(mask: Tensor, batch: int) -> Bool[Tensor, "batch 1 queries keys"]:
     return mask.expand(batch, -1, -1, -1)
 
 
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Bool[Tensor, "batch tokens"] | None = None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    config: PreTrainedConfig | None = None,
+    **kwargs: Any,
+) -> Bool[Tensor, "batch tokens"] | Bool[Tensor, "batch 1 queries keys"] | None:
+    """transformers' mask function for the op: which tokens are real, those that a cache has dropped included.
+
+    Causality is the op's own affair, and so is the window, of which the attention function hears from its layer, as
+    flash attention does. None: every token is real. Where more than that decides which pairs are allowed, and where
+    a static cache has room after the last query: :func:`gated_mask`.
+    """
+    tokens = kv_offset + kv_length
+    windowed = local_size is None or (
+        local_size == getattr(config, "sliding_window", None) and getattr(config, "attention_chunk_size", None) is None
+    )
+    at_the_end = isinstance(q_offset, int) and q_offset + q_length == tokens
+    fits = attention_mask is None or attention_mask.shape[-1] == tokens
+    if not (allow_is_causal_skip and windowed and at_the_end and fits):
+        return gated_mask(
+            batch_size, q_length, kv_length, q_offset, attention_mask, allow_is_causal_skip,
+            kv_offset=kv_offset, local_size=local_size, config=config, **kwargs,
+        )  # fmt: skip
+    if attention_mask is None or (not is_tracing(attention_mask) and bool(attention_mask.all())):
+        if not kv_offset:
+            return None
+        attention_mask = torch.ones(batch_size, tokens, dtype=torch.bool, device=kwargs.get("device"))
+    return attention_mask
+
+
 def gated_mask(
     batch_size: int,
     q_length: int,
@@ -302,7 +369,7 @@ def gated_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Bool[Tensor, "batch 1 queries keys"] | None:
-    """transformers' mask function: sdpa's boolean mask, with no allowed pairs for padding queries.
+    """Which pairs are allowed, in full: sdpa's boolean mask, with no allowed pairs for padding queries.
 
     None stands for a plain causal mask whose last query stands at the last key. sdpa's own reading of None
     differs where a static cache has room after the last query, so there the mask is made in full.
@@ -324,4 +391,4 @@ def gated_mask(
 
 # When this module is imported, so that a gated model that was pickled elsewhere finds it.
 AttentionInterface.register(IMPLEMENTATION, gated_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, gated_mask)
+AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)

@@ -23,8 +23,7 @@ draws the noise that its rows have in the whole. ``i`` and ``j`` count from the 
 padding (left or right) nor truncating a sequence changes the noise of the pairs that stay.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -215,6 +214,9 @@ class Pairs:
     mask: Bool[Tensor, "batch 1 queries keys"] | None
     extents: Int[Tensor, "batch 4"] | None
     device: torch.device
+    _counts: list[Int[Tensor, "batch_or_1 queries"]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     @property
     def offset(self) -> int:
@@ -248,9 +250,8 @@ class Pairs:
             allowed = allowed & real_queries[:, None, :, None] & self.real[:, None, None, columns]
         return allowed if self.mask is None else allowed & self.mask[:, :, rows, columns]
 
-    @cached_property
-    def allowed_counts(self) -> Int[Tensor, "batch_or_1 queries"]:
-        """How many keys each query is allowed; without a mask in memory linear in the length."""
+    def _allowed_counts(self) -> Int[Tensor, "batch_or_1 queries"]:
+        """Without a mask in memory linear in the length."""
         if self.mask is not None:
             return self.allowed(slice(0, self.queries), slice(0, self.keys)).sum((-1, -3))
         i = torch.arange(self.offset, self.keys, device=self.device)
@@ -262,8 +263,10 @@ class Pairs:
         return (before[:, stop] - before[:, start]) * self.real[:, i]
 
     def allowed_links(self, heads: int) -> Int[Tensor, "batch heads queries"]:
-        """:attr:`allowed_counts` of every head."""
-        return self.allowed_counts[:, None].expand(self.batch, heads, -1)
+        """How many keys each query is allowed; counted once, whatever calls there are."""
+        if not self._counts:
+            self._counts.append(self._allowed_counts())
+        return self._counts[0][:, None].expand(self.batch, heads, -1)
 
     def uniforms(
         self, keys: Int[Tensor, "2 batch heads"], rows: slice, columns: slice

@@ -118,18 +118,28 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, scale, causal, window, softcap, expect, implementation = inputs
-    ctx.save_for_backward(*tensors, output[0], output[3])
+    *tensors, noise, scale, causal, window, softcap, expect, implementation = inputs
+    # As many tensors with sampled gates as with hard ones: a run under other gates is told by what it computes, and
+    # torch's activation checkpointing would stop at the number.
+    saved_noise = tensors[0].new_empty(2, dtype=torch.int64) if noise is None else noise
+    ctx.save_for_backward(*tensors, saved_noise, output[0], output[3])
     ctx.settings = (scale, causal, window, softcap, implementation)
-    ctx.expect = expect
+    ctx.sampled, ctx.expect = noise is not None, expect
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, d_output: Tensor | None, d_expected: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if d_output is None:
-        d_output = torch.zeros_like(ctx.saved_tensors[-2])
-    gradients = _backward(*ctx.saved_tensors, d_output, d_expected if ctx.expect else None, *ctx.settings)
+    *tensors, noise, output, log_sum_exp = ctx.saved_tensors
+    gradients = _backward(
+        *tensors,
+        noise if ctx.sampled else None,
+        output,
+        log_sum_exp,
+        torch.zeros_like(output) if d_output is None else d_output,
+        d_expected if ctx.expect else None,
+        *ctx.settings,
+    )
     return (*gradients, *[None] * 10)
 
 
