@@ -1,6 +1,7 @@
 """Every implementation against the definition in float64, and the definition against pencil and paper."""
 
 import math
+import mmap
 from collections.abc import Callable
 
 import pytest
@@ -364,3 +365,48 @@ def test_compiled_and_sampled_the_op_is_compiled_once_for_all_seeds() -> None:
         wanted = gated_attention(**tensors, sample=True, seed=seed, implementation="chunked").output
         assert torch.equal(compiled(torch.tensor(seed)), wanted)
     assert counter.frame_count == 1
+
+
+def _far_rows(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """The same numbers in rows that lie ``stride`` elements apart; memory between them is never touched."""
+    room = mmap.mmap(-1, x.shape[-2] * stride * x.element_size(), flags=mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE
+    far = torch.frombuffer(room, dtype=x.dtype).as_strided(x.shape, (0, 0, stride, 1))
+    return far.copy_(x)
+
+
+@pytest.mark.skipif(GPU, reason="memory that is only reserved is the CPU's; the kernels are the same")
+def test_rows_may_lie_beyond_32_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 300, 16, generator=generator) for _ in range(3))
+    bias = torch.zeros(1)
+    wanted = gated_attention(q, k, v, bias, implementation="triton").output
+    for stride in ((1 << 23) - 16, 1 << 23):
+        far = [_far_rows(x, stride) for x in (q, k, v)]
+        assert 300 * far[0].stride(2) > 2**31
+        assert torch.equal(gated_attention(*far, bias, implementation="triton").output, wanted)
+
+
+@pytest.mark.parametrize("implementation", [TRITON])
+def test_float16_sums_up_prices_too_small_for_it(implementation: str) -> None:
+    """A price of 1e-6 times sigma' = 0.018 is zero in float16; its sum over the queries and keys is not."""
+    axes = 30 * torch.eye(16)[:2, None].expand(-1, 40, -1)  # q and k at right angles: all logits are 0
+    q, k = (place(x.expand(1, 1, -1, -1), implementation, torch.float16) for x in axes)
+    v = place(torch.zeros(1, 1, 40, 16), implementation, torch.float16)
+    bias = place(torch.tensor([-4.0]), implementation)
+    result = gated_attention(q, k, v, bias, causal=False, implementation=implementation)
+    dq, dk = torch.autograd.grad(result.expected_open.sum() * 1e-6, (q, k))
+    wanted = 0.25 * 40 * 30 * 1e-6 * torch.sigmoid(torch.tensor(4.0)) * torch.sigmoid(torch.tensor(-4.0))
+    torch.testing.assert_close(dq[..., 1].cpu().float(), wanted.expand(1, 1, 40), rtol=0.02, atol=0)
+    torch.testing.assert_close(dk[..., 0].cpu().float(), wanted.expand(1, 1, 40), rtol=0.02, atol=0)
+
+
+def test_dtypes_that_differ_are_cast_under_autocast_and_refused_without() -> None:
+    tensors = inputs(9, dtype=torch.float32)
+    mixed = {**tensors, "v": tensors["v"].bfloat16()}
+    with pytest.raises(ValueError, match="different dtypes"):
+        gated_attention(**mixed)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gated_attention(**mixed).output
+    low = {name: x if name == "gate_bias" else x.bfloat16() for name, x in tensors.items()}
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, gated_attention(**low).output)

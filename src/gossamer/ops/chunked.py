@@ -180,7 +180,7 @@ def forward(
         output[:, :, block.rows] = block.by_head(sums) / block.by_head(total[..., None])
         log_sum_exp[:, block.rows] = elements.top + elements.total.log()
         opened[:, block.rows] = elements.opened
-        if expected is not None:
+        if expected is not None and elements.expected is not None:
             expected[:, block.rows] = elements.expected
     shape = (call.batch, call.heads, call.queries)
     return output, None if expected is None else expected.view(shape), opened.view(shape), log_sum_exp.view(shape)

@@ -114,7 +114,8 @@ def _backward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, gate_bias: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return *(empty_rows(x, x.shape[-1]) for x in (q, k, v)), torch.empty_like(gate_bias)
+    dq, dk, dv = (empty_rows(x, x.shape[-1]) for x in (q, k, v))
+    return dq, dk, dv, torch.empty_like(gate_bias)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

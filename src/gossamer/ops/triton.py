@@ -107,7 +107,8 @@ def padded(features: int) -> int:
 
 
 def _dense_rows(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    """With features side by side, and rows so near each other that 32 bits count the elements of a tile."""
+    return [x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous() for x in tensors]
 
 
 def _strides(*tensors: Tensor) -> Sequence[int]:
@@ -152,9 +153,9 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The same as :func:`gossamer.ops.chunked.forward`, on the GPU; accumulates in float32."""
     q, k, v = _dense_rows(q, k, v)
-    output, *by_query = _attend(_Call(q, k, gate_bias, pairs, scale, softcap), v, noise, expect)
+    output, expected, opened, log_sum_exp = _attend(_Call(q, k, gate_bias, pairs, scale, softcap), v, noise, expect)
     assert output is not None
-    return output, *by_query
+    return output, expected, opened, log_sum_exp
 
 
 def backward(

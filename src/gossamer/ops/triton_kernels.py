@@ -96,6 +96,12 @@ def _key_words(key_places):
 
 
 @triton.jit
+def _tile(POINTER, first, stride, lines, features):
+    """Pointers to a tile. The row ``first`` is found with 64 bits, for tensors of 2^31 elements and more."""
+    return POINTER + (tl.full([], 0, tl.int64) + first) * stride + lines[:, None] * stride + features[None, :]
+
+
+@triton.jit
 def _allowed(
     i, j, offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -170,16 +176,16 @@ def forward(
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     offset = keys - queries
-    rows = first + tl.arange(0, M)
+    tile_rows = tl.arange(0, M)
+    rows = first + tile_rows
     row_inside = rows < queries
     features, value_features = tl.arange(0, PD), tl.arange(0, PDV)
     Q += batch * q_batch + head.to(tl.int64) * q_head
     K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
     if VALUES:
         V += batch * v_batch + (head // GROUPS).to(tl.int64) * v_head
-    q = tl.load(
-        Q + rows[:, None] * q_row + features[None, :], mask=row_inside[:, None] & (features < D)[None, :], other=0.0
-    )
+    inside = row_inside[:, None] & (features < D)[None, :]
+    q = tl.load(_tile(Q, first, q_row, tile_rows, features), mask=inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
@@ -210,13 +216,14 @@ def forward(
         else:
             begin, end = whole_high, high
         for start in range(begin, end, N):
-            columns = start + tl.arange(0, N)
+            tile_columns = tl.arange(0, N)
+            columns = start + tile_columns
             key_mask = (features < D)[None, :]
             value_mask = (value_features < DV)[None, :]
             if phase != 1:
                 key_mask &= (columns < keys)[:, None]
                 value_mask &= (columns < keys)[:, None]
-            k = tl.load(K + columns[:, None] * k_row + features[None, :], mask=key_mask, other=0.0)
+            k = tl.load(_tile(K, start, k_row, tile_columns, features), mask=key_mask, other=0.0)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if SOFTCAP:
                 raw = _soft_capped(raw, scale, softcap)
@@ -244,7 +251,7 @@ def forward(
                     noise = _noise(query_words[:, None], _key_words(columns - origin)[None, :], k1)
                     open_gates = _opens(noise, probability)
             if VALUES:
-                v = tl.load(V + columns[:, None] * v_row + value_features[None, :], mask=value_mask, other=0.0)
+                v = tl.load(_tile(V, start, v_row, tile_columns, value_features), mask=value_mask, other=0.0)
                 kept = tl.where(open_gates, weights, 0.0).to(v.dtype)
                 accumulated = tl.dot(kept, v, accumulated * rescale[:, None], input_precision=PRECISION)
 
@@ -254,7 +261,7 @@ def forward(
         OUT += batch * o_batch + head.to(tl.int64) * o_head
         output = accumulated / tl.where(closed, 1.0, total)[:, None]
         tl.store(
-            OUT + rows[:, None] * o_row + value_features[None, :],
+            _tile(OUT, first, o_row, tile_rows, value_features),
             output.to(OUT.dtype.element_ty),
             mask=row_inside[:, None] & (value_features < DV)[None, :],
         )
@@ -328,7 +335,8 @@ def query_gradients(
     first = block * M
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     offset = keys - queries
-    rows = first + tl.arange(0, M)
+    tile_rows = tl.arange(0, M)
+    rows = first + tile_rows
     row_inside = rows < queries
     features, value_features = tl.arange(0, PD), tl.arange(0, PDV)
     inside = row_inside[:, None] & (features < D)[None, :]
@@ -338,9 +346,9 @@ def query_gradients(
     V += batch * v_batch + (head // GROUPS).to(tl.int64) * v_head
     OUT += batch * o_batch + head.to(tl.int64) * o_head
     D_OUT += batch * do_batch + head.to(tl.int64) * do_head
-    q = tl.load(Q + rows[:, None] * q_row + features[None, :], mask=inside, other=0.0)
-    d_out = tl.load(D_OUT + rows[:, None] * do_row + value_features[None, :], mask=value_inside, other=0.0)
-    output = tl.load(OUT + rows[:, None] * o_row + value_features[None, :], mask=value_inside, other=0.0)
+    q = tl.load(_tile(Q, first, q_row, tile_rows, features), mask=inside, other=0.0)
+    d_out = tl.load(_tile(D_OUT, first, do_row, tile_rows, value_features), mask=value_inside, other=0.0)
+    output = tl.load(_tile(OUT, first, o_row, tile_rows, value_features), mask=value_inside, other=0.0)
     lines = (batch * heads + head) * queries + rows
     delta = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(DELTA + lines, delta, mask=row_inside)
@@ -377,14 +385,15 @@ def query_gradients(
         else:
             begin, end = whole_high, high
         for start in range(begin, end, N):
-            columns = start + tl.arange(0, N)
+            tile_columns = tl.arange(0, N)
+            columns = start + tile_columns
             key_mask = (features < D)[None, :]
             value_mask = (value_features < DV)[None, :]
             if phase != 1:
                 key_mask &= (columns < keys)[:, None]
                 value_mask &= (columns < keys)[:, None]
-            k = tl.load(K + columns[:, None] * k_row + features[None, :], mask=key_mask, other=0.0)
-            v = tl.load(V + columns[:, None] * v_row + value_features[None, :], mask=value_mask, other=0.0)
+            k = tl.load(_tile(K, start, k_row, tile_columns, features), mask=key_mask, other=0.0)
+            v = tl.load(_tile(V, start, v_row, tile_columns, value_features), mask=value_mask, other=0.0)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             products = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
             if SOFTCAP:
@@ -406,7 +415,7 @@ def query_gradients(
             d_q = _added(d_q, d_logits, k, RESCALE, PRECISION)
 
     D_Q += batch * dq_batch + head.to(tl.int64) * dq_head
-    tl.store(D_Q + rows[:, None] * dq_row + features[None, :], (d_q * scale).to(D_Q.dtype.element_ty), mask=inside)
+    tl.store(_tile(D_Q, first, dq_row, tile_rows, features), (d_q * scale).to(D_Q.dtype.element_ty), mask=inside)
     total = tl.sum(tl.where(row_inside, d_bias, 0.0), 0)
     tl.store(D_BIAS + (batch * heads + head) * tl.num_programs(0) + block, total)
 
@@ -427,14 +436,15 @@ def key_value_gradients(
     last = tl.minimum(first + N, keys)
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     offset = keys - queries
-    columns = first + tl.arange(0, N)
+    tile_columns = tl.arange(0, N)
+    columns = first + tile_columns
     features, value_features = tl.arange(0, PD), tl.arange(0, PDV)
     inside = (columns < keys)[:, None] & (features < D)[None, :]
     value_inside = (columns < keys)[:, None] & (value_features < DV)[None, :]
     K += batch * k_batch + kv_head.to(tl.int64) * k_head
     V += batch * v_batch + kv_head.to(tl.int64) * v_head
-    k = tl.load(K + columns[:, None] * k_row + features[None, :], mask=inside, other=0.0)
-    v = tl.load(V + columns[:, None] * v_row + value_features[None, :], mask=value_inside, other=0.0)
+    k = tl.load(_tile(K, first, k_row, tile_columns, features), mask=inside, other=0.0)
+    v = tl.load(_tile(V, first, v_row, tile_columns, value_features), mask=value_inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     origin, real_start, real_stop, whole = _extents(EXTENTS, batch, keys, HAS_EXTENTS)
     if HAS_REAL:
@@ -486,15 +496,16 @@ def key_value_gradients(
             else:
                 begin, end = whole_high, high
             for start in range(begin, end, M):
-                rows = start + tl.arange(0, M)
+                tile_rows = tl.arange(0, M)
+                rows = start + tile_rows
                 row_inside = rows < queries
                 q = tl.load(
-                    queries_of_head + rows[:, None] * q_row + features[None, :],
+                    _tile(queries_of_head, start, q_row, tile_rows, features),
                     mask=row_inside[:, None] & (features < D)[None, :],
                     other=0.0,
                 )
                 d_out = tl.load(
-                    d_out_of_head + rows[:, None] * do_row + value_features[None, :],
+                    _tile(d_out_of_head, start, do_row, tile_rows, value_features),
                     mask=row_inside[:, None] & (value_features < DV)[None, :],
                     other=0.0,
                 )
@@ -525,8 +536,8 @@ def key_value_gradients(
 
     D_K += batch * dk_batch + kv_head.to(tl.int64) * dk_head
     D_V += batch * dv_batch + kv_head.to(tl.int64) * dv_head
-    tl.store(D_K + columns[:, None] * dk_row + features[None, :], (d_k * scale).to(D_K.dtype.element_ty), mask=inside)
-    tl.store(D_V + columns[:, None] * dv_row + value_features[None, :], d_v.to(D_V.dtype.element_ty), mask=value_inside)
+    tl.store(_tile(D_K, first, dk_row, tile_columns, features), (d_k * scale).to(D_K.dtype.element_ty), mask=inside)
+    tl.store(_tile(D_V, first, dv_row, tile_columns, value_features), d_v.to(D_V.dtype.element_ty), mask=value_inside)
 
 
 @triton.jit
@@ -542,14 +553,14 @@ def write_links(
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     offset = keys - queries
-    rows = first + tl.arange(0, M)
+    tile_rows = tl.arange(0, M)
+    rows = first + tile_rows
     row_inside = rows < queries
     features = tl.arange(0, PD)
     Q += batch * q_batch + head.to(tl.int64) * q_head
     K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
-    q = tl.load(
-        Q + rows[:, None] * q_row + features[None, :], mask=row_inside[:, None] & (features < D)[None, :], other=0.0
-    )
+    inside = row_inside[:, None] & (features < D)[None, :]
+    q = tl.load(_tile(Q, first, q_row, tile_rows, features), mask=inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
@@ -566,9 +577,10 @@ def write_links(
         N, CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
     )  # fmt: skip
     for start in range(low, high, N):
-        columns = start + tl.arange(0, N)
+        tile_columns = tl.arange(0, N)
+        columns = start + tile_columns
         k = tl.load(
-            K + columns[:, None] * k_row + features[None, :],
+            _tile(K, start, k_row, tile_columns, features),
             mask=(columns < keys)[:, None] & (features < D)[None, :],
             other=0.0,
         )
