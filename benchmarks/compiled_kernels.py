@@ -2,9 +2,9 @@
 
     python benchmarks/compiled_kernels.py [--features 64] [--kernel forward] [--json FILE]
 
-One row a kernel, head size, target and kind of gates: registers and shared memory, bytes spilled, and the
-instructions per pair (query, key) in the inner loop, the one over tiles that need no mask. bf16, causal, three query
-heads to a key/value head. ``cuobjdump`` comes with Triton.
+One row a kernel, head size, dtype, case, target and kind of gates: registers and shared memory, bytes spilled, and the
+instructions per pair (query, key) in the inner loop, the one over tiles that need no mask. Causal, three query heads
+to a key/value head. ``cuobjdump`` comes with Triton.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import triton
@@ -24,9 +25,17 @@ from gossamer.ops.triton import Kernel, launch
 
 KERNELS: tuple[Kernel, ...] = ("forward", "query_gradients", "key_value_gradients", "write_links")
 POINTERS = {
-    "BIAS": "*fp32", "NOISE": "*i32", "NORMALISER": "*fp32", "EXPECTED": "*fp32", "OPENED": "*i32",
-    "D_EXPECTED": "*fp32", "DELTA": "*fp32", "D_BIAS": "*fp32", "STARTS": "*i64", "PAIRS": "*i32", "WEIGHTS": "*fp32",
+    "BIAS": "*fp32", "NOISE": "*i64", "REAL": "*u8", "EXTENTS": "*i32", "LOG_SUM_EXP": "*fp32", "EXPECTED": "*fp32",
+    "OPENED": "*i64", "D_EXPECTED": "*fp32", "DELTA": "*fp32", "D_BIAS": "*fp32", "STARTS": "*i64", "PAIRS": "*i32",
+    "WEIGHTS": "*fp32",
 }  # fmt: skip
+CASES: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "padding": {"HAS_EXTENTS": True, "HAS_REAL": True},
+    "window": {"WINDOW": True},
+    "softcap": {"SOFTCAP": True},
+}
+DTYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -35,6 +44,7 @@ class Report:
     """What one compiled kernel needs.
 
     Attributes:
+        dtype, case: of q, k and v; what there is beside causality.
         gates: ``sampled``, ``hard`` (training with hard gates) or ``evaluation`` (no expected links).
         registers: of a thread.
         shared_bytes: of a program.
@@ -44,6 +54,8 @@ class Report:
 
     kernel: str
     features: int
+    dtype: str
+    case: str
     target: str
     gates: str
     tile: str
@@ -53,17 +65,20 @@ class Report:
     instructions_per_pair: float
 
 
-def compile_kernel(kernel: Kernel, features: int, capability: int, gates: str) -> Report:
+def compile_kernel(kernel: Kernel, features: int, dtype: str, case: str, capability: int, gates: str) -> Report:
     """Compile one kernel and take its machine code apart."""
     function = getattr(triton_kernels, kernel)
-    sizes = launch(kernel, features, 2, 4096)
+    sizes = launch(kernel, features, 4 if dtype == "float32" else 2, 4096)
     padded = max(16, triton.next_power_of_2(features))
     constants = {
-        "REAL": None, "BOUNDS": None, "MASK": None, "GROUPS": 3, "D": features, "DV": features, "PD": padded,
+        "MASK": None, "GROUPS": 3, "D": features, "DV": features, "PD": padded,
         "PDV": padded, "M": sizes.M, "N": sizes.N, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False,
-        "HAS_REAL": False, "HAS_MASK": False, "SAMPLE": gates == "sampled", "EXPECT": gates != "evaluation",
-        "VALUES": True, "PRECISION": "ieee", "mask_batch": 0, "mask_row": 0, "mask_key": 0,
+        "HAS_EXTENTS": False, "HAS_REAL": False, "HAS_MASK": False, "PRICED": True,
+        "RESCALE": dtype == "float16", "SAMPLE": gates == "sampled", "EXPECT": gates != "evaluation",
+        "VALUES": True, "PRECISION": "tf32x3", "mask_batch": 0, "mask_row": 0, "mask_key": 0, **CASES[case],
     }  # fmt: skip
+    if not constants["HAS_EXTENTS"]:
+        constants |= {"REAL": None, "EXTENTS": None}
     if gates != "sampled":
         constants["NOISE"] = None
     if gates == "evaluation":
@@ -75,7 +90,7 @@ def compile_kernel(kernel: Kernel, features: int, capability: int, gates: str) -
             signature[name] = "constexpr"
             continue
         if name.isupper():
-            signature[name] = POINTERS.get(name, "*bf16")
+            signature[name] = POINTERS.get(name, DTYPES[dtype])
         else:
             signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
         if name.isupper() or name.endswith(("_batch", "_head", "_row")):
@@ -96,6 +111,8 @@ def compile_kernel(kernel: Kernel, features: int, capability: int, gates: str) -
     return Report(
         kernel,
         features,
+        dtype,
+        case,
         f"sm_{capability}",
         gates,
         f"{sizes.M}x{sizes.N}, {sizes.num_warps} warps, {sizes.num_stages} stages",
@@ -128,6 +145,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, nargs="*", default=[32, 64, 80, 128, 256])
     parser.add_argument("--kernel", choices=KERNELS, nargs="*", default=KERNELS)
+    parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=["bfloat16"])
+    parser.add_argument("--case", choices=CASES, nargs="*", default=["plain"])
     parser.add_argument("--capability", type=int, nargs="*", default=[80, 90])
     parser.add_argument("--gates", nargs="*", default=["sampled", "hard", "evaluation"])
     parser.add_argument("--json", type=Path, help="write the rows here too")
@@ -138,11 +157,10 @@ def main() -> None:
         for gates in kinds.get(kernel, ["sampled", "hard"]):
             if gates not in arguments.gates:
                 continue
-            for features in arguments.features:
-                for capability in arguments.capability:
-                    report = compile_kernel(kernel, features, capability, gates)
-                    reports.append(report)
-                    print(*(f"{key}={value}" for key, value in asdict(report).items()), flush=True)
+            for rest in product(arguments.features, arguments.dtype, arguments.case, arguments.capability):
+                report = compile_kernel(kernel, *rest, gates)
+                reports.append(report)
+                print(*(f"{key}={value}" for key, value in asdict(report).items()), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
 

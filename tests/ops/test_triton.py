@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from attention_cases import GPU, TRITON
+from gossamer.ops import _triton_runs
 from gossamer.ops.gates import noise_keys, noise_of, pair_uniforms
 from gossamer.ops.triton_kernels import _key_words, _noise, _noise_keys, _query_words
 
@@ -67,3 +68,13 @@ def test_kernels_compile_without_spills_and_within_budget(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_all_head_sizes_compile_without_spills(tmp_path: Path) -> None:
     assert not [row for row in reports(tmp_path, "--features", "32", "80", "128", "256") if row["spilled_bytes"]]
+
+
+def test_gpus_too_old_for_the_kernels_get_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which GPU there is cannot be had here; what torch says of it is set."""
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for capability, wanted in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        _triton_runs.cache_clear()
+        assert _triton_runs(torch.device("cuda", 0)) is wanted
+    _triton_runs.cache_clear()

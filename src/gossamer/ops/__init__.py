@@ -238,4 +238,9 @@ def _implementation(implementation: Implementation | None, q: Tensor, value_size
     if implementation is None:
         fits = q.dtype != torch.float64 and max(q.shape[-1], value_size) <= MAX_FEATURES
         return "triton" if fits and q.is_cuda and _triton_runs(q.device) else "chunked"
+    if implementation == "triton" and q.is_cuda and not _triton_runs(q.device):
+        oldest = ".".join(str(part) for part in OLDEST_CAPABILITY)
+        raise ValueError(
+            f"the Triton kernels need Triton and an NVIDIA GPU of compute capability {oldest}; use 'chunked'"
+        )
     return implementation
