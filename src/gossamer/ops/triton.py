@@ -58,7 +58,7 @@ def launch(kernel: Kernel, features: int, element_size: int, queries: int) -> La
         return Launch(16, 64 if features <= 128 else 32, 4, 2)
     size = min(size for size in (64, 128, 256) if features <= size)
     return {
-        "forward": {64: Launch(128, 64, 8, 3), 128: Launch(128, 32, 8, 2), 256: Launch(64, 32, 8, 2)},
+        "forward": {64: Launch(128, 64, 8, 2), 128: Launch(128, 32, 8, 2), 256: Launch(64, 32, 8, 2)},
         "query_gradients": {64: Launch(128, 32, 8, 2), 128: Launch(128, 32, 8, 2), 256: Launch(32, 32, 4, 1)},
         "key_value_gradients": {64: Launch(32, 128, 8, 1), 128: Launch(64, 32, 8, 1), 256: Launch(32, 32, 8, 1)},
         "write_links": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(32, 32, 4, 1)},
