@@ -73,7 +73,7 @@ def compile_kernel(kernel: Kernel, features: int, dtype: str, case: str, capabil
     constants = {
         "MASK": None, "GROUPS": 3, "D": features, "DV": features, "PD": padded,
         "PDV": padded, "M": sizes.M, "N": sizes.N, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False,
-        "HAS_EXTENTS": False, "HAS_REAL": False, "HAS_MASK": False, "PRICED": True,
+        "FAR": False, "HAS_EXTENTS": False, "HAS_REAL": False, "HAS_MASK": False, "PRICED": True,
         "RESCALE": dtype == "float16", "SAMPLE": gates == "sampled", "EXPECT": gates != "evaluation",
         "VALUES": True, "PRECISION": "tf32x3", "mask_batch": 0, "mask_row": 0, "mask_key": 0, **CASES[case],
     }  # fmt: skip

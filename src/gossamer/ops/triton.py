@@ -66,10 +66,17 @@ def launch(kernel: Kernel, features: int, element_size: int, queries: int) -> La
 
 
 class _Call:
-    """The arguments that all kernels share, for one call."""
+    """The arguments that all kernels share, for one call; ``others`` are the tensors that they read besides."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, gate_bias: Tensor, pairs: Pairs, scale: float, softcap: float | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        gate_bias: Tensor,
+        pairs: Pairs,
+        scale: float,
+        softcap: float | None,
+        *others: Tensor,
     ) -> None:
         self.batch, self.heads, self.queries, self.d = q.shape
         self.q, self.k, self.pairs = q, k, pairs
@@ -86,6 +93,7 @@ class _Call:
             "CAUSAL": pairs.causal,
             "WINDOW": pairs.window is not None,
             "SOFTCAP": softcap is not None,
+            "FAR": any(_reach(x) >= 1 << 31 for x in (q, k, *others)),
             "HAS_EXTENTS": self.extents is not None,
             "HAS_REAL": self.real is not None,
             "HAS_MASK": self.mask is not None,
@@ -110,6 +118,11 @@ def padded(features: int) -> int:
 def _dense_rows(*tensors: Tensor) -> list[Tensor]:
     """With features side by side, and rows so near each other that 32 bits count the elements of a tile."""
     return [x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous() for x in tensors]
+
+
+def _reach(x: Tensor) -> int:
+    """Elements from the first row of a head to the last, in the tensor or in one like it by :func:`empty_rows`."""
+    return x.shape[-2] * max(x.stride(-2), x.shape[1] * x.shape[-1])
 
 
 def _strides(*tensors: Tensor) -> Sequence[int]:
@@ -154,7 +167,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The same as :func:`gossamer.ops.chunked.forward`, on the GPU; accumulates in float32."""
     q, k, v = _dense_rows(q, k, v)
-    output, expected, opened, log_sum_exp = _attend(_Call(q, k, gate_bias, pairs, scale, softcap), v, noise, expect)
+    call = _Call(q, k, gate_bias, pairs, scale, softcap, v)
+    output, expected, opened, log_sum_exp = _attend(call, v, noise, expect)
     assert output is not None
     return output, expected, opened, log_sum_exp
 
@@ -175,7 +189,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same as :func:`gossamer.ops.chunked.backward`, on the GPU."""
     q, k, v, d_output = _dense_rows(q, k, v, d_output)
-    call = _Call(q, k, gate_bias, pairs, scale, softcap)
+    call = _Call(q, k, gate_bias, pairs, scale, softcap, v, output, d_output)
     prices = None if d_expected is None else d_expected.float().contiguous()
     features = v.shape[-1]
     flags = {

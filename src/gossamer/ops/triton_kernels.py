@@ -96,9 +96,12 @@ def _key_words(key_places):
 
 
 @triton.jit
-def _tile(POINTER, first, stride, lines, features):
-    """Pointers to a tile. The row ``first`` is found with 64 bits, for tensors of 2^31 elements and more."""
-    return POINTER + (tl.full([], 0, tl.int64) + first) * stride + lines[:, None] * stride + features[None, :]
+def _tile(POINTER, first, stride, lines, features, FAR: tl.constexpr):
+    """Pointers to a tile; FAR where the row ``first`` may lie beyond what 32 bits count."""
+    if FAR:
+        return POINTER + (tl.full([], 0, tl.int64) + first) * stride + lines[:, None] * stride + features[None, :]
+    else:
+        return POINTER + (first + lines)[:, None] * stride + features[None, :]
 
 
 @triton.jit
@@ -168,7 +171,7 @@ def forward(
     mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
+    FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
     EXPECT: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, base-2 normaliser, and per query the expected and the hard open links, of M queries of one head."""
@@ -185,7 +188,7 @@ def forward(
     if VALUES:
         V += batch * v_batch + (head // GROUPS).to(tl.int64) * v_head
     inside = row_inside[:, None] & (features < D)[None, :]
-    q = tl.load(_tile(Q, first, q_row, tile_rows, features), mask=inside, other=0.0)
+    q = tl.load(_tile(Q, first, q_row, tile_rows, features, FAR), mask=inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
@@ -223,7 +226,7 @@ def forward(
             if phase != 1:
                 key_mask &= (columns < keys)[:, None]
                 value_mask &= (columns < keys)[:, None]
-            k = tl.load(_tile(K, start, k_row, tile_columns, features), mask=key_mask, other=0.0)
+            k = tl.load(_tile(K, start, k_row, tile_columns, features, FAR), mask=key_mask, other=0.0)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if SOFTCAP:
                 raw = _soft_capped(raw, scale, softcap)
@@ -251,7 +254,7 @@ def forward(
                     noise = _noise(query_words[:, None], _key_words(columns - origin)[None, :], k1)
                     open_gates = _opens(noise, probability)
             if VALUES:
-                v = tl.load(_tile(V, start, v_row, tile_columns, value_features), mask=value_mask, other=0.0)
+                v = tl.load(_tile(V, start, v_row, tile_columns, value_features, FAR), mask=value_mask, other=0.0)
                 kept = tl.where(open_gates, weights, 0.0).to(v.dtype)
                 accumulated = tl.dot(kept, v, accumulated * rescale[:, None], input_precision=PRECISION)
 
@@ -261,7 +264,7 @@ def forward(
         OUT += batch * o_batch + head.to(tl.int64) * o_head
         output = accumulated / tl.where(closed, 1.0, total)[:, None]
         tl.store(
-            _tile(OUT, first, o_row, tile_rows, value_features),
+            _tile(OUT, first, o_row, tile_rows, value_features, FAR),
             output.to(OUT.dtype.element_ty),
             mask=row_inside[:, None] & (value_features < DV)[None, :],
         )
@@ -327,7 +330,7 @@ def query_gradients(
     mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
+    FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
     PRICED: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of M queries of one head, their part of the bias gradient, and Delta = dO . O for the other kernel."""
@@ -346,9 +349,9 @@ def query_gradients(
     V += batch * v_batch + (head // GROUPS).to(tl.int64) * v_head
     OUT += batch * o_batch + head.to(tl.int64) * o_head
     D_OUT += batch * do_batch + head.to(tl.int64) * do_head
-    q = tl.load(_tile(Q, first, q_row, tile_rows, features), mask=inside, other=0.0)
-    d_out = tl.load(_tile(D_OUT, first, do_row, tile_rows, value_features), mask=value_inside, other=0.0)
-    output = tl.load(_tile(OUT, first, o_row, tile_rows, value_features), mask=value_inside, other=0.0)
+    q = tl.load(_tile(Q, first, q_row, tile_rows, features, FAR), mask=inside, other=0.0)
+    d_out = tl.load(_tile(D_OUT, first, do_row, tile_rows, value_features, FAR), mask=value_inside, other=0.0)
+    output = tl.load(_tile(OUT, first, o_row, tile_rows, value_features, FAR), mask=value_inside, other=0.0)
     lines = (batch * heads + head) * queries + rows
     delta = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(DELTA + lines, delta, mask=row_inside)
@@ -392,8 +395,8 @@ def query_gradients(
             if phase != 1:
                 key_mask &= (columns < keys)[:, None]
                 value_mask &= (columns < keys)[:, None]
-            k = tl.load(_tile(K, start, k_row, tile_columns, features), mask=key_mask, other=0.0)
-            v = tl.load(_tile(V, start, v_row, tile_columns, value_features), mask=value_mask, other=0.0)
+            k = tl.load(_tile(K, start, k_row, tile_columns, features, FAR), mask=key_mask, other=0.0)
+            v = tl.load(_tile(V, start, v_row, tile_columns, value_features, FAR), mask=value_mask, other=0.0)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             products = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
             if SOFTCAP:
@@ -415,7 +418,7 @@ def query_gradients(
             d_q = _added(d_q, d_logits, k, RESCALE, PRECISION)
 
     D_Q += batch * dq_batch + head.to(tl.int64) * dq_head
-    tl.store(_tile(D_Q, first, dq_row, tile_rows, features), (d_q * scale).to(D_Q.dtype.element_ty), mask=inside)
+    tl.store(_tile(D_Q, first, dq_row, tile_rows, features, FAR), (d_q * scale).to(D_Q.dtype.element_ty), mask=inside)
     total = tl.sum(tl.where(row_inside, d_bias, 0.0), 0)
     tl.store(D_BIAS + (batch * heads + head) * tl.num_programs(0) + block, total)
 
@@ -428,7 +431,7 @@ def key_value_gradients(
     mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
+    FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
     PRICED: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of N keys of one key/value head, summed over its query heads. Tiles are [N, M]."""
@@ -443,8 +446,8 @@ def key_value_gradients(
     value_inside = (columns < keys)[:, None] & (value_features < DV)[None, :]
     K += batch * k_batch + kv_head.to(tl.int64) * k_head
     V += batch * v_batch + kv_head.to(tl.int64) * v_head
-    k = tl.load(_tile(K, first, k_row, tile_columns, features), mask=inside, other=0.0)
-    v = tl.load(_tile(V, first, v_row, tile_columns, value_features), mask=value_inside, other=0.0)
+    k = tl.load(_tile(K, first, k_row, tile_columns, features, FAR), mask=inside, other=0.0)
+    v = tl.load(_tile(V, first, v_row, tile_columns, value_features, FAR), mask=value_inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     origin, real_start, real_stop, whole = _extents(EXTENTS, batch, keys, HAS_EXTENTS)
     if HAS_REAL:
@@ -500,12 +503,12 @@ def key_value_gradients(
                 rows = start + tile_rows
                 row_inside = rows < queries
                 q = tl.load(
-                    _tile(queries_of_head, start, q_row, tile_rows, features),
+                    _tile(queries_of_head, start, q_row, tile_rows, features, FAR),
                     mask=row_inside[:, None] & (features < D)[None, :],
                     other=0.0,
                 )
                 d_out = tl.load(
-                    _tile(d_out_of_head, start, do_row, tile_rows, value_features),
+                    _tile(d_out_of_head, start, do_row, tile_rows, value_features, FAR),
                     mask=row_inside[:, None] & (value_features < DV)[None, :],
                     other=0.0,
                 )
@@ -536,8 +539,12 @@ def key_value_gradients(
 
     D_K += batch * dk_batch + kv_head.to(tl.int64) * dk_head
     D_V += batch * dv_batch + kv_head.to(tl.int64) * dv_head
-    tl.store(_tile(D_K, first, dk_row, tile_columns, features), (d_k * scale).to(D_K.dtype.element_ty), mask=inside)
-    tl.store(_tile(D_V, first, dv_row, tile_columns, value_features), d_v.to(D_V.dtype.element_ty), mask=value_inside)
+    tl.store(
+        _tile(D_K, first, dk_row, tile_columns, features, FAR), (d_k * scale).to(D_K.dtype.element_ty), mask=inside
+    )
+    tl.store(
+        _tile(D_V, first, dv_row, tile_columns, value_features, FAR), d_v.to(D_V.dtype.element_ty), mask=value_inside
+    )
 
 
 @triton.jit
@@ -547,7 +554,8 @@ def write_links(
     heads, queries, keys, window, scale, softcap,
     GROUPS: tl.constexpr, D: tl.constexpr, PD: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The open links of M queries of one head, each query's from its own start, in the order of the keys."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
@@ -560,7 +568,7 @@ def write_links(
     Q += batch * q_batch + head.to(tl.int64) * q_head
     K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
     inside = row_inside[:, None] & (features < D)[None, :]
-    q = tl.load(_tile(Q, first, q_row, tile_rows, features), mask=inside, other=0.0)
+    q = tl.load(_tile(Q, first, q_row, tile_rows, features, FAR), mask=inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
@@ -580,7 +588,7 @@ def write_links(
         tile_columns = tl.arange(0, N)
         columns = start + tile_columns
         k = tl.load(
-            _tile(K, start, k_row, tile_columns, features),
+            _tile(K, start, k_row, tile_columns, features, FAR),
             mask=(columns < keys)[:, None] & (features < D)[None, :],
             other=0.0,
         )
