@@ -1,16 +1,19 @@
 """The sparse model that comes with gossamer, from its files alone: small, loadable, and as its card says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import gossamer
+from gossamer.errors import GossamerError
 from gossamer.evaluation.lengths import measure_at_length
+from gossamer.models.lora_files import adapter_base
 from gossamer.models.pretrained import load_dense
 from gossamer.models.shipped import SHIPPED, load_shipped, shipped_adapter
-from gossamer.names import SMOLLM2
+from gossamer.names import SMOLLM2, SMOLLM2_SPARSE
 from gossamer.training.data import pack
 
 PAGE = Path(__file__).parents[2] / "scripts" / "page.txt"
@@ -41,3 +44,25 @@ def test_its_figures_on_a_page_are_those_of_its_record(name: str) -> None:
     loaded = gossamer.load(name)
     assert gossamer.is_gated(loaded)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), sparse.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_modules": "(a+)+$"}, "target_modules is .*not a list"),
+        ({"target_modules": ["(a+)+$"]}, "no name of a module"),
+        ({"rank_pattern": {"(a+)+$": 2}}, "it sets rank_pattern, which gossamer does not"),
+        ({"alora_invocation_tokens": [1]}, "it sets alora_invocation_tokens"),
+        ({"lora_alpha": float("nan")}, "NaN is no number"),
+        ({"r": 0}, "r is 0"),
+    ],
+)
+def test_adapters_with_settings_that_gossamer_does_not_write_are_refused(
+    changes: dict, said: str, tmp_path: Path
+) -> None:
+    """Some would be regular expressions, which may take for ever."""
+    folder = Path(shutil.copytree(shipped_adapter(SMOLLM2_SPARSE), tmp_path / "adapter"))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(GossamerError, match=said):
+        adapter_base(folder)

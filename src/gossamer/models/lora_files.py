@@ -269,11 +269,12 @@ class _AdapterConfig(TypedDict):
 
 _NAME = re.compile(r"\w+(\.\w+)*")
 
-_NEVER_SET = (
-    "exclude_modules", "layers_pattern", "layers_to_transform", "layer_replication", "rank_pattern", "alpha_pattern",
-    "target_parameters", "modules_to_save", "auto_mapping", "trainable_token_indices", "megatron_config",
+_SET = (
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "fan_in_fan_out",
+    "inference_mode", "peft_version", "revision",
 )  # fmt: skip
-"""Of peft's settings, those that gossamer never sets; some are regular expressions, which may take for ever."""
+"""Of peft's settings, those that gossamer sets; others than peft's defaults would be other adapters, and some of them
+are regular expressions, which may take for ever."""
 
 
 def _check_config(config: dict[str, Any], folder: Path) -> None:
@@ -285,8 +286,11 @@ def _check_config(config: dict[str, Any], folder: Path) -> None:
     for name in config["target_modules"]:
         if _NAME.fullmatch(name) is None:
             raise ValueError(f"target_modules names {name!r}, which is no name of a module")
-    for name in _NEVER_SET:
-        if config.get(name):
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    for name, value in config.items():
+        if name not in _SET and name in defaults and value != defaults[name]:
             raise ValueError(f"it sets {name}, which gossamer does not")
 
 

@@ -66,7 +66,8 @@ def check_whole(model: PreTrainedModel, found: Mapping[str, Any], name: str) -> 
 @torch.no_grad()
 def _check_runs(model: PreTrainedModel) -> None:
     # Two tokens: from one there is nothing to attend to but itself.
-    longest = getattr(model.config, "max_position_embeddings", 2)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = 2 if longest is None else longest
     if longest < 1:
         raise ValueError(f"max_position_embeddings is {longest}")
     ids = torch.zeros(1, min(2, longest), dtype=torch.long)
