@@ -122,4 +122,6 @@ def test_blocks_run(page: Path, workspace: Path, tmp_path: Path, monkeypatch: py
         if block.not_run is None and block.language == "bash":
             run_shell(block.text, tmp_path)
         elif block.not_run is None and block.language == "python":
-            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+            source = tmp_path / f"{page.stem}_{block.line}.py"  # nnsight reads the source of a trace
+            source.write_text(block.text)
+            exec(compile(block.text, str(source), "exec"), names)
