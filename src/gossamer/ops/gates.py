@@ -141,7 +141,7 @@ def noise_keys(noise: Int[Tensor, " 2"], batch: int, heads: int) -> Int[Tensor, 
     torch has no arithmetic on unsigned 32-bit integers; words are kept in int64 here.
 
     Args:
-        noise: from :func:`noise_of`.
+        noise: the seed and the first row, as ``noise_of`` gives them.
         batch: rows, counted from the first row in ``noise``.
         heads: query heads.
     """
