@@ -95,8 +95,8 @@ class Setting:
         else:
             words = {bool: "true or false", str: "a text", int: "a whole number", float: "a finite number"}[kind]
         if self.least is not None:
-            least, most = _written(self.least), _written(self.most)
-            words += f" of at least {least}" if self.most is None else f" from {least} to {most}"
+            least = _written(self.least)
+            words += f" of at least {least}" if self.most is None else f" from {least} to {_written(self.most)}"
         return words + (", or null" if self.optional else "")
 
     def read(self, value: Any) -> Any:
@@ -122,7 +122,7 @@ class Setting:
         return value
 
 
-def _written(bound: float | None) -> str:
+def _written(bound: float) -> str:
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 

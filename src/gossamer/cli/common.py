@@ -79,9 +79,13 @@ def load_dense_and_sparse(
     model: str, dense: str | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
     """A sparse model, the dense one that it was made from or that is named, and their tokenizer."""
+    from gossamer.models.checkpoint import is_run
     from gossamer.models.convert import is_gated
     from gossamer.models.vocabulary import embeddings
+    from gossamer.runs.record import Run, load_both
 
+    if dense is None and is_run(Path(model)):
+        return load_both(Run(Path(model)))
     sparse, tokenizer = load_model_and_tokenizer(model)
     if not is_gated(sparse):
         raise GossamerError(f"{model} is a dense model; give a sparse one")
@@ -95,18 +99,15 @@ def load_dense_and_sparse(
 
 
 def _dense_of(model: str) -> "PreTrainedModel":  # type: ignore[name-defined]
-    """The dense model that a sparse one says it was made from; of a run, the very one."""
+    """The dense model that a sparse one says it was made from."""
     from gossamer.models.checkpoint import saved_base
     from gossamer.models.lora_files import adapter_base, is_adapter
     from gossamer.models.repositories import gossamer_folder
     from gossamer.models.shipped import SHIPPED, shipped_adapter
-    from gossamer.runs.record import Run
 
     folder = gossamer_folder(model) or Path(model)
     if model in SHIPPED and not folder.exists():
         return load_model_and_tokenizer(adapter_base(shipped_adapter(model)))[0]
-    if (folder / "blocks.safetensors").exists():
-        return Run(folder).load_dense()[0]
     base = adapter_base(folder) if is_adapter(folder) else saved_base(folder)
     if base == "unknown":
         raise GossamerError(f"{model} does not say which dense model it was made from; give it as --dense")

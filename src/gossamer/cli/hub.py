@@ -15,13 +15,14 @@ def push(
     repository: Annotated[str, typer.Argument(help="Where to: org/name; made if there is none.")],
     license: Annotated[str | None, typer.Option(help="For the model card: apache-2.0, mit, llama3.2, other.")] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="The dense model's id on the Hub. [default: as the run names it]")
+        str | None, typer.Option(help="The dense model's id on the Hub.", show_default="as the run names it")
     ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Of a run with LoRA: adapters and gates alone, not the whole model.")
     ] = False,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is made. [default: the account's]")
+        bool | None,
+        typer.Option("--private/--public", help="Of a repository that is made.", show_default="the account's"),
     ] = None,
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a model made with gossamer",
 ) -> None:
