@@ -10,14 +10,14 @@ from gossamer.circuits.mask_search import MaskRow
 from gossamer.circuits.scores import SCORES
 from gossamer.circuits.search import find_circuits
 from gossamer.circuits.streams import graph_of
-from gossamer.circuits.task_masks import PROMPTS, TaskMasks, metric_under_masks
+from gossamer.circuits.task_masks import PROMPTS, TaskMasks, metric_under_masks, with_input
 from gossamer.circuits.tasks.base import Batch, Example, Prompts, TokenizedExample
 from gossamer.errors import GossamerError
 
 
 def random_masks(model, units: str, rows: int = 2) -> torch.Tensor:
     graph = graph_of(model)
-    count = graph.sources if units == "nodes" else int(graph.possible().sum())
+    count = graph.sources - 1 if units == "nodes" else int(graph.possible().sum())
     return torch.rand(rows, count, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
 
@@ -28,8 +28,9 @@ def test_hard_masks_are_interventions(family: str, ablation: str) -> None:
     graph, other = graph_of(model), run_with_cache(model, batch.corrupted)
     for units, run in (("nodes", run_with_nodes), ("edges", run_with_edges)):
         masks = random_masks(model, units).round()
-        kept = masks.bool()
+        kept = with_input(masks.bool())
         if units == "edges":
+            kept = masks.bool()
             places = graph.possible().expand(len(masks), -1, -1)
             kept = torch.zeros(places.shape, dtype=torch.bool).masked_scatter(places, kept)
         wanted = run(model, batch, kept, ablation=ablation, other=other)
@@ -105,10 +106,10 @@ def test_a_search_finds_a_set_that_does_what_it_has_to(name: str) -> None:
         assert chosen.kept >= 0.9
         assert chosen.left_when_cut <= 0.1 or name == "learned-mask"
         # The set's own units are ranked first, so that the best so many are the set.
-        best = units(len(chosen))
-        possible = best if level == "nodes" else best[found.graph.possible()]
-        assert torch.equal(possible, chosen.chosen)
-        assert found.curves[level].first_size <= len(chosen)
+        size = len(chosen) + (level == "nodes")
+        best = units(size)
+        assert torch.equal(best[1:] if level == "nodes" else best[found.graph.possible()], chosen.chosen)
+        assert found.curves[level].first_size <= size
 
 
 def test_what_is_left_without_a_circuit_is_measured_by_intervention() -> None:
@@ -118,7 +119,10 @@ def test_what_is_left_without_a_circuit_is_measured_by_intervention() -> None:
         curve = found.curves[level]
         kept = found.nodes(curve.first_size) if level == "nodes" else found.edges(curve.first_size)
         everything = torch.ones_like(kept) if level == "nodes" else found.graph.possible()
-        metric = run(model, batch, everything & ~kept).mean().item()
+        others = everything & ~kept
+        if level == "nodes":
+            others[0] = True  # the input
+        metric = run(model, batch, others).mean().item()
         share = (metric - curve.nothing) / (curve.everything - curve.nothing)
         assert found.left_when_cut[level] == pytest.approx(share)
     assert found.left_when_cut["links"] is not None

@@ -189,7 +189,7 @@ class _Proof:
         """The metric, averaged over the prompts, of the best ``size`` units for each of ``sizes``.
 
         Args:
-            cut: measure everything but those units.
+            cut: measure everything but those units; the input is never cut.
         """
         batches = self.scored.batches
         metrics = torch.zeros(len(sizes), dtype=torch.double)
@@ -203,6 +203,8 @@ class _Proof:
                 circuits = torch.stack(kept)
                 if cut:
                     circuits = self._everything(level, place) & ~circuits
+                    if level == "nodes":
+                        circuits[:, 0] = True  # without the input nothing is left of any prompt
                 values = _RUN[level](self.model, batch, circuits, ablation=self.ablation, other=other)
                 metrics[some] += values.double().cpu().sum(1)
         return (metrics / sum(len(batch.clean) for batch in batches)).tolist()

@@ -5,13 +5,16 @@
 with m the task's metric, averaged over the prompts, where a unit carries z times its own value plus (1 - z) times the
 replacement of the ablation. At z = 0 and 1 that is :mod:`gossamer.circuits.intervention`, which measures sets; here the
 metric is differentiable by z.
+
+The input is no unit among the nodes and always keeps its own value: without it nothing is left of any prompt, which
+would make every set of nodes that holds it a necessary one.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -89,16 +92,21 @@ def metric_under_masks(
     """The task's metric on the clean prompts under each mask, differentiable by the masks.
 
     Args:
-        masks: of the sources, or of the possible edges in the order of ``graph.possible().nonzero()``.
+        masks: of the sources but the input, or of the possible edges in the order of ``graph.possible().nonzero()``.
         other: the corrupted run.
     """
     graph = graph_of(model)
     if units == "nodes":
-        return metric_with(model, batch, _MaskedNodes(graph, masks, other, ablation), len(masks))
+        return metric_with(model, batch, _MaskedNodes(graph, with_input(masks), other, ablation), len(masks))
     possible = graph.possible().to(masks.device)
     kept = masks.new_zeros(len(masks), *possible.shape)
     kept = kept.masked_scatter(possible.expand_as(kept), masks)
     return metric_with(model, batch, _MaskedEdges(graph, projections_of(model), kept, other, ablation), len(masks))
+
+
+def with_input(nodes: Shaped[Tensor, "*sets nodes"]) -> Shaped[Tensor, "*sets sources"]:
+    """Masks or sets of all sources from those of all but the input, which is kept."""
+    return torch.cat([torch.ones_like(nodes[..., :1]), nodes], -1)
 
 
 class TaskMasks:
@@ -137,7 +145,7 @@ class TaskMasks:
             )
 
     def __len__(self) -> int:
-        return self.graph.sources if self.units == "nodes" else int(self.possible.sum())
+        return self.graph.sources - 1 if self.units == "nodes" else int(self.possible.sum())
 
     @property
     def rows_with_gradients(self) -> int:
@@ -184,7 +192,8 @@ class TaskMasks:
             for at in torch.arange(len(sets)).split(max(1, ROWS // len(batch.clean))):
                 some = [sets[each] for each in at.tolist()]
                 if self.units == "nodes":
-                    values = run_with_nodes(self.model, batch, torch.stack(some), ablation=self.ablation, other=other)
+                    kept = with_input(torch.stack(some))
+                    values = run_with_nodes(self.model, batch, kept, ablation=self.ablation, other=other)
                 else:
                     kept = torch.stack([self.scattered(each) for each in some])
                     values = run_with_edges(self.model, batch, kept, ablation=self.ablation, other=other)

@@ -10,6 +10,7 @@ most one tenth is left when it is replaced itself.
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,7 +49,9 @@ def search_set(
     assert search.ranking is not None
     ranks = search.ranking - search.ranking.min() + 1
     scores = -(ranks + ranks.max() * found.chosen)
-    return (scores if units == "nodes" else masks.scattered(scores)), found
+    if units == "edges":
+        return masks.scattered(scores), found
+    return torch.cat([3 * scores.min()[None], scores]), found  # the input first
 
 
 LEARNED_MASK = Score("learned-mask", search=partial(search_set, complete=False))
