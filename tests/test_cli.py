@@ -31,6 +31,7 @@ from forked import run_command
 from gossamer.cli import app, main
 from gossamer.training.checkpoints import checkpoint_error, checkpoints
 from settings_files import config
+from tiny_task import TINY_TASK
 
 COMMAND = [sys.executable, "-m", "gossamer.cli"]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -653,19 +654,6 @@ def test_import_leaves_a_sparse_model_or_nothing(saved_llama: Path, tmp_path: Pa
     result = gossamer_command("import", tmp_path / "ckpt.pt", "--out", tmp_path / "none", "--tokenizer", tmp_path)
     assert_refused(result, "no tokenizer")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt.pt", "cut.pt", "model"]
-
-
-TINY_TASK = """
-task: tiny
-dataset_path: json
-dataset_kwargs: {data_files: {test: tiny.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{prompt}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-"""
 
 
 def test_evaluate_adds_tasks_to_the_figures(finished, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from gossamer.runs.job import post_train
 from gossamer.runs.settings import RunConfig
 from gossamer.training.settings import TrainingConfig
 from settings_files import config
+from tiny_task import TINY_TASK
 
 
 def call(*arguments: object) -> None:
@@ -69,19 +70,6 @@ def test_view_shows_no_ending_token(run_of_bytes: Path, tmp_path: Path) -> None:
     assert re.findall(r'"tokens":(\[.*?\])', page) == ['["a","b","c"]']
 
 
-TASK = """
-task: tiny
-dataset_path: json
-dataset_kwargs: {data_files: {test: tiny.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{prompt}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-"""
-
-
 def test_a_tokenizer_that_the_harness_cannot_use_is_refused_before_anything_is_measured(
     run_of_bytes: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -90,7 +78,7 @@ def test_a_tokenizer_that_the_harness_cannot_use_is_refused_before_anything_is_m
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     bare.save_pretrained(tmp_path / "run" / "model")
     (tmp_path / "run" / "metrics.json").unlink()
-    (tmp_path / "tiny.yaml").write_text(TASK)
+    (tmp_path / "tiny.yaml").write_text(TINY_TASK)
     (tmp_path / "tiny.jsonl").write_text(json.dumps({"prompt": "the", "choices": [" one", " two"], "answer": 0}))
     line = ("--tasks", "tiny", "--task-path", tmp_path)
     with pytest.raises(GossamerError, match="begins or ends a text, and this tokenizer has none"):

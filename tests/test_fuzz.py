@@ -24,6 +24,7 @@ from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.runs.job import post_train
 from gossamer.runs.settings import RunConfig
 from gossamer.training.settings import TrainingConfig
+from tiny_task import TINY_TASK
 
 CASES = 500
 QUICK = 24
@@ -38,19 +39,6 @@ precision: fp32
 checkpoint_every: 1
 stream_workers: 0
 lora_rank: 2
-"""
-
-
-TASK = """
-task: tiny
-dataset_path: json
-dataset_kwargs: {data_files: {test: tiny.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{prompt}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
 """
 
 
@@ -95,7 +83,7 @@ def _make_world(saved_llama: Path, world: Path) -> None:
     ]
     (world / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
     (world / "tasks").mkdir()
-    (world / "tasks" / "tiny.yaml").write_text(TASK)
+    (world / "tasks" / "tiny.yaml").write_text(TINY_TASK)
     rows = [{"prompt": f"the {word}", "choices": ["one", "two"], "answer": 0} for word in ("sparse", "model")]
     (world / "tasks" / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     training = TrainingConfig(batch_size=2, checkpoint_every=1, precision="fp32")

@@ -210,6 +210,7 @@ def test_sharded_weights_are_drawn_towards_the_dense_ones(saved_llama: Path, tex
     assert result.returncode == 0, result.stderr
     selected = json.loads((out / "config.json").read_text())["measured"]["selected"]
     assert selected["interpolation"] < 1
+    assert "of what training changed in the weights was kept" in result.stderr
     blocks = load_file(out / "blocks.safetensors")["validation"].long()
     found = measure_language(gossamer.load(out / "model"), blocks, dense=load_dense(str(saved_llama))[0])
     assert found.kl == pytest.approx(selected["constrained"], rel=1e-3)

@@ -11,20 +11,9 @@ from gossamer.evaluation.task_files import check_task_files, templates_without_c
 from gossamer.models.checkpoint import save
 from gossamer.models.convert import add_gates
 from gossamer.runs.record import Run
+from tiny_task import TINY_TASK
 
 pytest.importorskip("lm_eval")
-
-PLAIN = """
-task: tiny
-dataset_path: json
-dataset_kwargs: {data_files: {test: tiny.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{prompt}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-"""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -37,11 +26,11 @@ def write(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (PLAIN + "process_docs: !function evil.f\n", r"line 11: the task brings !function evil.f"),
-        (PLAIN + "class: Task\n", "line 11: the task brings class"),
-        (PLAIN + "include: ../other.yaml\n", "another file from outside"),
-        (PLAIN.replace("metric: acc", "metric: ./evil.py"), "a metric that the harness does not have itself"),
-        (PLAIN.replace("metric: acc", "metric: acc, hf_evaluate: true"), "hf_evaluate"),
+        (TINY_TASK + "process_docs: !function evil.f\n", r"line 11: the task brings !function evil.f"),
+        (TINY_TASK + "class: Task\n", "line 11: the task brings class"),
+        (TINY_TASK + "include: ../other.yaml\n", "another file from outside"),
+        (TINY_TASK.replace("metric: acc", "metric: ./evil.py"), "a metric that the harness does not have itself"),
+        (TINY_TASK.replace("metric: acc", "metric: acc, hf_evaluate: true"), "hf_evaluate"),
         ("a: &a [*a]\nb: !!python/object/apply:os.system [x]\n", "is not YAML|brings"),
         ("task: [\n", "is not YAML"),
     ],
@@ -52,7 +41,7 @@ def test_a_task_that_brings_code_is_refused_before_it_is_read(text: str, said: s
 
 
 def test_a_task_without_code_is_let_through(tmp_path: Path) -> None:
-    check_task_files(write(tmp_path, PLAIN))
+    check_task_files(write(tmp_path, TINY_TASK))
 
 
 @pytest.fixture
@@ -64,7 +53,7 @@ def run(tokenizer, tmp_path: Path) -> Run:
 def test_code_is_run_only_where_it_is_asked_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
-    write(folder, PLAIN + "process_docs: !function evil.f\n")
+    write(folder, TINY_TASK + "process_docs: !function evil.f\n")
     with pytest.raises(GossamerError, match="give --allow-task-code"):
         check_tasks(run, ["tiny"], folder)
     assert not list(tmp_path.rglob("harmed"))
@@ -74,7 +63,7 @@ def test_code_is_run_only_where_it_is_asked_for(run: Run, tmp_path: Path, monkey
 
 def test_templates_call_nothing_that_leads_out(tokenizer, tmp_path: Path) -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
-    folder = write(tmp_path, PLAIN.replace("{{prompt}}", escape))
+    folder = write(tmp_path, TINY_TASK.replace("{{prompt}}", escape))
     with pytest.raises(Exception, match="unsafe"):
         measure_tasks(tiny_model("llama"), tokenizer, ["tiny"], task_path=folder)
     from lm_eval import utils

@@ -298,7 +298,7 @@ class Job:
         return model
 
     def _tell(self, trainer: SparsityTrainer, final: Validation) -> None:
-        """Record what the weights that are kept measure, and warn where calibration does not hold the bound."""
+        """Record what the kept weights measure; warn where shifting the gates alone does not hold the bound."""
         if final.calibration is None:
             measured = f"{trainer.label} {final.constrained:.4f} ± {final.stderr:.4f}"
             over = trainer.violation(final) * trainer.tolerance
@@ -307,6 +307,9 @@ class Job:
                 f"{trainer.bound:.4f} less its margin; neither a common shift of the gate biases brings it inside nor "
                 "weights drawn towards the dense ones; give the run more --tokens, or a looser bound"
             )
+        elif final.interpolation < 1:
+            kept = f"{100 * final.interpolation:.0f} % of what training changed in the weights was kept"
+            self.warn(f"no shift of the gates alone held the bound: {kept}")
         record = self.run.record()
         record["measured"]["selected"] = asdict(final)
         atomic_write_text(self.run.folder / "config.json", json.dumps(record, indent=2) + "\n")
