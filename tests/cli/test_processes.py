@@ -42,7 +42,7 @@ def sharded(folder: Path) -> list[str]:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    return [*launcher, "--main_process_port", port, str(Path(__file__).parent / "accelerators.py")]
+    return [*launcher, "--main_process_port", port, str(Path(__file__).parents[1] / "accelerators.py")]
 
 
 def train(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
