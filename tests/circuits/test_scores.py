@@ -11,7 +11,8 @@ from gossamer.circuits.ablations import ABLATIONS
 from gossamer.circuits.activation_cache import run_with_cache, source_outputs
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.intervention import run_with_edges, run_with_nodes
-from gossamer.circuits.scores import SCORES, Score, eap_ig_activations, exact, find_score
+from gossamer.circuits.scores import SCORES, eap_ig_activations, exact, find_score
+from gossamer.circuits.scores.base import Score
 from gossamer.circuits.search import find_circuits
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts

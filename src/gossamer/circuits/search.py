@@ -16,8 +16,7 @@ from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.mask_search import UnitSet
 from gossamer.circuits.metrics import Curve, Point, measure_curve
-from gossamer.circuits.scores import Score
-from gossamer.circuits.scores.base import SetSearch
+from gossamer.circuits.scores.base import Score, SetSearch
 from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts

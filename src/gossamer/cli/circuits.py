@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from gossamer.circuits.ablations import ABLATIONS
+from gossamer.circuits.scores import SCORES
 from gossamer.cli.common import (
     LARGEST_SEED,
     app,
@@ -38,8 +39,8 @@ _Levels = Annotated[str, typer.Option(help="Kinds of units, with commas between:
 _Score = Annotated[
     str,
     typer.Option(
-        help="What ranks the units: eap-ig-inputs, eap-ig-activations, eap or exact; learned-mask and "
-        "learned-mask-complete search for a set, without links."
+        help=f"What ranks the units: {', '.join(SCORES)}. A learned mask is a search for a set of nodes or edges; it "
+        "does not rank links."
     ),
 ]
 _Seeds = Annotated[

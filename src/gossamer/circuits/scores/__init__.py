@@ -1,21 +1,46 @@
-"""The scores by name: they rank the units of a model; interventions then say how much the best of them explain."""
+"""The scores by name: they rank the units of a model; interventions then say how much the best of them explain.
 
-from gossamer.circuits.scores.base import Score
-from gossamer.circuits.scores.eap import EAP
-from gossamer.circuits.scores.eap_ig_activations import EAP_IG_ACTIVATIONS
-from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
-from gossamer.circuits.scores.exact import EXACT
-from gossamer.circuits.scores.learned_mask import LEARNED_MASK, LEARNED_MASK_COMPLETE
+The command line reads the names, so a score is imported when it is asked for.
+"""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from gossamer.errors import GossamerError
 
-__all__ = ["SCORES", "Score", "find_score"]
+if TYPE_CHECKING:
+    from gossamer.circuits.scores.base import Score
 
-SCORES: dict[str, Score] = {
-    score.name: score for score in (EAP_IG_INPUTS, EAP_IG_ACTIVATIONS, EAP, EXACT, LEARNED_MASK, LEARNED_MASK_COMPLETE)
+_PLACES = {
+    "eap-ig-inputs": "eap_ig_inputs.EAP_IG_INPUTS",
+    "eap-ig-activations": "eap_ig_activations.EAP_IG_ACTIVATIONS",
+    "eap": "eap.EAP",
+    "exact": "exact.EXACT",
+    "learned-mask": "learned_mask.LEARNED_MASK",
+    "learned-mask-complete": "learned_mask.LEARNED_MASK_COMPLETE",
 }
+"""Module and attribute of each score."""
 
 
-def find_score(name: str) -> Score:
+class _Scores(Mapping[str, "Score"]):
+    def __getitem__(self, name: str) -> "Score":
+        module, attribute = _PLACES[name].split(".")
+        score: Score = getattr(import_module(f"{__name__}.{module}"), attribute)
+        return score
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PLACES)
+
+    def __len__(self) -> int:
+        return len(_PLACES)
+
+
+SCORES: Mapping[str, "Score"] = _Scores()
+"""Every score, the default first."""
+
+
+def find_score(name: str) -> "Score":
     """The score of that name.
 
     Raises:
