@@ -74,7 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
         if (found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")) is None:
             return self.answer(200, content, **headers)
         start, stop = int(found[1]), min(int(found[2] or len(content) - 1), len(content) - 1)
-        return self.answer(206, content[start : stop + 1], Content_Range=f"bytes {start}-{stop}/{len(content)}", **headers)
+        return self.answer(
+            206, content[start : stop + 1], Content_Range=f"bytes {start}-{stop}/{len(content)}", **headers
+        )
 
     def say(self, content: object, status: int = 200) -> None:
         self.answer(status, json.dumps(content).encode(), Content_Type="application/json")

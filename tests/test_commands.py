@@ -274,6 +274,7 @@ def test_output_that_does_not_hold_every_character(encoding: str, run: Path, tmp
         text, code = output(encoding, monkeypatch, "inspect", tmp_path / name)
         assert code == 2
         assert "gossamer: " in text
+        assert ("is not UTF-8; give a name that is" in text) == ("\udcff" in name)
         assert len(text.strip().splitlines()) == 1
 
 

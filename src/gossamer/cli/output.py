@@ -62,7 +62,7 @@ def broken_pipe(error: BaseException) -> BrokenPipeError | None:
 
 @contextmanager
 def watched_output() -> Iterator[Callable[[], bool]]:
-    """Gives what says whether nobody reads a standard stream any more. If so, what is to be written to it is dropped."""
+    """Gives what says whether nobody reads a standard stream any more; what it still has to write is dropped then."""
     copies: dict[int, int] = {}  # rich puts the null device in the place of a stream that is broken
     for descriptor in (1, 2):
         with suppress(OSError):  # closed

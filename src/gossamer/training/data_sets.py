@@ -1,7 +1,7 @@
 """Data sets on the Hugging Face Hub: their rows, and the commit that they are read at.
 
-A text is ``[hub:]NAME[@REVISION][:CONFIG[:SPLIT]]``; the revision is a branch, a tag or a commit. A run reads the commit
-that it was begun with, whatever is pushed to the repository meanwhile.
+A text is ``[hub:]NAME[@REVISION][:CONFIG[:SPLIT]]``; the revision is a branch, a tag or a commit. A run reads the
+commit that it was begun with, whatever is pushed to the repository meanwhile.
 """
 
 import os
