@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import gossamer
 from forked import run_command
+from fuzz import snapshot
 from gossamer.locks import locked
 from gossamer.models.lora import add_adapters
 from gossamer.models.pretrained import load_dense
@@ -62,6 +63,8 @@ def test_of_two_runs_with_one_directory_one_is_refused(saved_llama: Path, text: 
 
 def test_of_two_resumptions_at_once_one_is_refused(saved_llama: Path, text: Path, tmp_path: Path) -> None:
     line = sparsify(saved_llama, text, tmp_path / "run", "--resume", steps=40, checkpoint_every=5)
+    run_command(line, ENVIRONMENT, kill_at=(60, tmp_path))
+    assert (tmp_path / "run" / "training.jsonl").exists()
 
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: run_command(line, ENVIRONMENT), range(2)))
@@ -79,19 +82,22 @@ def test_a_place_that_another_process_holds_is_refused_and_left_alone(
 ) -> None:
     """What that process has half written too."""
     out, theirs = tmp_path / "run", tmp_path / ".run.0123456789ab.partial"
+    resumed = sparsify(saved_llama, text, out, "--resume", steps=40, checkpoint_every=5)
+    if "resume" in verb:
+        run_command(resumed, ENVIRONMENT, kill_at=(60, tmp_path))
     lines = {
         "sparsify": sparsify(saved_llama, text, out),
-        "sparsify --resume": sparsify(saved_llama, text, out, "--resume"),
+        "sparsify --resume": resumed,
         "demo": ["demo", "--out", out],
         "merge": ["merge", adapter(saved_llama, tmp_path), "--model", saved_llama, "--out", out],
     }
     line = lines[verb]
-    before = {path.name for path in tmp_path.iterdir()}
     with locked(out):
         theirs.mkdir()
+        before = snapshot(tmp_path)
         assert_refused(run_command(line, ENVIRONMENT), f"another process is at work on {out}")
         assert theirs.is_dir()
-    assert {path.name for path in tmp_path.iterdir()} == {*before, theirs.name}
+        assert snapshot(tmp_path) == before
 
 
 def adapter(model: Path, folder: Path) -> Path:
