@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 import gossamer
 from forked import run_command
-from fuzz import snapshot
 from gossamer.locks import locked
 from gossamer.models.lora import add_adapters
 from gossamer.models.pretrained import load_dense
@@ -85,6 +84,7 @@ def test_a_place_that_another_process_holds_is_refused_and_left_alone(
     resumed = sparsify(saved_llama, text, out, "--resume", steps=40, checkpoint_every=5)
     if "resume" in verb:
         run_command(resumed, ENVIRONMENT, kill_at=(60, tmp_path))
+        assert (out / "training.jsonl").exists()
     lines = {
         "sparsify": sparsify(saved_llama, text, out),
         "sparsify --resume": resumed,
@@ -94,10 +94,16 @@ def test_a_place_that_another_process_holds_is_refused_and_left_alone(
     line = lines[verb]
     with locked(out):
         theirs.mkdir()
-        before = snapshot(tmp_path)
+        before = contents(tmp_path)
         assert_refused(run_command(line, ENVIRONMENT), f"another process is at work on {out}")
         assert theirs.is_dir()
-        assert snapshot(tmp_path) == before
+        assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of all files but locks: to open one and close it again would give the lock up."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-lock"))
+    return {path: path.read_bytes() for path in files}
 
 
 def adapter(model: Path, folder: Path) -> Path:
@@ -208,3 +214,24 @@ def test_a_run_killed_at_any_write_ends_as_one_that_was_not(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     files = {path.relative_to(out) for path in out.rglob("*")}
     assert files == {path.relative_to(known) for path in known.rglob("*")}
+
+
+def test_what_killed_commands_left_in_a_run_goes(
+    whole: tuple[Path, int], saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """Checkpoints whose removal was begun, what was to become a record, beside the run and in it."""
+    known, _ = whole
+    out = tmp_path / "run"
+    shutil.copytree(known, out)
+    names = {
+        ".run.0123456789ab.partial", "run/checkpoints/checkpoint-4", "run/control-checkpoints/checkpoint-4",
+        "run/.model.0123456789ab.partial", "run/circuits/.own.0123456789ab.partial",
+    }  # fmt: skip
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    (out / ".metrics.json.0123456789ab.partial.json").write_text("{")
+    again = run_command([*sparsify(saved_llama, text, out, checkpoint_every=1), "--resume"], ENVIRONMENT)
+    assert again.returncode == 0, again.stderr
+    (out / "circuits").rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.relative_to(out) for path in out.rglob("*")} == {path.relative_to(known) for path in known.rglob("*")}

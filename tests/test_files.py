@@ -93,6 +93,15 @@ def test_nothing_is_removed_but_what_a_killed_write_left(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "exp", "*"}
 
 
+def test_what_a_killed_write_left_of_a_file_goes(tmp_path: Path) -> None:
+    for name in (".a.json.0123456789ab.partial.json", ".b.json.0123456789ab.partial.json", ".a.json.partial.json"):
+        (tmp_path / name).write_text("{")
+    atomic_write_text(tmp_path / "a.json", "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.json", ".b.json.0123456789ab.partial.json", ".a.json.partial.json",
+    }  # fmt: skip
+
+
 def test_a_directory_is_replaced_at_once(tmp_path: Path) -> None:
     """A reader finds the old one or the new one at any moment, never none."""
     stop = threading.Event()
