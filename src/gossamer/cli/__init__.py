@@ -64,6 +64,7 @@ def _run(signals: Interrupts, reader_gone: Callable[[], bool]) -> int:
         return code
     if first and line:
         _say(line)
+    unwritten()  # else the interpreter fails at it once more
     return EXIT_CODE
 
 
@@ -72,6 +73,8 @@ def _line_of(error: Exception, signals: Interrupts) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return ""
+    if isinstance(error, OSError) and (line := unwritten()) is not None:
+        return line
     if (line := line_of(error) or usage_line(error, sys.argv[1:])) is not None:
         return line
     if signals.arrived:
