@@ -73,8 +73,6 @@ def _line_of(error: Exception, signals: Interrupts) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return ""
-    if isinstance(error, OSError) and (line := unwritten()) is not None:
-        return line
     if (line := line_of(error) or usage_line(error, sys.argv[1:])) is not None:
         return line
     if signals.arrived:
