@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import small_disk
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Nothing of gossamer.cli, which reads the environment when it is imported. Installed modules only: in Python 3.11 the
 # server does not know the folders that pytest added to the path.
@@ -24,16 +26,19 @@ def run_command(
     cwd: Path | None = None,
     timeout: float = 300,
     kill_at: tuple[int, Path] | None = None,
+    disk: small_disk.Disk | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """What ``gossamer`` prints and how it ends; only what is read when an interpreter starts is that of the server.
 
     ``kill_at``: it is killed when it is about to change something in that folder for the n-th time; where it does not
-    come to that, it says how often it did.
+    come to that, it says how often it did. ``disk``: what it writes to.
     """
     line = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _CONTEXT.Process(target=_run, args=(line, dict(environment), cwd or Path.cwd(), out, err, kill_at))
+        process = _CONTEXT.Process(
+            target=_run, args=(line, dict(environment), cwd or Path.cwd(), out, err, kill_at, disk)
+        )
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -70,6 +75,7 @@ def _run(
     out: Path,
     err: Path,
     kill_at: tuple[int, Path] | None,
+    disk: small_disk.Disk | None,
 ) -> None:
     for file, descriptor in ((out, 1), (err, 2)):
         opened = os.open(file, os.O_WRONLY | os.O_CREAT)
@@ -83,6 +89,9 @@ def _run(
 
     from gossamer.cli import main
 
+    if disk is not None:
+        with small_disk.mounted(disk):
+            main()
     if kill_at is None:
         main()
         return

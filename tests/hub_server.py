@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -69,6 +69,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def answer_range(self, content: bytes, **headers: str) -> None:
+        """The whole content, or the part of it that is asked for."""
+        if (found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")) is None:
+            return self.answer(200, content, **headers)
+        start, stop = int(found[1]), min(int(found[2] or len(content) - 1), len(content) - 1)
+        return self.answer(
+            206, content[start : stop + 1], Content_Range=f"bytes {start}-{stop}/{len(content)}", **headers
+        )
+
     def say(self, content: object, status: int = 200) -> None:
         self.answer(status, json.dumps(content).encode(), Content_Type="application/json")
 
@@ -109,11 +118,12 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": file} for file in found[1]]
         return self.say({"id": name, "sha": found[0], "siblings": files, "private": False, "tags": []})
 
-    def tree(self, name: str, revision: str, _: bytes) -> None:
+    def tree(self, name: str, revision: str, _: bytes, wanted: Callable[[str], bool] = bool) -> None:
         _, files = self.hub.files(name, revision)
         entries = [
             {"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for file, content in files.items()
+            if wanted(file)
         ]
         self.say(entries)
 
@@ -156,21 +166,28 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in found[1]:
             return self.fault(404, "EntryNotFound")
         content = found[1][file]
-        return self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=found[0])
+        return self.answer_range(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=found[0])
+
+    def paths_info(self, name: str, revision: str, body: bytes) -> None:
+        asked = {unquote(value) for key, _, value in (part.partition("=") for part in body.decode().split("&"))
+                 if key == "paths"}  # fmt: skip
+        self.tree(name, revision, b"", lambda file: file in asked)
 
     def validate(self, _: bytes) -> None:
         self.say({"errors": [], "warnings": []})
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"
+_KIND = r"/api/(?:models|datasets)"
 _ROUTES = [
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate),
-    ("GET", rf"/api/models/{_NAME}(?:/revision/([\w.-]+))?", _Handler.info),
-    ("GET", rf"/api/models/{_NAME}/tree/([\w.-]+)", _Handler.tree),
+    ("GET", rf"{_KIND}/{_NAME}(?:/revision/([\w.-]+))?", _Handler.info),
+    ("GET", rf"{_KIND}/{_NAME}/tree/([\w.-]+)", _Handler.tree),
+    ("POST", rf"{_KIND}/{_NAME}/paths-info/([\w.-]+)", _Handler.paths_info),
     ("POST", rf"/api/models/{_NAME}/preupload/([\w.-]+)", _Handler.preupload),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", rf"/{_NAME}/objects/upload/(\w+)", _Handler.upload),
     ("POST", rf"/api/models/{_NAME}/commit/([\w.-]+)", _Handler.commit),
-    ("GET", rf"/{_NAME}/resolve/([\w.-]+)/(.+)", _Handler.resolve),
+    ("GET", rf"(?:/datasets)?/{_NAME}/resolve/([\w.-]+)/(.+)", _Handler.resolve),
 ]

@@ -93,6 +93,15 @@ def test_nothing_is_removed_but_what_a_killed_write_left(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "exp", "*"}
 
 
+def test_what_a_killed_write_left_of_a_file_goes(tmp_path: Path) -> None:
+    for name in (".a.json.0123456789ab.partial.json", ".b.json.0123456789ab.partial.json", ".a.json.partial.json"):
+        (tmp_path / name).write_text("{")
+    atomic_write_text(tmp_path / "a.json", "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a.json", ".b.json.0123456789ab.partial.json", ".a.json.partial.json",
+    }  # fmt: skip
+
+
 def test_a_directory_is_replaced_at_once(tmp_path: Path) -> None:
     """A reader finds the old one or the new one at any moment, never none."""
     stop = threading.Event()
@@ -134,9 +143,18 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
         really(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    gossamer.save(gossamer.add_gates(tiny_model("llama")), tmp_path / "model")
-    atomic_write_text(tmp_path / "config.json", "{}")
-    assert {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))} <= flushed
+    for name, write in (
+        ("directory", lambda folder: gossamer.save(gossamer.add_gates(tiny_model("llama")), folder / "model")),
+        ("file", lambda folder: atomic_write_text(folder / "config.json", "{}")),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        flushed.clear()
+        write(folder)
+        assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= flushed
+    flushed.clear()
+    write_checksums(tmp_path / "directory" / "model")
+    assert {path.stat().st_ino for path in (tmp_path / "directory" / "model").iterdir()} <= flushed
 
 
 def test_a_write_that_fails_names_the_place_not_the_file_beside_it(tmp_path: Path) -> None:

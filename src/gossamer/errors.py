@@ -29,5 +29,5 @@ def why_not_written(error: BaseException) -> str:
 def one_line(error: Exception) -> str:
     """What to tell the user of a GossamerError or an OSError."""
     if isinstance(error, OSError):
-        return f"cannot read or write {error.filename or 'a file of the run'}: {error.strerror or error}"
+        return f"cannot read or write {error.filename or 'a file, or the output'}: {error.strerror or error}"
     return " ".join(str(error).split())

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from families import tiny_model
 from gossamer import GossamerError
 from gossamer.circuits.ability import Ability, measure_ability, require_ability
+from gossamer.circuits.records import circuit_folder
 from gossamer.circuits.tasks import TASKS, Example, Task, find_task, register
 from gossamer.circuits.tasks.base import DroppedExample, Prompts, TokenizedExample, tokenize
 from gossamer.circuits.tasks.ioi import OTHER_TEMPLATES, TEMPLATES
@@ -375,6 +377,12 @@ def test_a_file_that_is_called_by_dots_alone_is_refused(name: str, tmp_path: Pat
     (tmp_path / name).write_text('{"clean": "a", "corrupted": "b", "answers": ["c"], "wrong": ["d"]}\n')
     with pytest.raises(GossamerError, match="called by a dot"):
         find_task(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "/", " ", ""])
+def test_a_task_whose_name_leads_elsewhere_has_no_record(name: str, tmp_path: Path) -> None:
+    with pytest.raises(GossamerError, match="give it another name"):
+        circuit_folder(tmp_path, replace(TASKS["ioi"], name=name), TASKS["ioi"].corruptions[0], "patch")
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import gossamer
 from forked import run_command
+from gossamer.locks import locked
+from gossamer.models.lora import add_adapters
+from gossamer.models.pretrained import load_dense
+from gossamer.runs.job import post_train
+from gossamer.runs.record import Run
+from gossamer.runs.settings import RunConfig
+from gossamer.training.settings import TrainingConfig
 from settings_files import config
 
 COMMAND = [sys.executable, "-m", "gossamer"]
@@ -53,6 +62,8 @@ def test_of_two_runs_with_one_directory_one_is_refused(saved_llama: Path, text: 
 
 def test_of_two_resumptions_at_once_one_is_refused(saved_llama: Path, text: Path, tmp_path: Path) -> None:
     line = sparsify(saved_llama, text, tmp_path / "run", "--resume", steps=40, checkpoint_every=5)
+    run_command(line, ENVIRONMENT, kill_at=(60, tmp_path))
+    assert (tmp_path / "run" / "training.jsonl").exists()
 
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: run_command(line, ENVIRONMENT), range(2)))
@@ -62,6 +73,72 @@ def test_of_two_resumptions_at_once_one_is_refused(saved_llama: Path, text: Path
         assert_refused(result, "another process is at work on", str(tmp_path / "run"))
     steps = [json.loads(row)["step"] for row in (tmp_path / "run" / "training.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 41))
+
+
+@pytest.mark.parametrize("verb", ["sparsify", "sparsify --resume", "demo", "merge"])
+def test_a_place_that_another_process_holds_is_refused_and_left_alone(
+    verb: str, saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """What that process has half written too."""
+    out, theirs = tmp_path / "run", tmp_path / ".run.0123456789ab.partial"
+    resumed = sparsify(saved_llama, text, out, "--resume", steps=40, checkpoint_every=5)
+    if "resume" in verb:
+        run_command(resumed, ENVIRONMENT, kill_at=(60, tmp_path))
+        assert (out / "training.jsonl").exists()
+    lines = {
+        "sparsify": sparsify(saved_llama, text, out),
+        "sparsify --resume": resumed,
+        "demo": ["demo", "--out", out],
+        "merge": ["merge", adapter(saved_llama, tmp_path), "--model", saved_llama, "--out", out],
+    }
+    line = lines[verb]
+    with locked(out):
+        theirs.mkdir()
+        before = contents(tmp_path)
+        assert_refused(run_command(line, ENVIRONMENT), f"another process is at work on {out}")
+        assert theirs.is_dir()
+        assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of all files but locks: to open one and close it again would give the lock up."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-lock"))
+    return {path: path.read_bytes() for path in files}
+
+
+def adapter(model: Path, folder: Path) -> Path:
+    """Untrained adapters with gates."""
+    gated = gossamer.add_gates(load_dense(str(model))[0])
+    add_adapters(gated, rank=2, alpha=4.0)
+    gossamer.save_adapter(gated, folder / "adapter")
+    return folder / "adapter"
+
+
+def test_checkpoints_go_when_what_came_of_them_is_on_the_disk(
+    saved_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    flushed: set[int] = set()
+    safe: dict[Path, bool] = {}
+    really_sync, really_remove = os.fsync, shutil.rmtree
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        really_sync(descriptor)
+
+    def rmtree(path: Path, *arguments: object, **options: object) -> None:
+        came_of = {run.checkpoints: run.model, run.control_checkpoints: run.control}
+        if path in came_of and path.exists():
+            files = list(came_of[path].iterdir()) if came_of[path].exists() else []
+            safe[path] = bool(files) and {file.stat().st_ino for file in (*files, run.folder)} <= flushed
+        really_remove(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    training = TrainingConfig(batch_size=2, checkpoint_every=1, precision="fp32")
+    sizes = {"tokens": 64, "seq_len": 16, "validation_tokens": 32, "held_out_tokens": 64}
+    post_train(RunConfig(str(saved_llama), str(text), training=training, **sizes), run.folder)
+    assert safe == {run.checkpoints: True, run.control_checkpoints: True}
 
 
 INTERRUPTED = """
@@ -137,3 +214,24 @@ def test_a_run_killed_at_any_write_ends_as_one_that_was_not(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     files = {path.relative_to(out) for path in out.rglob("*")}
     assert files == {path.relative_to(known) for path in known.rglob("*")}
+
+
+def test_what_killed_commands_left_in_a_run_goes(
+    whole: tuple[Path, int], saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """Checkpoints whose removal was begun, what was to become a record, beside the run and in it."""
+    known, _ = whole
+    out = tmp_path / "run"
+    shutil.copytree(known, out)
+    names = {
+        ".run.0123456789ab.partial", "run/checkpoints/checkpoint-4", "run/control-checkpoints/checkpoint-4",
+        "run/.model.0123456789ab.partial", "run/circuits/.own.0123456789ab.partial",
+    }  # fmt: skip
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    (out / ".metrics.json.0123456789ab.partial.json").write_text("{")
+    again = run_command([*sparsify(saved_llama, text, out, checkpoint_every=1), "--resume"], ENVIRONMENT)
+    assert again.returncode == 0, again.stderr
+    (out / "circuits").rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.relative_to(out) for path in out.rglob("*")} == {path.relative_to(known) for path in known.rglob("*")}

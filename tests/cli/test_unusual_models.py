@@ -89,6 +89,16 @@ def test_a_tokenizer_that_the_harness_cannot_use_is_refused_before_anything_is_m
     assert set(figures["models"]) == {"dense", "sparse"}
 
 
+@pytest.mark.parametrize(
+    "option", [("--task-path", "tasks"), ("--num-fewshot", 1), ("--limit", 2), ("--allow-task-code",)]
+)
+def test_options_of_tasks_without_tasks_are_refused(option: tuple[object, ...], run: Path) -> None:
+    before = (run / "metrics.json").read_bytes()
+    with pytest.raises(GossamerError, match=f"{option[0]} says how to measure tasks; name them by --tasks"):
+        call("evaluate", run, *option)
+    assert (run / "metrics.json").read_bytes() == before
+
+
 def task_file(file: Path, answer: str = "two", metric: str = "logit_difference") -> Path:
     """Examples that the tiny tokenizer can write."""
     rows = [
@@ -274,6 +284,7 @@ def test_output_that_does_not_hold_every_character(encoding: str, run: Path, tmp
         text, code = output(encoding, monkeypatch, "inspect", tmp_path / name)
         assert code == 2
         assert "gossamer: " in text
+        assert ("is not UTF-8; give a name that is" in text) == ("\udcff" in name)
         assert len(text.strip().splitlines()) == 1
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gossamer import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.evaluation.tables import verdict
 from gossamer.measures.language import measure_language
@@ -95,6 +96,20 @@ def test_metrics_agree_with_one_another(run: Run, metrics: dict) -> None:
     assert metrics["constraint_met"] == (metrics["loss_sparse"] <= metrics["tau"])
     assert metrics["tokens_trained"] == 12 * 4 * 16
     assert ("NOT met" in verdict(metrics)) != metrics["constraint_met"]
+
+
+def test_damaged_metrics_are_found_before_anything_is_measured(run: Run, metrics: dict) -> None:
+    """Keys that others wrote into them stay there, so they have to be read."""
+    whole = run.metrics.read_text()
+    said: list[str] = []
+    try:
+        for damaged in ("{", json.dumps({**metrics, "loss_dense": "x"})):
+            run.metrics.write_text(damaged)
+            with pytest.raises(GossamerError, match=r"metrics\.json cannot be used: .*once it is out of the way"):
+                evaluate_run(run, progress=said.append)
+    finally:
+        run.metrics.write_text(whole)
+    assert not said
 
 
 def test_the_error_of_the_difference_is_that_of_each_block(run: Run, metrics: dict) -> None:

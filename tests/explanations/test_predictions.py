@@ -72,6 +72,10 @@ def test_a_measurement_that_was_cut_off_goes_on(
     assert file.read_text().splitlines(keepends=True) == lines
     with pytest.raises(GossamerError, match="begun with other models"):
         measure(models, blocks, file, described={"a": 2})
+    for others, text in ((models, blocks.flip(0)), ({**models, "dense": models["sparse"]}, blocks)):
+        with pytest.raises(GossamerError, match="begun with other models"):
+            measure(others, text, file)
+    assert file.read_text().splitlines(keepends=True) == lines
     (found, *_) = summarise(rows)
     own = [row for row in rows if row["length"] == 4 and row["kind"] == "sufficient"]
     sizes = {row["model"]: [] for row in own}

@@ -134,6 +134,19 @@ def test_damaged_directories_are_named(gated, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(GossamerError, match=r"gossamer\.safetensors cannot be used: cut short"):
         gossamer.load(tmp_path / "model")
+    save_file({**tensors, "model.layers.0.self_attn.gate_bias": torch.full((4,), torch.nan)}, weights, {"format": "pt"})
+    with pytest.raises(GossamerError, match=r"layers\.0\.self_attn\.gate_bias has values that are not finite"):
+        gossamer.load(tmp_path / "model")
+    save_file(tensors, weights, {"format": "pt"})
+    file = tmp_path / "model" / "base_config.json"
+    written = json.loads(file.read_text())
+    for changes in ({"model_type": "none such"}, {"model_type": 3}, {"num_attention_heads": "four"}):
+        file.write_text(json.dumps({**written, **changes}))
+        with pytest.raises(GossamerError, match=r"save the model anew with gossamer\.save"):
+            gossamer.load(tmp_path / "model")
+    file.write_text(json.dumps({key: value for key, value in written.items() if key != "model_type"}))
+    with pytest.raises(GossamerError, match=r"base_config\.json cannot be used: it lacks 'model_type'"):
+        gossamer.load(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "format": 99}))
     with pytest.raises(GossamerError, match="format 99"):

@@ -1,11 +1,13 @@
 """Adapters without their base: the same model back, plain peft reads them, another base is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -220,6 +222,29 @@ def narrow_one(file: Path) -> None:
     save_file({**tensors, key: tensors[key][:1, :1].contiguous()}, file, {"format": "pt"})
 
 
+def describe(**changes: object) -> Callable[[Path], None]:
+    """Changes what the file of gates says of the dense model; of everything if ``changes`` is empty."""
+
+    def harm(file: Path) -> None:
+        with safe_open(file, "pt") as stream:
+            described = {**json.loads(stream.metadata()["gossamer"]), **changes}
+        save_file(load_file(file), file, {"gossamer": json.dumps(described)} if changes else {})
+
+    return harm
+
+
+def configure(**changes: object) -> Callable[[Path], None]:
+    return lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def no_number(file: Path) -> None:
+    tensors = load_file(file)
+    with safe_open(file, "pt") as stream:
+        metadata = stream.metadata()
+    tensors[min(tensors)].fill_(torch.nan)
+    save_file(tensors, file, metadata)
+
+
 DAMAGE = {
     "no gates": ("gossamer_gates.safetensors", Path.unlink, "holds no adapters that gossamer saved"),
     "no adapters": ("adapter_model.safetensors", Path.unlink, "it has no adapter_model.safetensors"),
@@ -233,6 +258,25 @@ DAMAGE = {
     ),
     "other method": ("adapter_config.json", lambda f: f.write_text('{"peft_type": "IA3"}'), "IA3"),
     "other names": ("adapter_model.safetensors", rename_one, "adapter_config.json beside it cannot be used"),
+    "no description": ("gossamer_gates.safetensors", describe(), "gates.safetensors cannot be used: it lacks"),
+    "odd heads": ("gossamer_gates.safetensors", describe(heads="four"), "heads is 'four', not a whole number"),
+    "odd shapes": ("gossamer_gates.safetensors", describe(base_shapes=[1]), "base_shapes is a list, not an object"),
+    "odd family": ("gossamer_gates.safetensors", describe(base_model_type=None), "base_model_type is None, not a text"),
+    "gates that are no numbers": ("gossamer_gates.safetensors", no_number, "has values that are not finite"),
+    "adapters that are no numbers": ("adapter_model.safetensors", no_number, "has values that are not finite"),
+    "a regular expression": (
+        "adapter_config.json",
+        configure(target_modules="(.*)*z"),
+        "target_modules is .*, not a list",
+    ),
+    "regular expressions": (
+        "adapter_config.json",
+        configure(target_modules=["(.*)*z"]),
+        "which is no name of a module",
+    ),
+    "another setting": ("adapter_config.json", configure(rank_pattern={"(.*)*z": 3}), "it sets rank_pattern"),
+    "no alpha": ("adapter_config.json", configure(lora_alpha=float("nan")), "NaN is no number"),
+    "odd alpha": ("adapter_config.json", configure(lora_alpha="x"), "lora_alpha is 'x', not a number"),
     "other shape": ("adapter_model.safetensors", narrow_one, "adapter_config.json beside it cannot be used"),
 }
 

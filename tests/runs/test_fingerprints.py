@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,34 @@ def test_another_text_in_the_place_of_a_streams_is_refused(own_model: Path, tmp_
             GossamerError, match=r"text holds another text than when .*run was begun; put the text back"
         ):
             use()
+
+
+def test_a_data_set_on_the_hub_is_read_at_the_commit_that_the_run_was_begun_with(
+    saved_llama: Path, tmp_path: Path
+) -> None:
+    """Whatever is pushed to it meanwhile; where that commit is gone, the run ends in one line."""
+    session = Path(__file__).parents[1] / "hub_text_session.py"
+    line = [sys.executable, str(session), str(tmp_path), str(saved_llama)]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["recorded"] == found["first"]
+    assert found["the same"]
+    assert found["lengths are the same"]
+    assert found["later"][0] == found["later"][1] != found["first"]
+    for told in (found["resume"], found["lengths"]):
+        assert told.startswith(f"org/text on the Hub does not have the commit {found['first'][:12]} any more")
+        assert told.endswith("begin anew with another --out")
+
+
+def test_a_data_set_in_a_folder_that_changed_is_refused(own_model: Path, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text", seed=0)
+    asked = config(own_model, f"hub:{text}", stream=True, stream_workers=0)
+    run = post_train(asked, tmp_path / "run")
+    post_train(asked, run.folder, resume=True)
+    write_text(text, seed=7)
+    with pytest.raises(GossamerError, match=r"text holds another text than when .*run was begun; put the text back"):
+        post_train(asked, run.folder, resume=True)
 
 
 def test_fingerprints_tell_what_is_there_not_where(text: Path, tmp_path: Path) -> None:

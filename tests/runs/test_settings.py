@@ -128,6 +128,11 @@ def test_what_a_file_cannot_say_is_named(written: str, said: str, tmp_path: Path
     assert "\n" not in str(refused.value)
 
 
+def test_a_setting_that_a_record_names_and_there_is_none_of_is_named() -> None:
+    with pytest.raises(GossamerError, match=r"^run/config\.json: tokns is no setting; did you mean tokens\?$"):
+        RunConfig.from_dict({**ASKED, "tokns": 5}, source="run/config.json")
+
+
 def test_what_has_no_default_has_to_be_given(tmp_path: Path) -> None:
     assert [name for name, one in settings().items() if one.default is MISSING] == ["model", "text"]
     with pytest.raises(GossamerError, match=r"^--text is not given: Training text: a .txt"):

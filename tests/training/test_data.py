@@ -15,6 +15,7 @@ from conftest import sentences
 from families import tiny_model
 from gossamer import GossamerError
 from gossamer.training.data import BlockCounts, is_held_out, load_blocks, pack, sample_blocks, split, split_by_checksum
+from gossamer.training.data_sets import DataSet, at_commit, data_set_commit
 from gossamer.training.documents import read_documents
 
 COUNTS = BlockCounts(seq_len=16, train=4, validation=3, held_out=2)
@@ -343,6 +344,30 @@ def test_faults_of_hub_data_sets_are_named(choice: str, message: str, data_set: 
         load_blocks(f"hub:{data_set}{choice}", tokenizer, **SMALL)
     assert str(data_set) + choice in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named", "pinned"),
+    [
+        ("org/text", ("org/text", "", "", ""), "hub:org/text@c0"),
+        ("hub:org/text@v1", ("org/text", "v1", "", ""), "hub:org/text@c0"),
+        ("org/text:a", ("org/text", "", "a", ""), "hub:org/text@c0:a"),
+        ("hub:text@main:a:test", ("text", "main", "a", "test"), "hub:text@c0:a:test"),
+        ("org/text::test", ("org/text", "", "", "test"), "hub:org/text@c0::test"),
+        ("org/text:a:train[:50%]", ("org/text", "", "a", "train[:50%]"), "hub:org/text@c0:a:train[:50%]"),
+    ],
+)
+def test_what_a_text_says_of_a_data_set(text: str, named: tuple[str, ...], pinned: str) -> None:
+    assert DataSet.of(text) == named
+    assert at_commit(text, None) == text
+    assert at_commit(text, "c0") == pinned
+    assert DataSet.of(pinned) == (named[0], "c0", *named[2:])
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "a@b").mkdir()
+    assert DataSet.of(f"hub:{tmp_path}/a@b:x") == (f"{tmp_path}/a@b", "", "x", "")
+    assert data_set_commit(f"hub:{tmp_path}/a@b:x") is None
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, tokenizer) -> None:

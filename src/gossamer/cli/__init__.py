@@ -1,16 +1,15 @@
 """The command line: one verb a job. Faults of the user end in one line and exit code 2."""
 
-import codecs
-import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import nullcontext
 
 # The order in which --help names the commands.
 from gossamer.cli import pictures, training, evaluation, circuits, explain, hub  # noqa: F401
 from gossamer.cli.common import app
 from gossamer.cli.faults import check_encoding, line_of, usage_line
+from gossamer.cli.output import PIPE_CLOSED, broken_pipe, silence, unwritten, watched_output, write_plain_characters
 from gossamer.errors import CollectiveError, one_line
 from gossamer.interrupts import EXIT_CODE, Interrupts, interrupts
 
@@ -19,36 +18,32 @@ _INTERRUPTED = 130
 """The exit code that typer makes of Ctrl-C."""
 
 
-_PLAIN = {
-    "τ": "tau", "λ": "lambda", "ε": "epsilon", "±": "+-", "×": "x", "−": "-", "–": "-", "‖": "||", "→": "->",
-    "↑": "^", "↓": "v", "≥": ">=", "≤": "<=", "…": "...", "“": '"', "”": '"', "’": "'",
-}  # fmt: skip
-"""What stands for characters that the terminal's or the file's encoding does not have."""
-
-
 def main() -> None:
     """Run the command line; one line to stderr and exit code 2 for what the user can mend.
 
     Of several processes the first one speaks; faults that are not the user's have their traceback from any. Characters
-    that the output cannot hold are written in others.
+    that the output cannot hold are written in others. Where nobody reads the output any more, as after ``| head -1``,
+    the command ends without a word and with exit code 141, as one that SIGPIPE ended.
     """
-    codecs.register_error("gossamer", _in_plain_characters)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="gossamer")
-    with interrupts() as signals:
-        code = _run(signals)
+    write_plain_characters()
+    with interrupts() as signals, watched_output() as reader_gone:
+        try:
+            code = _run(signals, reader_gone)
+        except BaseException as error:
+            if broken_pipe(error) is None or not reader_gone():
+                raise
+            code = PIPE_CLOSED
     raise SystemExit(code)
 
 
-def _run(signals: Interrupts) -> int:
+def _run(signals: Interrupts, reader_gone: Callable[[], bool]) -> int:
     """Run the command, and say what ended it; the exit code."""
     first = os.environ.get("RANK", "0") == "0"
     try:
-        with nullcontext() if first else _silence():
+        with nullcontext() if first else silence():
             check_encoding(sys.argv[1:])
             code = app(standalone_mode=False) or 0
-        line = _interrupted() if code == _INTERRUPTED else None
+        line = _interrupted() if code == _INTERRUPTED else unwritten()
     except CollectiveError as error:
         from gossamer.training.distributed import leave_process_group
 
@@ -56,12 +51,20 @@ def _run(signals: Interrupts) -> int:
             _say(one_line(error))
         leave_process_group()
         return EXIT_CODE
+    except SystemExit as stopped:  # typer and rich end so where a pipe is broken, whichever it is
+        pipe = broken_pipe(stopped)
+        if pipe is None or reader_gone():
+            raise
+        line = one_line(pipe)
     except Exception as error:
+        if broken_pipe(error) is not None and reader_gone():
+            raise
         line = _line_of(error, signals)
     if line is None:
         return code
     if first and line:
         _say(line)
+    unwritten()  # else the interpreter fails at it once more
     return EXIT_CODE
 
 
@@ -85,23 +88,6 @@ def _line_of(error: Exception, signals: Interrupts) -> str:
 
 def _interrupted() -> str:
     return "interrupted" + ("; go on with --resume" if "sparsify" in sys.argv[1:2] else "")
-
-
-def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    lost = error.object[error.start : error.end]
-    return "".join(_PLAIN.get(character, "?") for character in lost), error.end
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    with (
-        open(os.devnull, "w", encoding="utf-8", errors="replace") as nothing,
-        redirect_stdout(nothing),
-        redirect_stderr(nothing),
-    ):
-        yield
 
 
 def _say(line: str) -> None:

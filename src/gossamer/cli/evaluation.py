@@ -57,11 +57,14 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
+    from transformers.utils import logging
+
     from gossamer.evaluation.task_files import FLAG
     from gossamer.runs.record import Run
     from gossamer.training.malloc import keep_freed_memory
 
     keep_freed_memory()
+    logging.disable_progress_bar()
     alone = {"--task-path": task_path, "--num-fewshot": num_fewshot, "--limit": limit, FLAG: allow_task_code or None}
     for name, value in alone.items():
         if value is not None and tasks is None:

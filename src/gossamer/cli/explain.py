@@ -172,16 +172,18 @@ def _dense(name: str, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> "Pre
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
-    from gossamer.explanations.record import graphml, write_record
-    from gossamer.files import atomic_write_text
+    from gossamer.explanations.record import as_json, graphml
+    from gossamer.files import atomic_file, atomic_write_text
     from gossamer.report.html import explanation_page
 
     if out.suffix == ".graphml":
         atomic_write_text(out, graphml(record))
-        return
-    write_record(out.with_suffix(".json"), record)
-    if out.suffix == ".html":
-        atomic_write_text(out, explanation_page(record))
+    elif out.suffix == ".json":
+        atomic_write_text(out, as_json(record))
+    else:  # both or none
+        with atomic_file(out) as page, atomic_file(out.with_suffix(".json")) as numbers:
+            page.write_text(explanation_page(record), encoding="utf-8")
+            numbers.write_text(as_json(record), encoding="utf-8")
 
 
 def _lengths(text: str) -> list[int]:

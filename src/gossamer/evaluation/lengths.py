@@ -68,7 +68,13 @@ def add_lengths(
             progress(f"length {length:,}: {done} of {total} blocks sampled")
 
         asked = replace(
-            config, tokens=length, seq_len=length, validation_tokens=length, held_out_tokens=wanted, training=one_block
+            config,
+            text=run.text,
+            tokens=length,
+            seq_len=length,
+            validation_tokens=length,
+            held_out_tokens=wanted,
+            training=one_block,
         )
         return blocks_of(asked, dense, tokenizer, sampled).held_out
 

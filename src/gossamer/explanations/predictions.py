@@ -7,6 +7,7 @@
 """
 
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from gossamer.explanations.prediction import Prediction
 from gossamer.files import atomic_write_text
 from gossamer.inputs import check, read_json_lines, read_text, reading
 from gossamer.locks import locked
+from gossamer.models.fingerprint import weights_fingerprint
 from gossamer.models.frozen import frozen
 
 LIKELY = 0.3
@@ -153,15 +155,22 @@ def explain_predictions(
         count: predictions of each length.
         share: of the metric that is kept.
         seed: of the choice and of the searches.
-        described: what the rows belong to: models, text and settings; the file's first line.
+        described: what the rows belong to, by name: models, text and settings; the file's first line, with checksums.
         progress: told what is being searched for.
 
     Raises:
         GossamerError: if the file belongs to other models, text or settings, or the text has too few predictions; if
             another process is at work on the file.
     """
+    known = {**described, "fingerprints": _fingerprints(models, blocks)}
     with locked(file):
-        return _explain(models, blocks, file, lengths, count, share, seed, described, progress)
+        return _explain(models, blocks, file, lengths, count, share, seed, known, progress)
+
+
+def _fingerprints(models: Mapping[str, PreTrainedModel], blocks: Int[Tensor, "blocks tokens"]) -> dict[str, str]:
+    """Of the models' weights and of the text: names stay where what they stand for is exchanged."""
+    found = {name: weights_fingerprint(model) for name, model in models.items()}
+    return {**found, "text": f"{zlib.crc32(blocks.long().cpu().contiguous().numpy().tobytes()):08x}"}
 
 
 def _explain(
@@ -200,7 +209,7 @@ def _explain(
 def _begun(file: Path, described: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the file, without one that was cut off; the file is begun if there is none."""
     if not file.exists():
-        file.write_text(json.dumps(described) + "\n", encoding="utf-8")
+        atomic_write_text(file, json.dumps(described) + "\n")
         return []
     found: list[dict[str, Any]] = read_json_lines(file, remedy=ANOTHER, cut_off=True)
     first, *rows = found or [{}]

@@ -1,7 +1,6 @@
 """An explanation as JSON, GraphML and words. What each key means is in ``docs/metrics.md``."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from gossamer.circuits.mask_search import UnitSet
 from gossamer.explanations.explain import ExplainedLink, Explanation
 from gossamer.explanations.reasons import Reason
-from gossamer.files import atomic_write_text
 
 FORMAT = 1
 """Version of the record."""
@@ -117,9 +115,9 @@ def _tests(reason: Reason) -> list[dict[str, Any]]:
     ]
 
 
-def write_record(file: Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON."""
-    atomic_write_text(file, json.dumps(record, allow_nan=False) + "\n")
+def as_json(record: dict[str, Any]) -> str:
+    """A record as JSON."""
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def graphml(record: dict[str, Any]) -> str:

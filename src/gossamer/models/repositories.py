@@ -89,5 +89,5 @@ def hub_faults(name: str, missing: str) -> Iterator[None]:
     except HFValidationError as error:
         raise GossamerError(f"{name!r} is no id of a repository on the Hub; give one like org/name") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
         raise GossamerError(f"{name} is no directory here, and the Hub cannot give it: {reason}") from error

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from gossamer.runs.memory import require_memory
 from gossamer.runs.record import Run, load_control, versions
 from gossamer.runs.settings import RunConfig
 from gossamer.training.data import BlockCounts, Blocks, load_blocks
+from gossamer.training.data_sets import at_commit, data_set_commit
 from gossamer.training.documents import skipped_files, text_fingerprint
 from gossamer.training.stream import unseen_blocks
 
@@ -66,9 +68,10 @@ def begin(
     if not (run.folder / "config.json").exists():
         if config.text != SELF and (line := skipped_files(config.text)):
             warn(line)
-        blocks = blocks_of(config, dense, tokenizer, progress)
+        commit = data_set_commit(config.text)
+        blocks = blocks_of(replace(config, text=at_commit(config.text, commit)), dense, tokenizer, progress)
         with atomic_directory(run.folder) as staging:
-            write_beginning(staging, config, dense, blocks)
+            write_beginning(staging, config, dense, blocks, commit)
     return dense, tokenizer
 
 
@@ -181,8 +184,13 @@ def blocks_of(
     return load_blocks(config.text, tokenizer, counts, seed=training.seed, model=dense, progress=progress)
 
 
-def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -> None:
-    """Write what a run starts from into its folder: the blocks, the configuration, the dense model's loss."""
+def write_beginning(
+    folder: Path, config: RunConfig, dense: PreTrainedModel, blocks: Blocks, commit: str | None = None
+) -> None:
+    """Write what a run starts from into its folder: the blocks, the configuration, the dense model's loss.
+
+    ``commit`` is the one of a data set on the Hub that the blocks come from.
+    """
     training = config.training
     dense_loss = measure_language(
         dense, blocks.validation, precision=training.precision, prompt_tokens=training.prompt_tokens
@@ -196,6 +204,7 @@ def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blo
         "fingerprints": {
             "model": weights_fingerprint(dense),
             "text": text_fingerprint(config.text),
+            "commit": commit,
             "blocks": f"{file_checksum(folder / 'blocks.safetensors'):08x}",
         },
         "measured": {"loss_dense": dense_loss, "tokens_before": _tokens_before(config)},

@@ -268,7 +268,7 @@ class Job:
             return BlockDataset(self.run.blocks("train"))
         here = processes()
         return BlockStream(
-            config.text,
+            self.run.text,
             tokenizer,
             config.seq_len,
             process=here.process_index,

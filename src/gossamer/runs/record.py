@@ -34,6 +34,7 @@ from gossamer.models.fingerprint import weights_fingerprint
 from gossamer.models.pretrained import load_dense, load_whole
 from gossamer.runs.read import AGAIN, read_metrics, read_run_record
 from gossamer.runs.settings import RunConfig
+from gossamer.training.data_sets import at_commit, check_commit
 from gossamer.training.documents import text_fingerprint
 
 
@@ -114,13 +115,23 @@ class Run:
                 "begun with, or begin anew with another --out"
             )
 
+    @property
+    def text(self) -> str:
+        """The text, to be read again; of a data set on the Hub the commit that the run was begun with."""
+        return at_commit(self.config().text, self._fingerprint("commit"))
+
     def check_text(self) -> None:
-        """Stop at a text that is not the one that the run was begun with, where that can be told: of local files.
+        """Stop at a text that is not the one that the run was begun with, where that can be told.
+
+        Of local files it can, and of a data set on the Hub, whose commit has to be there still; not of one whose commit
+        the Hub did not say when the run was begun.
 
         Raises:
             GossamerError: naming the text.
         """
         text, known = self.config().text, self._fingerprint("text")
+        if (commit := self._fingerprint("commit")) is not None:
+            check_commit(text, commit)
         if known is not None and text_fingerprint(text) != known:
             raise GossamerError(
                 f"{text} holds another text than when {self.folder} was begun; put the text back that it was begun "

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -23,11 +23,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from gossamer.errors import GossamerError
 from gossamer.models.vocabulary import require_embeddings
 from gossamer.names import SELF
-from gossamer.training.documents import HUB, is_local, read_documents, text_files
+from gossamer.training.data_sets import hub_faults, hub_stream
+from gossamer.training.documents import is_local, read_documents, text_files
 from gossamer.training.tokens import tokens_of
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 HELD_OUT = 0.05
 """Share of a file's characters that is held out, at its end."""
@@ -103,7 +101,7 @@ def load_blocks(
 
     Args:
         text: a local file (see :mod:`gossamer.training.documents`), a directory of such files, the id of
-            a Hub data set with a column ``text`` as ``[hub:]NAME[:CONFIG[:SPLIT]]``, or ``self``.
+            a Hub data set with a column ``text`` as ``[hub:]NAME[@REVISION][:CONFIG[:SPLIT]]``, or ``self``.
         tokenizer: of the model.
         counts: how many blocks. Training blocks are a seeded choice among all there are (of a very long text, among
             the first 20 times as many); of a text with fewer, blocks come again once all have come. Validation blocks
@@ -152,24 +150,6 @@ def _spaced(count: int, chosen: int) -> Int[Tensor, " chosen"]:
     return (torch.arange(min(chosen, count)) * step + step / 2 - 0.5).round().long().clamp(max=count - 1).unique()
 
 
-def hub_stream(text: str) -> "IterableDataset":
-    """The rows of the Hub data set ``[hub:]NAME[:CONFIG[:SPLIT]]``, read when asked for: the column ``text`` alone.
-
-    Raises:
-        GossamerError: if there is no such data set within reach, or it has no such column.
-    """
-    from datasets import load_dataset
-
-    name, config, part = (*text.removeprefix(HUB).split(":", 2), "", "")[:3]
-    with hub_faults(text):
-        rows = load_dataset(name, config or None, split=part or "train", streaming=True)
-        first = next(iter(rows), {"text": ""})
-        if not isinstance(first.get("text", 0), str | None):
-            columns = ", ".join(first)
-            raise GossamerError(f"the data set {text} has no column 'text' of strings, only {columns}")
-        return rows.select_columns("text")
-
-
 def _read_hub(text: str, *, characters: int) -> Iterator[str]:
     """The first documents of a Hub data set, until there are enough characters."""
     with hub_faults(text):
@@ -179,20 +159,6 @@ def _read_hub(text: str, *, characters: int) -> Iterator[str]:
             characters -= len(document)
             if characters <= 0:
                 return
-
-
-@contextmanager
-def hub_faults(text: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a Hub data set into a GossamerError."""
-    try:
-        yield
-    except GossamerError:
-        raise
-    except Exception as error:  # the Hub client raises dozens of kinds, all of them a data set out of reach
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GossamerError(
-            f"no text {text}: there is no such file, and as a Hub data set it cannot be read ({reason})"
-        ) from error
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:

@@ -102,11 +102,17 @@ def text_fingerprint(text: str) -> str | None:
     Raises:
         GossamerError: if it is gone, or cannot be read.
     """
-    if text == SELF or not is_local(text):
+    if text == SELF:
         return None
     path = Path(text)
+    if is_local(text):
+        files = text_files(path)
+    elif (path := Path(text.removeprefix(HUB).split(":")[0])).is_dir():  # a data set as the Hub lays it out
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    else:
+        return None
     crc = 0
-    for file in text_files(path):
+    for file in files:
         name = str(file.relative_to(path)) if path.is_dir() else ""
         try:
             with file.open("rb") as stream:

@@ -29,15 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gossamer.errors import GossamerError, one_line
 from gossamer.models.vocabulary import require_vocabulary
 from gossamer.names import SELF
-from gossamer.training.data import (
-    ONE_IN,
-    BlockCounts,
-    Blocks,
-    hub_faults,
-    hub_stream,
-    pack,
-    part_of,
-)
+from gossamer.training.data import ONE_IN, BlockCounts, Blocks, pack, part_of
+from gossamer.training.data_sets import hub_faults, hub_stream
 from gossamer.training.documents import is_local, read_documents, text_files
 from gossamer.training.tokens import document_tokens
 
