@@ -70,11 +70,12 @@ def sparsify(
 
 
 @app.command("settings")
-def print_settings() -> None:
-    """Print a settings file for sparsify --config: every setting with its meaning and default."""
+def print_settings(preset: PresetOption = None) -> None:
+    """Print a settings file for sparsify --config: every setting with its meaning, at its default or as in --preset."""
+    from gossamer.runs.presets import find_preset
     from gossamer.runs.settings_file import all_settings
 
-    print(all_settings(), end="")
+    print(all_settings(None if preset is None else find_preset(preset).settings), end="")
 
 
 @app.command("launch-file")
