@@ -69,7 +69,7 @@ def test_defaults_that_json_writes_without_a_dot_come_back_as_numbers() -> None:
     from gossamer.runs.settings_file import _entry
 
     for value in (1e-05, 1e30, 2.5e-7, 1000000.0, 3):
-        line = _entry(Setting("x", float, "A number."), "ce", value).splitlines()[-1]
+        line = _entry(Setting("x", float, "A number.", MISSING), "ce", value).splitlines()[-1]
         assert yaml.safe_load(line) == {"x": value}
         assert not isinstance(yaml.safe_load(line)["x"], str)
 
