@@ -1,5 +1,6 @@
 """evaluate and inspect: the metrics of a run, and what a model is."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from gossamer.cli.common import (
     Precision,
     app,
     console,
+    dense_name,
     key_value_table,
     load_dense_and_sparse,
     load_model_and_tokenizer,
@@ -252,8 +254,25 @@ def inspect_model(target: str) -> None:
     }
     if gated:
         biases = gate_biases(model)
+        facts["made from"] = dense_name(target)
         facts["gate bias"] = f"{biases.min():.2f} to {biases.max():.2f}, mean {biases.mean():.2f}"
     else:
         architecture_of(model)
         facts["can be gated"] = "yes"
-    console.print(key_value_table(f"{'Sparse' if gated else 'Dense'} model {target}", facts))
+    console.print(key_value_table(f"{'Sparse' if gated else 'Dense'} model {target}", facts | _shipped_facts(target)))
+
+
+def _shipped_facts(target: str) -> dict[str, object]:
+    """What was measured of a model that comes with gossamer; nothing of others."""
+    from gossamer.models.shipped import SHIPPED, shipped_adapter
+
+    if target not in SHIPPED or Path(target).exists():
+        return {}
+    metrics = json.loads((shipped_adapter(target) / "metrics.json").read_text(encoding="utf-8"))
+    measured, label = metrics["held_out"], metrics["run"]["constraint"].upper()
+    return {
+        "trained on": f"{metrics['tokens_trained']:,} tokens at T = {metrics['run']['seq_len']}, "
+        f"{label} at most {metrics['bound']:g}",
+        "held-out text": f"{100 * measured['open_fraction']:.2f} % open, {measured['open_links_per_query']:.1f} links "
+        f"per query and head, KL {measured['kl']:.3f}",
+    }
