@@ -85,10 +85,10 @@ function describe(record, link) {
     element("h3", {}, "Why it is open"),
     element("p", { class: "soft" }, "The attention logit is a sum over pairs: what one component wrote into the query, and one into the key. These are its largest terms. " +
       "a3.h5 is head 5 of layer 3, m3 the MLP of layer 3, input the embeddings."),
-    element("table", {}, element("thead", {}, element("tr", {}, ["query wrote", "key wrote", "part of the logit"].map((name) => element("th", { scope: "col" }, name)))),
+    element("table", {}, element("thead", {}, element("tr", {}, ["wrote the query", "wrote the key", "term of the logit"].map((name) => element("th", { scope: "col" }, name)))),
       element("tbody", {}, detail.pairs.map((pair) => element("tr", {}, [pair.query, pair.key, number(pair.part, 2)].map((cell) => element("td", {}, cell)))))),
-    rows.length ? element("table", {}, element("thead", {}, element("tr", {}, ["without", "its part", "gate logit, norms fixed", "gate logit, norms recomputed", ""].map((name) => element("th", { scope: "col" }, name)))),
-      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell) => element("td", {}, typeof cell === "number" ? number(cell, 2) : cell)))))) : null);
+    rows.length ? element("div", { class: "scroll" }, element("table", { class: "tests" }, element("thead", {}, element("tr", {}, ["without", "its part", "gate logit, norms fixed", "gate logit, norms recomputed", ""].map((name) => element("th", { scope: "col" }, name)))),
+      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell) => element("td", {}, typeof cell === "number" ? number(cell, 2) : cell))))))) : null);
 }
 
 function linksSection(id, title, record, color) {
@@ -126,7 +126,7 @@ function linksSection(id, title, record, color) {
     shares.length > 1 ? element("label", {}, sliderName, slider) : null,
     element("label", {}, "Fold tokens that no link touches", fold)), says, picture,
     element("p", { class: "soft" }, "Each arc is a link: from the token that is read, up one layer, to the token that reads it; a vertical one is a token that reads itself. " +
-      "Numbers are layers, in is the embeddings. Thicker: more is lost without the link. Paler: not every seed found it."),
+      "Numbers are layers; “in” is the embeddings. Thicker: more is lost without the link. Paler: not every seed found it."),
     element("div", { class: "pair" }, element("div", {}, element("h3", {}, "Strongest links, and the share lost without each"), list), details),
     numbers(["layer", "head", "query", "key", "found by"], record.links.slice(0, MOST_DRAWN).map((link, place) => [...link, record.found_by[place]])));
   redraws.push(draw);
