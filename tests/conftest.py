@@ -27,6 +27,20 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     return [" ".join(random_words.choices(WORDS, k=12)) + "." for _ in range(count)]
 
 
+def write_documents(file: Path) -> Path:
+    """400 documents, as a .jsonl.gz file."""
+    with gzip.open(file, "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": sentence}) + "\n" for sentence in sentences(400))
+    return file
+
+
+def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny dense llama with its tokenizer, as transformers saves them."""
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer with at most the 97 tokens of the tiny models."""
@@ -42,16 +56,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl.gz file of documents."""
-    file = tmp_path_factory.mktemp("text") / "text.jsonl.gz"
-    with gzip.open(file, "wt", encoding="utf-8") as stream:
-        stream.writelines(json.dumps({"text": sentence}) + "\n" for sentence in sentences(400))
-    return file
+    return write_documents(tmp_path_factory.mktemp("text") / "text.jsonl.gz")
 
 
 @pytest.fixture(scope="session")
 def saved_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny dense llama with its tokenizer, as transformers saves them."""
-    folder = tmp_path_factory.mktemp("model") / "llama"
-    tiny_model("llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("model") / "llama", tokenizer)

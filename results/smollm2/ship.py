@@ -19,7 +19,7 @@ from gossamer.evaluation.lengths import measure_at_length
 from gossamer.models.lora_files import load_adapter, save_adapter
 from gossamer.models.pretrained import load_dense
 from gossamer.runs.record import Run
-from gossamer.training.data import load_blocks, pack
+from gossamer.training.data import BlockCounts, load_blocks, pack
 
 LENGTHS = (16, 32, 64, 256, 1024)
 LENGTH_TOKENS = 8_192
@@ -95,10 +95,8 @@ def main(run: Run, other: str, out: Path) -> None:
 
 def _on_text(sparse, dense, tokenizer, text: str, length: int) -> dict[str, Any]:
     """Loss, KL and open links on the held-out part of a text."""
-    blocks = load_blocks(
-        text, tokenizer, seq_len=length, train_blocks=1, validation_blocks=1, held_out_blocks=LENGTH_TOKENS // length,
-        seed=1,
-    ).held_out  # fmt: skip
+    counts = BlockCounts(seq_len=length, held_out=LENGTH_TOKENS // length)
+    blocks = load_blocks(text, tokenizer, counts, seed=1).held_out
     return measure_at_length(sparse, dense, blocks, "fp32")
 
 

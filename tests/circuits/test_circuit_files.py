@@ -12,6 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from families import tiny_model
+from gossamer.circuits.ablations import ABLATIONS
 from gossamer.circuits.circuit_files import Circuit, choose, read_circuit, require_graph_of, write_circuit
 from gossamer.circuits.graph import Graph, between_nodes, prune, top_edges
 from gossamer.circuits.search import faithfulness_of
@@ -259,7 +260,7 @@ def test_nodes_chosen_as_a_whole_have_rows_of_edges_that_do_not_exist(model: GPT
         )
 
 
-@pytest.mark.parametrize("ablation", ["patch", "zero", "mean"])
+@pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("chosen", [[1, 3], [2], [0, 1, 2, 3], [0, 2]])
 def test_nodes_chosen_as_a_whole_stay_where_nothing_feeds_them(
     chosen: list[int], ablation: str, model: GPT2LMHeadModel, tmp_path: Path

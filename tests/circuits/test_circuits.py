@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from circuit_cases import STRUCTURES, batch_of, metric, model_of, near
 from families import tokens
+from gossamer.circuits.ablations import ABLATIONS
 from gossamer.circuits.activation_cache import run_with_cache
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import PatchedEdges, run_with_edges, run_with_links, run_with_nodes
@@ -111,7 +112,7 @@ def test_nodes_edges_and_links_agree_where_they_must(family: str) -> None:
     nodes[graph.head(1, 2)] = False
     edges = graph.possible()
     edges[graph.head(1, 2)] = False
-    for ablation in ("patch", "zero", "mean"):
+    for ablation in ABLATIONS:
         near(
             run_with_nodes(model, batch, nodes, ablation=ablation),
             run_with_edges(model, batch, edges, ablation=ablation),

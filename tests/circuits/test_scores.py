@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from circuit_cases import batch_of, model_of, near
+from gossamer.circuits.ablations import ABLATIONS
 from gossamer.circuits.activation_cache import run_with_cache, source_outputs
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.intervention import run_with_edges, run_with_nodes
@@ -31,7 +32,7 @@ def edge_scores(score: Score, model, batch: Batch, ablation: str) -> Tensor:
 def test_a_score_is_of_units_that_there_are(name: str, family: str, gated: bool) -> None:
     model, batch, score = model_of(family, gated), batch_of(2, 4), SCORES[name]
     graph = graph_of(model)
-    for ablation in ("patch", "zero", "mean"):
+    for ablation in ABLATIONS:
         edges = edge_scores(score, model, batch, ablation)
         assert edges.shape == (graph.sources, graph.destinations)
         assert edges.isfinite().all()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from circuit_cases import batch_of, model_of
+from gossamer.circuits.ablations import ABLATIONS
 from gossamer.circuits.activation_cache import run_with_cache
 from gossamer.circuits.intervention import run_with_edges, run_with_nodes
 from gossamer.circuits.mask_search import MaskRow
@@ -21,7 +22,7 @@ def random_masks(model, units: str, rows: int = 2) -> torch.Tensor:
     return torch.rand(rows, count, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
 
-@pytest.mark.parametrize("ablation", ["patch", "zero", "mean"])
+@pytest.mark.parametrize("ablation", ABLATIONS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
 def test_hard_masks_are_interventions(family: str, ablation: str) -> None:
     model, batch = model_of(family, gated=True), batch_of(3, 5)

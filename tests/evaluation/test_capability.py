@@ -15,7 +15,7 @@ import gossamer
 from conftest import WORDS
 from families import tiny_model
 from gossamer import GossamerError
-from gossamer.evaluation.capability import measure_tasks
+from gossamer.evaluation.capability import TasksConfig, measure_tasks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
@@ -109,7 +109,9 @@ def test_accuracy_is_the_count_of_likeliest_answers(kind: str, models, tokenizer
         right.append(scores.index(max(scores)) == question["answer"])
     share = sum(right) / QUESTIONS
     for batch_size in (1, 8):
-        figures = measure_tasks(model, tokenizer, ["tiny_choice"], task_path=task_path, batch_size=batch_size)
+        figures = measure_tasks(
+            model, tokenizer, TasksConfig(["tiny_choice"], task_path=task_path, batch_size=batch_size)
+        )
         metric = figures["tiny_choice"]["metrics"]["acc"]
         assert metric["value"] == pytest.approx(share)
         assert metric["stderr"] == pytest.approx((share * (1 - share) / (QUESTIONS - 1)) ** 0.5)
@@ -127,7 +129,9 @@ def test_the_models_differ_so_that_the_counts_say_something(models, tokenizer, t
 
 
 def test_generation_with_padding_and_cache_is_that_without(models, tokenizer, task_path: Path) -> None:
-    figures = measure_tasks(models["sparse"], tokenizer, ["tiny_generation"], task_path=task_path, batch_size=5)
+    figures = measure_tasks(
+        models["sparse"], tokenizer, TasksConfig(["tiny_generation"], task_path=task_path, batch_size=5)
+    )
     assert figures["tiny_generation"]["metrics"]["exact_match"]["value"] == pytest.approx(0.5)
 
 
@@ -138,7 +142,9 @@ def test_an_ending_token_of_the_tokenizer_is_not_between_context_and_answer(mode
     assert ending("the model").input_ids == [*tokenizer("the model").input_ids, 2]
     for task in ("tiny_choice", "tiny_generation"):
         plain, ended = (
-            measure_tasks(models["sparse"], each, [task], task_path=task_path, batch_size=5)[task]["metrics"]
+            measure_tasks(models["sparse"], each, TasksConfig([task], task_path=task_path, batch_size=5))[task][
+                "metrics"
+            ]
             for each in (tokenizer, ending)
         )
         assert plain == ended
@@ -149,11 +155,13 @@ def test_tokenizers_without_start_and_end_tokens(models, tokenizer, task_path: P
     """A separator ends texts as well; with no token at all, nothing has been run."""
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(GossamerError, match="needs a token that begins or ends a text, and this tokenizer has none"):
-        measure_tasks(models["dense"], bare, ["tiny_generation"], task_path=task_path)
+        measure_tasks(models["dense"], bare, TasksConfig(["tiny_generation"], task_path=task_path))
     separated = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, sep_token="</s>")
     for task in ("tiny_choice", "tiny_generation"):
         wanted, found = (
-            measure_tasks(models["sparse"], each, [task], task_path=task_path, batch_size=5)[task]["metrics"]
+            measure_tasks(models["sparse"], each, TasksConfig([task], task_path=task_path, batch_size=5))[task][
+                "metrics"
+            ]
             for each in (tokenizer, separated)
         )
         assert wanted == found
@@ -161,13 +169,13 @@ def test_tokenizers_without_start_and_end_tokens(models, tokenizer, task_path: P
 
 
 def test_a_limit_takes_the_first_examples(models, tokenizer, task_path: Path) -> None:
-    figures = measure_tasks(models["dense"], tokenizer, ["tiny_choice"], task_path=task_path, limit=5)
+    figures = measure_tasks(models["dense"], tokenizer, TasksConfig(["tiny_choice"], task_path=task_path, limit=5))
     assert figures["tiny_choice"]["examples"] == 5
 
 
 def test_tasks_that_cannot_be_used_are_named(models, tokenizer, task_path: Path, tmp_path: Path) -> None:
     def measure(name: str, path: Path) -> None:
-        measure_tasks(models["dense"], tokenizer, [name], task_path=path)
+        measure_tasks(models["dense"], tokenizer, TasksConfig([name], task_path=path))
 
     with pytest.raises(GossamerError, match="missing is not a directory"):
         measure("tiny_choice", tmp_path / "missing")
@@ -181,4 +189,4 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer) -> None:
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens([f"<a{number}>" for number in range(20)])
     with pytest.raises(GossamerError, match=r"tokenizer has 98 tokens .*, the model embeddings for 97 only"):
-        measure_tasks(tiny_model("llama"), larger, ["arc_easy"])
+        measure_tasks(tiny_model("llama"), larger, TasksConfig(["arc_easy"]))

@@ -6,7 +6,7 @@ import pytest
 
 from families import tiny_model
 from gossamer.errors import GossamerError
-from gossamer.evaluation.capability import check_tasks, measure_tasks
+from gossamer.evaluation.capability import TasksConfig, check_tasks, measure_tasks
 from gossamer.evaluation.task_files import check_task_files, templates_without_code
 from gossamer.models.checkpoint import save
 from gossamer.models.convert import add_gates
@@ -55,9 +55,9 @@ def test_code_is_run_only_where_it_is_asked_for(run: Run, tmp_path: Path, monkey
     folder.mkdir()
     write(folder, TINY_TASK + "process_docs: !function evil.f\n")
     with pytest.raises(GossamerError, match="give --allow-task-code"):
-        check_tasks(run, ["tiny"], folder)
+        check_tasks(run, TasksConfig(["tiny"], folder))
     assert not list(tmp_path.rglob("harmed"))
-    check_tasks(run, ["tiny"], folder, allow_task_code=True)
+    check_tasks(run, TasksConfig(["tiny"], folder, allow_task_code=True))
     assert list(tmp_path.rglob("harmed"))
 
 
@@ -65,7 +65,7 @@ def test_templates_call_nothing_that_leads_out(tokenizer, tmp_path: Path) -> Non
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() | length }}"
     folder = write(tmp_path, TINY_TASK.replace("{{prompt}}", escape))
     with pytest.raises(Exception, match="unsafe"):
-        measure_tasks(tiny_model("llama"), tokenizer, ["tiny"], task_path=folder)
+        measure_tasks(tiny_model("llama"), tokenizer, TasksConfig(["tiny"], folder))
     from lm_eval import utils
 
     outside = utils.env

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from conftest import sentences
 from families import tiny_model
 from gossamer import GossamerError
-from gossamer.training.data import is_held_out, load_blocks, pack, sample_blocks, split, split_by_checksum
+from gossamer.training.data import BlockCounts, is_held_out, load_blocks, pack, sample_blocks, split, split_by_checksum
 from gossamer.training.documents import read_documents
 
-SMALL = {"seq_len": 16, "train_blocks": 4, "validation_blocks": 3, "held_out_blocks": 2, "seed": 0}
+COUNTS = BlockCounts(seq_len=16, train=4, validation=3, held_out=2)
+SMALL = {"counts": COUNTS, "seed": 0}
 
 
 def test_split_holds_out_the_last_twentieth_of_the_characters() -> None:
@@ -101,9 +103,9 @@ def test_blank_documents_are_left_out_of_every_part(tmp_path: Path, tokenizer) -
     documents = [row for text in sentences(200) for row in (text, *BLANK)]
     assert is_held_out("")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents))
-    sizes = {"seq_len": 8, "train_blocks": 1_000, "validation_blocks": 1, "held_out_blocks": 1_000, "seed": 0}
+    counts = BlockCounts(seq_len=8, train=1_000, held_out=1_000)
     for text in (f"hub:{tmp_path}", str(tmp_path)):
-        blocks = load_blocks(text, tokenizer, **sizes)
+        blocks = load_blocks(text, tokenizer, counts, seed=0)
         train, unseen = (
             split(documents) if text == str(tmp_path) else
             ([row for row in documents if not is_held_out(row)], [row for row in documents if is_held_out(row)])
@@ -155,9 +157,7 @@ def test_tokens_that_the_model_does_not_know_are_named_with_both_sizes(tmp_path:
 
 def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenizer) -> None:
     def load(seed: int):
-        return load_blocks(
-            str(text), tokenizer, seq_len=16, train_blocks=50, validation_blocks=3, held_out_blocks=8, seed=seed
-        )
+        return load_blocks(str(text), tokenizer, BlockCounts(seq_len=16, train=50, validation=3, held_out=8), seed=seed)
 
     first, again, other = load(1), load(1), load(2)
     assert torch.equal(first.train, again.train)
@@ -173,9 +173,7 @@ def test_blocks_are_a_function_of_the_seed_and_never_shared(text: Path, tokenize
 
 
 def test_validation_and_held_out_blocks_share_nothing(text: Path, tokenizer) -> None:
-    blocks = load_blocks(
-        str(text), tokenizer, seq_len=16, train_blocks=5, validation_blocks=4, held_out_blocks=99, seed=1
-    )
+    blocks = load_blocks(str(text), tokenizer, BlockCounts(seq_len=16, train=5, validation=4, held_out=99), seed=1)
     unseen = pack(split(list(read_documents(text)))[1], tokenizer, 16, name="text")
     assert len(blocks.validation) == 4
     assert len(blocks.validation) + len(blocks.held_out) == len(unseen)
@@ -186,9 +184,7 @@ def test_of_a_directory_the_end_of_each_file_is_held_out(tmp_path: Path, tokeniz
     parts = {name: [f"{name} {row}" for row in sentences(200, seed)] for seed, name in enumerate(("one", "three"))}
     for name, documents in parts.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents))
-    blocks = load_blocks(
-        str(tmp_path), tokenizer, seq_len=16, train_blocks=5, validation_blocks=2, held_out_blocks=99, seed=0
-    )
+    blocks = load_blocks(str(tmp_path), tokenizer, BlockCounts(seq_len=16, train=5, validation=2, held_out=99), seed=0)
     ends = [split(documents)[1] for documents in parts.values()]
     unseen = pack([*ends[0], *ends[1]], tokenizer, 16, name="text")
     assert min(map(len, ends)) > 5
@@ -199,7 +195,7 @@ def test_a_short_text_comes_again_once_all_of_it_has_come(text: Path, tokenizer)
     packed = pack(split(list(read_documents(text)))[0], tokenizer, 16, name="text")
     wanted = 2 * len(packed) + 5
     blocks = load_blocks(
-        str(text), tokenizer, seq_len=16, train_blocks=wanted, validation_blocks=3, held_out_blocks=1, seed=0
+        str(text), tokenizer, BlockCounts(seq_len=16, train=wanted, validation=3, held_out=1), seed=0
     ).train
     assert len(blocks) == wanted
     first, second = blocks[: len(packed)], blocks[len(packed) : 2 * len(packed)]
@@ -220,7 +216,7 @@ def test_self_sampled_text_is_a_function_of_the_seed_and_leaves_the_global_state
     assert torch.equal(first, sample_blocks(model, tokenizer, 5, 12, seed=3, batch_size=2))
     assert not torch.equal(first, sample_blocks(model, tokenizer, 5, 12, seed=4, batch_size=2))
     blocks = load_blocks(
-        "self", tokenizer, seq_len=12, train_blocks=3, validation_blocks=3, held_out_blocks=2, seed=3, model=model
+        "self", tokenizer, BlockCounts(seq_len=12, train=3, validation=3, held_out=2), seed=3, model=model
     )
     assert blocks.train.shape == (3, 12)
     assert blocks.held_out.shape == (2, 12)
@@ -277,9 +273,7 @@ def test_faults_of_files_are_named(name: str, tmp_path: Path, tokenizer) -> None
     content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(GossamerError, match=message) as caught:
-        load_blocks(
-            str(tmp_path / name), tokenizer, seq_len=16, train_blocks=4, validation_blocks=3, held_out_blocks=2, seed=0
-        )
+        load_blocks(str(tmp_path / name), tokenizer, BlockCounts(seq_len=16, train=4, validation=3, held_out=2), seed=0)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -332,10 +326,8 @@ def test_a_hub_data_set_is_read_as_a_file_is(choice: str, data_set: Path, tokeni
 
 def test_however_much_of_a_hub_data_set_is_read_what_is_held_out_stays_unseen(data_set: Path, tokenizer) -> None:
     """A run's text at another length, or a run that starts from it: neither is measured on what was trained on."""
-    most = load_blocks(f"hub:{data_set}:a", tokenizer, **{**SMALL, "train_blocks": 300})
-    few = load_blocks(
-        f"hub:{data_set}:a", tokenizer, **{**SMALL, "train_blocks": 1, "seq_len": 8, "held_out_blocks": 9}
-    )
+    most = load_blocks(f"hub:{data_set}:a", tokenizer, replace(COUNTS, train=300), seed=0)
+    few = load_blocks(f"hub:{data_set}:a", tokenizer, BlockCounts(seq_len=8, validation=3, held_out=9), seed=0)
     trained = {tuple(window.tolist()) for block in most.train for window in block.unfold(0, 8, 1)}
     assert len(trained) > 1000
     unseen = [tuple(row) for row in few.held_out.tolist()]
@@ -361,6 +353,4 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, tokenizer) -> None:
 
 def test_an_empty_directory_is_named(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(GossamerError, match="holds no text"):
-        load_blocks(
-            str(tmp_path), tokenizer, seq_len=16, train_blocks=4, validation_blocks=3, held_out_blocks=2, seed=0
-        )
+        load_blocks(str(tmp_path), tokenizer, BlockCounts(seq_len=16, train=4, validation=3, held_out=2), seed=0)

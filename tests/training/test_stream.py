@@ -14,7 +14,7 @@ from conftest import sentences
 from families import tiny_model
 from gossamer.errors import GossamerError
 from gossamer.training import tokens
-from gossamer.training.data import is_held_out, pack
+from gossamer.training.data import BlockCounts, is_held_out, pack
 from gossamer.training.stream import ONE_IN, BlockStream, open_stream, unseen_blocks
 
 LENGTH = 16
@@ -57,8 +57,8 @@ def test_unseen_blocks_share_no_document_with_training(folder: Path, tokenizer) 
     unseen = [text for text in documents if is_held_out(text)]
     assert len(documents) == 600
     assert 0.5 * 600 / ONE_IN < len(unseen) < 2 * 600 / ONE_IN
-    sizes = {"seq_len": LENGTH, "validation_blocks": 4, "held_out_blocks": 6}
-    blocks = unseen_blocks(str(folder), tokenizer, **sizes)
+    counts = BlockCounts(LENGTH, validation=4, held_out=6)
+    blocks = unseen_blocks(str(folder), tokenizer, counts)
     assert [tuple(part.shape) for part in vars(blocks).values()] == [(0, LENGTH), (4, LENGTH), (6, LENGTH)]
     packed = pack(unseen, tokenizer, LENGTH, name="text")
     assert torch.equal(torch.cat([blocks.validation, blocks.held_out]), packed[:10])
@@ -146,8 +146,8 @@ def test_blank_documents_are_in_no_part(tmp_path: Path, tokenizer) -> None:
     for name, rows in (("a", documents), ("b", [row for text in documents for row in (text, "", " \n")])):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    sizes = {"seq_len": LENGTH, "validation_blocks": 2, "held_out_blocks": 9}
-    without, among = (unseen_blocks(str(tmp_path / name), tokenizer, **sizes) for name in "ab")
+    counts = BlockCounts(LENGTH, validation=2, held_out=9)
+    without, among = (unseen_blocks(str(tmp_path / name), tokenizer, counts) for name in "ab")
     assert len(without.held_out) == 9
     assert torch.equal(without.held_out, among.held_out)
     assert torch.equal(without.validation, among.validation)
@@ -179,21 +179,21 @@ def test_going_on_within_a_document_in_pieces(tmp_path: Path, tokenizer, monkeyp
 def test_a_text_of_one_document_is_refused_before_training(held_out: bool, tmp_path: Path, tokenizer) -> None:
     text = next(text for seed in range(99) if is_held_out(text := "\n".join(sentences(60, seed))) == held_out)
     (tmp_path / "a.txt").write_text(text)
-    sizes = {"seq_len": LENGTH, "validation_blocks": 2, "held_out_blocks": 4}
+    counts = BlockCounts(LENGTH, validation=2, held_out=4)
     with pytest.raises(GossamerError, match=r"a\.txt is 1 document, too few to .*; leave --stream out, or give"):
-        unseen_blocks(str(tmp_path / "a.txt"), tokenizer, **sizes)
+        unseen_blocks(str(tmp_path / "a.txt"), tokenizer, counts)
     (tmp_path / "b.txt").write_text(" \n")
     with pytest.raises(GossamerError, match=r"b\.txt is empty"):
-        unseen_blocks(str(tmp_path / "b.txt"), tokenizer, **sizes)
+        unseen_blocks(str(tmp_path / "b.txt"), tokenizer, counts)
 
 
 def test_a_stream_needs_a_model_that_knows_every_token(folder: Path, tokenizer) -> None:
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens([f"<a{number}>" for number in range(20)])
-    sizes = {"seq_len": LENGTH, "validation_blocks": 2, "held_out_blocks": 4, "model": tiny_model("llama")}
-    unseen_blocks(str(folder), tokenizer, **sizes)
+    counts, model = BlockCounts(LENGTH, validation=2, held_out=4), tiny_model("llama")
+    unseen_blocks(str(folder), tokenizer, counts, model=model)
     with pytest.raises(GossamerError, match=r"tokenizer has 98 tokens .*, the model embeddings for 97 only"):
-        unseen_blocks(str(folder), larger, **sizes)
+        unseen_blocks(str(folder), larger, counts, model=model)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,7 +1,6 @@
 """One run of a model with what every unit wrote and every destination read."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,9 +11,6 @@ from gossamer.circuits.graph import Graph
 from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import PROVEN
-
-Ablation = Literal["patch", "zero", "mean"]
-"""What units outside a circuit carry, the corrupted run's values, zero, or the mean over corrupted runs."""
 
 
 @dataclass
@@ -145,21 +141,3 @@ def source_outputs(
         model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
     assert recorder.written is not None
     return recorder.written
-
-
-def replacement(
-    corrupted: Float[Tensor, "sources batch tokens d_model"],
-    ablation: Ablation,
-    mean: Float[Tensor, "sources tokens d_model"] | None = None,
-) -> Float[Tensor, "sources batch tokens d_model"]:
-    """What sources carry outside a circuit, from what they wrote in the corrupted run.
-
-    Args:
-        mean: what they carry under mean ablation; the mean over the batch if None.
-    """
-    if ablation == "zero":
-        return torch.zeros_like(corrupted)
-    if ablation == "mean":
-        average = corrupted.mean(1) if mean is None else mean
-        return average[:, None].repeat(1, corrupted.shape[1], 1, 1)
-    return corrupted

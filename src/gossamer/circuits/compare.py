@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.ability import Ability, measure_ability, require_ability, require_known_tokens
-from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.ablations import ABLATIONS, find_ablation
 from gossamer.circuits.links_inside import links_inside, links_of_heads
 from gossamer.circuits.metrics import Curve
 from gossamer.circuits.records import check_record, circuit_folder, identity
@@ -65,7 +65,7 @@ class SearchConfig:
     rephrased: bool = False
     score: str = EAP_IG_INPUTS.name
     levels: tuple[Level, ...] = LEVELS
-    ablation: Ablation = "patch"
+    ablation: str = "patch"
     absolute: bool = True
     batch_size: int = 16
     forced: bool = False
@@ -157,8 +157,9 @@ def _compare(
 def _check_config(task: Task, config: SearchConfig) -> None:
     if config.rephrased and not task.phrasings:
         raise GossamerError(f"task {task.name} has no other phrasings")
-    if config.ablation == "mean" and config.levels == ("links",):
-        raise GossamerError("links have no mean to carry; ablate them by patch or zero")
+    if find_ablation(config.ablation).links is None and config.levels == ("links",):
+        names = " or ".join(name for name, ablation in ABLATIONS.items() if ablation.links is not None)
+        raise GossamerError(f"links have no {config.ablation} to carry; ablate them by {names}")
     score = find_score(config.score)
     if score.links is None and config.levels == ("links",):
         raise GossamerError(f"the score {score.name} is not defined for links; choose another one")
@@ -231,7 +232,7 @@ def _of_model(
 ) -> tuple[Circuits, dict[str, Any]]:
     started = time.perf_counter()
     score = find_score(config.score)
-    has_links = config.ablation != "mean" and score.links is not None
+    has_links = find_ablation(config.ablation).links is not None and score.links is not None
     found = find_circuits(
         model,
         prompts,

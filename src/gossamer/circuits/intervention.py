@@ -8,14 +8,15 @@ Several circuits can be measured in one pass: they are stacked in front of the c
 """
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation, ActivationCache, replacement, run_with_cache
+from gossamer.circuits.ablations import LinkAblation, find_ablation
+from gossamer.circuits.activation_cache import ActivationCache, run_with_cache
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.projections import Projection, Projections, projections_of, repetitions
 from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
@@ -29,17 +30,17 @@ class Patched(StreamHooks):
     """
 
     def __init__(
-        self, graph: Graph, kept: Tensor, other: ActivationCache, ablation: Ablation, neurons: Tensor | None = None
+        self, graph: Graph, kept: Tensor, other: ActivationCache, ablation: str, neurons: Tensor | None = None
     ) -> None:
-        self.graph, self.other, self.ablation = graph, other, ablation
+        self.graph, self.other = graph, other
         self.kept = kept.to(other.written)
         self.neurons = None if neurons is None else neurons.to(other.written)
-        self.replacement = replacement(other.written, ablation, other.mean)
+        self.replacement = find_ablation(ablation).replace(other.written, other.mean)
         self.change = other.written.new_empty(graph.sources, len(kept), *other.written.shape[1:])
 
     def _replaced(self, kind: str, layer: int, sources: int) -> Tensor:
         """The stream when every source carries its replacement."""
-        if self.ablation == "patch":
+        if self.replacement is self.other.written:
             return self.other.read[kind, layer]
         return self.other.constant(self.graph, kind, layer) + self.replacement[:sources].sum(0)
 
@@ -109,7 +110,7 @@ class PatchedEdges(Patched):
         places: list[Projections],
         kept: Tensor,
         other: ActivationCache,
-        ablation: Ablation,
+        ablation: str,
         neurons: Tensor | None = None,
     ) -> None:
         super().__init__(graph, kept, other, ablation, neurons)
@@ -169,7 +170,7 @@ def run_with_edges(
     batch: Batch,
     kept: Bool[Tensor, "*circuits sources destinations"],
     *,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     other: ActivationCache | None = None,
     neurons: Bool[Tensor, "sources d_model"] | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
@@ -201,7 +202,7 @@ def run_with_nodes(
     batch: Batch,
     kept: Bool[Tensor, "*circuits sources"],
     *,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     other: ActivationCache | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
     """:func:`run_with_edges` with all edges that leave the kept nodes, in one stream instead of one per destination."""
@@ -231,7 +232,7 @@ def run_with_links(
     batch: Batch,
     kept: Bool[Tensor, "*circuits prompts layers heads tokens tokens"],
     *,
-    ablation: Literal["patch", "zero"] = "patch",
+    ablation: LinkAblation = "patch",
     other: ActivationCache | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
     """The metric on the clean prompts when only the kept attention links carry their own weight and value.

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gossamer.circuits.activation_cache import Ablation
 from gossamer.circuits.circuit_files import Circuit
 from gossamer.circuits.graph import Graph, prune, top_edges
 from gossamer.circuits.tasks.base import Task
@@ -13,7 +12,7 @@ from gossamer.inputs import read_json, read_tensors, reading
 from gossamer.runs.read import SEARCH, read_circuits
 
 
-def circuit_folder(root: Path, task: Task, corruption: str, ablation: Ablation) -> Path:
+def circuit_folder(root: Path, task: Task, corruption: str, ablation: str) -> Path:
     """Where the record lies below ``root``, a run's directory or another."""
     if task.name.startswith(".") or "/" in task.name or not task.name.strip():
         raise GossamerError(f"a task called {task.name!r} cannot have a record of that name; give it another name")
@@ -25,7 +24,7 @@ def circuit_folder(root: Path, task: Task, corruption: str, ablation: Ablation) 
     return root / "circuits" / "-".join(parts)
 
 
-def identity(task: Task, corruption: str, ablation: Ablation) -> dict[str, Any]:
+def identity(task: Task, corruption: str, ablation: str) -> dict[str, Any]:
     """What a record is of; its folder's name alone does not tell."""
     return {
         "task": task.name,
@@ -72,7 +71,7 @@ def load_circuit(
     edges: int | None = None,
     *,
     corruption: str | None = None,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
 ) -> Circuit:
     """A circuit of edges from what :func:`gossamer.circuits.compare.compare_circuits` left, pruned.
 

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation, run_with_cache, source_outputs
+from gossamer.circuits.ablations import find_ablation
+from gossamer.circuits.activation_cache import run_with_cache, source_outputs
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.mask_search import UnitSet
@@ -74,7 +75,7 @@ def find_circuits(
     *,
     levels: tuple[Level, ...] = LEVELS,
     score: Score = EAP_IG_INPUTS,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     absolute: bool = True,
     batch_size: int = 16,
     progress: Callable[[str], None] = lambda line: None,
@@ -86,18 +87,21 @@ def find_circuits(
         prompts: of the task.
         levels: which kinds of units.
         score: what ranks the units.
-        ablation: what units outside a circuit carry; ``mean`` is not defined for links.
+        ablation: what units outside a circuit carry: a name in :data:`gossamer.circuits.ablations.ABLATIONS`.
         absolute: choose the largest absolute scores; else the lowest: the units that help the metric most.
         batch_size: rows in one forward pass: prompts, or several circuits on fewer prompts.
         progress: is told in a few words what is being done.
 
     Raises:
-        GossamerError: if the metric does not tell clean from corrupted prompts; if the score is not defined for links.
+        GossamerError: if the metric does not tell clean from corrupted prompts; if there is no such ablation; if it or
+            the score is not defined for links.
     """
     if "links" in levels and score.links is None:
         raise GossamerError(f"the score {score.name} is not defined for links")
+    if "links" in levels and find_ablation(ablation).links is None:
+        raise GossamerError(f"the ablation {ablation} is not defined for links")
     batches = tuple(prompts.batches(batch_size))
-    means = mean_source_outputs(model, batches) if ablation == "mean" else {}
+    means = mean_source_outputs(model, batches) if find_ablation(ablation).averages else {}
     scored = _score_units(model, batches, means, levels, score, ablation, absolute, progress)
     proof = _Proof(model, scored, means, ablation, batch_size, progress)
     curves = {level: measure_curve(proof.total(level), partial(proof.metrics, level)) for level in levels}
@@ -112,7 +116,7 @@ def _score_units(
     means: Mapping[int, Tensor],
     levels: tuple[Level, ...],
     score: Score,
-    ablation: Ablation,
+    ablation: str,
     absolute: bool,
     progress: Callable[[str], None],
 ) -> Circuits:
@@ -136,7 +140,7 @@ def _score_units(
         assert score.links is not None
         for done, batch in enumerate(batches):
             progress(f"scores of links, batch {done + 1} of {len(batches)}")
-            links.append(score.links(model, batch, ablation="zero" if ablation == "zero" else "patch").cpu())
+            links.append(score.links(model, batch, ablation=find_ablation(ablation).links).cpu())
     return Circuits(graph, {}, scores, node_scores, tuple(links), batches, absolute)
 
 
@@ -146,7 +150,7 @@ def _search_sets(
     means: Mapping[int, Tensor],
     levels: tuple[Level, ...],
     search: SetSearch,
-    ablation: Ablation,
+    ablation: str,
     absolute: bool,
     progress: Callable[[str], None],
 ) -> Circuits:
@@ -171,7 +175,7 @@ class _Proof:
     model: PreTrainedModel
     scored: Circuits
     means: Mapping[int, Tensor]
-    ablation: Ablation
+    ablation: str
     batch_size: int
     progress: Callable[[str], None]
 
@@ -194,6 +198,7 @@ class _Proof:
         batches = self.scored.batches
         metrics = torch.zeros(len(sizes), dtype=torch.double)
         units = None if level == "links" else [self._units(level, size) for size in sizes]
+        outside = find_ablation(self.ablation).links if level == "links" else self.ablation
         for place, batch in enumerate(batches):
             self.progress(f"keeping {sizes[0]:,} to {sizes[-1]:,} {level}, batch {place + 1} of {len(batches)}")
             other = run_with_cache(self.model, batch.corrupted, links=level == "links")
@@ -205,7 +210,7 @@ class _Proof:
                     circuits = self._everything(level, place) & ~circuits
                     if level == "nodes":
                         circuits[:, 0] = True  # without the input nothing is left of any prompt
-                values = _RUN[level](self.model, batch, circuits, ablation=self.ablation, other=other)
+                values = _RUN[level](self.model, batch, circuits, ablation=outside, other=other)
                 metrics[some] += values.double().cpu().sum(1)
         return (metrics / sum(len(batch.clean) for batch in batches)).tolist()
 
@@ -248,7 +253,7 @@ def faithfulness_of(
     *,
     neurons: Bool[Tensor, "sources d_model"] | None = None,
     fed: Bool[Tensor, " sources"] | None = None,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     batch_size: int = 16,
 ) -> Point:
     """How much one circuit of edges explains, less the edges that are cut off from input or logits.
@@ -270,7 +275,7 @@ def faithfulness_of(
     circuits = ((torch.zeros_like(possible), None), (pruned, neurons), (possible, None))
     metrics = torch.zeros(3, dtype=torch.double)
     batches = tuple(prompts.batches(batch_size))
-    means = mean_source_outputs(model, batches) if ablation == "mean" else {}
+    means = mean_source_outputs(model, batches) if find_ablation(ablation).averages else {}
     for batch in batches:
         other = run_with_cache(model, batch.corrupted)
         other.mean = means.get(batch.clean.shape[1])

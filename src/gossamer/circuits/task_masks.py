@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation, ActivationCache, run_with_cache
+from gossamer.circuits.activation_cache import ActivationCache, run_with_cache
 from gossamer.circuits.graph import prune
 from gossamer.circuits.intervention import (
     Patched,
@@ -86,7 +86,7 @@ def metric_under_masks(
     masks: Float[Tensor, "circuits units"],
     units: Units,
     *,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     other: ActivationCache,
 ) -> Float[Tensor, "circuits prompts"]:
     """The task's metric on the clean prompts under each mask, differentiable by the masks.
@@ -128,7 +128,7 @@ class TaskMasks:
         model: PreTrainedModel,
         batches: Sequence[Batch],
         units: Units,
-        ablation: Ablation,
+        ablation: str,
         means: Mapping[int, Tensor],
     ) -> None:
         self.model, self.units, self.ablation, self.means = model.requires_grad_(False), units, ablation, means

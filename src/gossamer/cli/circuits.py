@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from gossamer.circuits.ablations import ABLATIONS
 from gossamer.cli.common import (
     LARGEST_SEED,
     app,
@@ -19,13 +20,10 @@ from gossamer.cli.common import (
 from gossamer.errors import GossamerError
 from gossamer.tables import Table
 
+Ablation = Enum("Ablation", {name: name for name in ABLATIONS}, type=str)  # type: ignore[misc]
 
-class Ablation(str, Enum):
-    """What units outside a circuit carry."""
 
-    patch = "patch"
-    zero = "zero"
-    mean = "mean"
+_PATCH = Ablation("patch")
 
 
 class ModelChoice(str, Enum):
@@ -117,7 +115,7 @@ def circuits(
     rephrased: _Rephrased = False,
     levels: _Levels = "nodes,edges,links",
     score: _Score = "eap-ig-inputs",
-    ablation: _Outside = Ablation.patch,
+    ablation: _Outside = _PATCH,
     signed: _Signed = False,
     batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Prompts per forward pass.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Continue even if a model cannot do the task.")] = False,
@@ -199,7 +197,7 @@ def export(
     corruption: Annotated[
         str | None, typer.Option(help="The corruption it was found with.", show_default="the task's first")
     ] = None,
-    ablation: Annotated[Ablation, typer.Option(help="The ablation it was found with.")] = Ablation.patch,
+    ablation: Annotated[Ablation, typer.Option(help="The ablation it was found with.")] = _PATCH,
 ) -> None:
     """Write a circuit found by gossamer circuits to a file for other tools."""
     from gossamer.circuits.circuit_files import write_circuit
@@ -234,7 +232,7 @@ def evaluate_circuit(
     examples: Annotated[int, typer.Option(min=1, max=100_000, help="Number of prompts.")] = 100,
     corruption: _Corruption = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the prompts.")] = 0,
-    ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = Ablation.patch,
+    ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = _PATCH,
     force: Annotated[bool, typer.Option("--force", help="Continue even if the model cannot do the task.")] = False,
 ) -> None:
     """Measure how much of a task the CIRCUIT in a file explains: keep its edges, patch all others, run MODEL.

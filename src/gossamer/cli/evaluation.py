@@ -78,9 +78,13 @@ def evaluate(
     elif tasks is None:
         evaluate_and_show(Run(run), precision, batch_size)
     if tasks is not None:
-        _evaluate_tasks(
-            Run(run), split_names(tasks), task_path, allow_task_code, precision, batch_size, num_fewshot, limit
+        from gossamer.evaluation.capability import TasksConfig
+
+        seed = Run(run).config().training.seed
+        config = TasksConfig(
+            split_names(tasks), task_path, allow_task_code, num_fewshot, limit, batch_size, precision.value, seed
         )
+        _evaluate_tasks(Run(run), config, precision)
 
 
 def _evaluate_lengths(
@@ -111,16 +115,7 @@ def _evaluate_lengths(
     console.print(lengths_table(metrics["lengths"], f"By length; trained at T = {metrics['seq_len']}"))
 
 
-def _evaluate_tasks(
-    run: "Run",  # type: ignore[name-defined]
-    chosen: tuple[str, ...],
-    task_path: Path | None,
-    allow_task_code: bool,
-    precision: Precision,
-    batch_size: int,
-    num_fewshot: int | None,
-    limit: int | None,
-) -> None:
+def _evaluate_tasks(run: "Run", config: "TasksConfig", precision: Precision) -> None:  # type: ignore[name-defined]
     from datasets.utils import logging as datasets_logging
     from transformers.utils import logging
 
@@ -130,23 +125,12 @@ def _evaluate_tasks(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets_logging.disable_progress_bar()
-    if not chosen:
+    if not config.tasks:
         raise GossamerError("--tasks names no task")
     run.record()
-    check_tasks(run, chosen, task_path, allow_task_code=allow_task_code)
-    evaluate_and_show(run, precision, batch_size)
-    metrics = add_tasks(
-        run,
-        chosen,
-        task_path=task_path,
-        allow_task_code=allow_task_code,
-        shots=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        precision=precision.value,
-        seed=run.config().training.seed,
-        progress=lambda what: console.print(what),
-    )
+    check_tasks(run, config)
+    evaluate_and_show(run, precision, config.batch_size)
+    metrics = add_tasks(run, config, progress=lambda what: console.print(what))
     console.print(task_table(metrics))
 
 

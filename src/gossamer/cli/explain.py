@@ -216,7 +216,7 @@ def _explain_text(
 
     from gossamer.explanations.prediction import MOST_TOKENS_DENSE
     from gossamer.explanations.predictions import explain_predictions, summarise
-    from gossamer.training.data import load_blocks
+    from gossamer.training.data import BlockCounts, load_blocks
     from gossamer.training.malloc import keep_freed_memory
 
     if lengths[-1] > MOST_TOKENS_DENSE:
@@ -227,10 +227,8 @@ def _explain_text(
     keep_freed_memory()
     network, tokenizer = load_model_and_tokenizer(model)
     models = {"dense": _dense(dense, tokenizer, "the"), "sparse": network}
-    blocks = load_blocks(
-        text, tokenizer, seq_len=lengths[-1] + 1, train_blocks=1, validation_blocks=1, held_out_blocks=1024, seed=seed,
-        model=network,
-    ).held_out  # fmt: skip
+    counts = BlockCounts(seq_len=lengths[-1] + 1, held_out=1024)
+    blocks = load_blocks(text, tokenizer, counts, seed=seed, model=network).held_out
     described = {"model": model, "dense": dense, "text": text, "share": share, "seed": seed}
     with console.status("explaining") as status:
         rows = explain_predictions(

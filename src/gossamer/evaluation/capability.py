@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,33 +29,41 @@ from gossamer.runs.record import Run, load_control, load_sparse
 from gossamer.training.tokens import end_of_text
 
 
-def measure_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    *,
-    task_path: Path | None = None,
-    allow_task_code: bool = False,
-    shots: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    precision: str = "fp32",
-    seed: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Results of one model on tasks of lm-eval-harness.
+@dataclass(frozen=True)
+class TasksConfig:
+    """Tasks of lm-eval-harness, and how they are measured.
 
-    Args:
-        model: dense or gated, with hard gates.
-        tokenizer: of the model.
+    Attributes:
         tasks: names of tasks, groups or tags that the harness has, or of tasks in ``task_path``.
-        task_path: a directory with tasks of one's own, YAML files as the harness reads them; ``data_files`` in them
-            are found from that directory.
+        task_path: a directory with your own tasks, YAML files as the harness reads them; ``data_files`` in them are
+            found from that directory.
         allow_task_code: whether these may run code of their own: see :mod:`gossamer.evaluation.task_files`.
         shots: examples before each question; None leaves it to the task.
         limit: at most so many examples of each task; None takes all.
         batch_size: requests in one forward pass.
         precision: ``bf16`` runs the matrix products under autocast.
         seed: of the choice of shots.
+    """
+
+    tasks: Sequence[str]
+    task_path: Path | None = None
+    allow_task_code: bool = False
+    shots: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    precision: str = "fp32"
+    seed: int = 0
+
+
+def measure_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TasksConfig
+) -> dict[str, dict[str, Any]]:
+    """Results of one model on tasks of lm-eval-harness.
+
+    Args:
+        model: dense or gated, with hard gates.
+        tokenizer: of the model.
+        config: which tasks.
 
     Returns:
         For each task: ``version``, ``shots``, ``examples``, and ``metrics``, which for each metric has ``value``,
@@ -65,45 +74,38 @@ def measure_tasks(
             that begins or ends a text, or has tokens that the model does not know.
     """
     require_vocabulary(model, tokenizer, "a task")
-    manager, loaded = _load(tasks, task_path, allow_task_code)
+    manager, loaded = _load(config)
     from lm_eval.evaluator import simple_evaluate
 
     reader = _reader(
         tokenizer,
         pretrained=model,
-        batch_size=batch_size,
-        mixed_precision_dtype=torch.bfloat16 if precision == "bf16" else None,
+        batch_size=config.batch_size,
+        mixed_precision_dtype=torch.bfloat16 if config.precision == "bf16" else None,
     )
-    with _guarded(task_path, allow_task_code), reading(f"the task {', '.join(tasks)}"):
+    with _guarded(config), reading(f"the task {', '.join(config.tasks)}"):
         found = simple_evaluate(
             reader,
             tasks=loaded,
             task_manager=manager,  # else it reads all its own tasks again
-            num_fewshot=shots,
-            limit=limit,
+            num_fewshot=config.shots,
+            limit=config.limit,
             log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=config.seed,
         )
     return {name: _metrics(name, found) for name in found["results"]}
 
 
-def add_tasks(
-    run: Run,
-    tasks: Sequence[str],
-    *,
-    progress: Callable[[str], None] = lambda line: None,
-    **options: Any,
-) -> dict[str, Any]:
+def add_tasks(run: Run, config: TasksConfig, *, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measure tasks with every model of a finished, evaluated run and add them to its ``metrics.json``.
 
     Args:
         run: the run.
-        tasks: as for :func:`measure_tasks`.
+        config: which tasks.
         progress: is told in a few words which model is at work.
-        options: those of :func:`measure_tasks`.
 
     Returns:
         The contents of ``metrics.json``.
@@ -116,9 +118,9 @@ def add_tasks(
     found: dict[str, dict[str, Any]] = {}
     for name, load in _models(run).items():
         progress(f"tasks: {name}")
-        for task, result in measure_tasks(load(), tokenizer, tasks, **options).items():
+        for task, result in measure_tasks(load(), tokenizer, config).items():
             facts = {key: result[key] for key in ("version", "shots", "examples")}
-            facts |= {"harness": f"lm-eval {version('lm-eval')}", "precision": options.get("precision", "fp32")}
+            facts |= {"harness": f"lm-eval {version('lm-eval')}", "precision": config.precision}
             record = found.setdefault(task, {**facts, "models": {}})
             record["models"][name] = result["metrics"]
     metrics["tasks"] = {**metrics.get("tasks", {}), **found}
@@ -126,13 +128,13 @@ def add_tasks(
     return metrics
 
 
-def check_tasks(run: Run, tasks: Sequence[str], task_path: Path | None, *, allow_task_code: bool = False) -> None:
+def check_tasks(run: Run, config: TasksConfig) -> None:
     """Stop at a task or a tokenizer that cannot be used, before anything long begins.
 
     Raises:
         GossamerError: naming the task, or what the tokenizer lacks.
     """
-    _load(tasks, task_path, allow_task_code)
+    _load(config)
     _ending_of(load_own_tokenizer(run.model))
 
 
@@ -195,17 +197,18 @@ def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
     return models
 
 
-def _load(tasks: Sequence[str], task_path: Path | None, allow_task_code: bool) -> tuple[Any, list[Any]]:
+def _load(config: TasksConfig) -> tuple[Any, list[Any]]:
     """The harness's task manager, and its task and group objects in the order named."""
-    manager = _manager(tasks, task_path, allow_task_code)
+    task_path = config.task_path
+    manager = _manager(config)
     known = set(manager.all_tasks)
-    for name in tasks:
+    for name in config.tasks:
         if name not in known:
             where = "" if task_path is None else f" and {task_path}"
             raise GossamerError(f"no task {name!r} in lm-eval-harness{where}; lm-eval ls tasks names those it has")
     objects: list[Any] = []
-    with _within(task_path), _guarded(task_path, allow_task_code):
-        for name in tasks:
+    with _within(task_path), _guarded(config):
+        for name in config.tasks:
             try:
                 loaded = manager.load([name])
             # A task is anybody's YAML, code and data set: whatever it raises, the task is at fault.
@@ -216,7 +219,8 @@ def _load(tasks: Sequence[str], task_path: Path | None, allow_task_code: bool) -
     return manager, objects
 
 
-def _manager(tasks: Sequence[str], task_path: Path | None, allow_task_code: bool) -> Any:
+def _manager(config: TasksConfig) -> Any:
+    task_path = config.task_path
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -226,10 +230,10 @@ def _manager(tasks: Sequence[str], task_path: Path | None, allow_task_code: bool
         return _all_tasks(None)
     if not task_path.is_dir():
         raise GossamerError(f"--task-path {task_path} is not a directory with tasks in YAML files")
-    if not allow_task_code:
+    if not config.allow_task_code:
         check_task_files(task_path)
     own = TaskManager(include_path=task_path.resolve(), include_defaults=False)
-    return own if set(tasks) <= set(own.all_tasks) else _all_tasks(task_path.resolve())
+    return own if set(config.tasks) <= set(own.all_tasks) else _all_tasks(task_path.resolve())
 
 
 @cache
@@ -240,8 +244,8 @@ def _all_tasks(task_path: Path | None) -> Any:
     return TaskManager(include_path=task_path)
 
 
-def _guarded(task_path: Path | None, allow_task_code: bool) -> AbstractContextManager[None]:
-    return nullcontext() if task_path is None or allow_task_code else templates_without_code()
+def _guarded(config: TasksConfig) -> AbstractContextManager[None]:
+    return nullcontext() if config.task_path is None or config.allow_task_code else templates_without_code()
 
 
 @contextmanager

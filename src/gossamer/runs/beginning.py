@@ -20,7 +20,7 @@ from gossamer.names import SELF
 from gossamer.runs.memory import require_memory
 from gossamer.runs.record import Run, load_control, versions
 from gossamer.runs.settings import RunConfig
-from gossamer.training.data import Blocks, load_blocks
+from gossamer.training.data import BlockCounts, Blocks, load_blocks
 from gossamer.training.documents import skipped_files, text_fingerprint
 from gossamer.training.stream import unseen_blocks
 
@@ -170,17 +170,15 @@ def blocks_of(
         GossamerError: naming the text and what is wrong with it.
     """
     training = config.training
-    sizes = {
-        "seq_len": config.seq_len,
-        "validation_blocks": max(1, config.validation_tokens // config.seq_len),
-        "held_out_blocks": max(1, config.held_out_tokens // config.seq_len),
-    }
-    if config.stream:
-        return unseen_blocks(config.text, tokenizer, **sizes, model=dense)
-    count = config.steps * training.blocks_per_step
-    return load_blocks(
-        config.text, tokenizer, **sizes, train_blocks=count, seed=training.seed, model=dense, progress=progress
+    counts = BlockCounts(
+        seq_len=config.seq_len,
+        train=config.steps * training.blocks_per_step,
+        validation=max(1, config.validation_tokens // config.seq_len),
+        held_out=max(1, config.held_out_tokens // config.seq_len),
     )
+    if config.stream:
+        return unseen_blocks(config.text, tokenizer, counts, model=dense)
+    return load_blocks(config.text, tokenizer, counts, seed=training.seed, model=dense, progress=progress)
 
 
 def write_beginning(folder: Path, config: RunConfig, dense: PreTrainedModel, blocks: Blocks) -> None:

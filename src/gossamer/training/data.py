@@ -60,6 +60,23 @@ class Blocks:
     held_out: Int[Tensor, "blocks tokens"]
 
 
+@dataclass(frozen=True)
+class BlockCounts:
+    """How many blocks of each part, and how long.
+
+    Attributes:
+        seq_len: tokens in a block.
+        train: training blocks.
+        validation: at most so many validation blocks.
+        held_out: at most so many held-out blocks.
+    """
+
+    seq_len: int
+    train: int = 1
+    validation: int = 1
+    held_out: int = 1
+
+
 class BlockDataset(Dataset[dict[str, Tensor]]):
     """Blocks as transformers' Trainer takes them: ``{"input_ids": [seq_len]}``."""
 
@@ -76,11 +93,8 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 def load_blocks(
     text: str,
     tokenizer: PreTrainedTokenizerBase,
+    counts: BlockCounts,
     *,
-    seq_len: int,
-    train_blocks: int,
-    validation_blocks: int,
-    held_out_blocks: int,
     seed: int,
     model: PreTrainedModel | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -91,12 +105,9 @@ def load_blocks(
         text: a local file (see :mod:`gossamer.training.documents`), a directory of such files, the id of
             a Hub data set with a column ``text`` as ``[hub:]NAME[:CONFIG[:SPLIT]]``, or ``self``.
         tokenizer: of the model.
-        seq_len: tokens in a block.
-        train_blocks: how many training blocks, a seeded choice among all there are (of a very long text, among the
-            first 20 times as many); of a text with fewer, blocks come again once all have come.
-        validation_blocks: at most so many validation blocks, evenly spaced over the held-out text, and at most
-            a third of it.
-        held_out_blocks: at most so many held-out blocks, evenly spaced over the rest of it.
+        counts: how many blocks. Training blocks are a seeded choice among all there are (of a very long text, among
+            the first 20 times as many); of a text with fewer, blocks come again once all have come. Validation blocks
+            are evenly spaced over the held-out text and at most a third of it, held-out blocks over the rest of it.
         seed: of the choice, and of the text sampled from the model.
         model: for ``self``, and to see that it knows the tokens.
         progress: called with the number of blocks sampled so far, and of all, for ``self``.
@@ -107,31 +118,31 @@ def load_blocks(
     if text == SELF:
         if model is None:
             raise ValueError("text 'self' needs the model")
-        sizes = (train_blocks, validation_blocks, held_out_blocks)
-        sampled = sample_blocks(model, tokenizer, sum(sizes), seq_len, seed=seed, progress=progress)
+        sizes = (counts.train, counts.validation, counts.held_out)
+        sampled = sample_blocks(model, tokenizer, sum(sizes), counts.seq_len, seed=seed, progress=progress)
         return Blocks(*sampled.split(sizes))
     if is_local(text):
         files = [list(read_documents(file)) for file in text_files(Path(text))]
         parts, held_out_name = list(map(split, files)), f"its last {HELD_OUT:.0%}"
     else:
-        blocks = max(train_blocks / (1 - HELD_OUT), (validation_blocks + held_out_blocks) / HELD_OUT)
-        documents = list(_read_hub(text, characters=math.ceil(blocks * seq_len * _CHARACTERS_PER_TOKEN)))
+        blocks = max(counts.train / (1 - HELD_OUT), (counts.validation + counts.held_out) / HELD_OUT)
+        documents = list(_read_hub(text, characters=math.ceil(blocks * counts.seq_len * _CHARACTERS_PER_TOKEN)))
         parts, held_out_name = [split_by_checksum(documents)], f"one document in {ONE_IN}"
     train, held_out = (list(chain.from_iterable(part)) for part in zip(*parts, strict=True))
     if not any(document.strip() for document in chain(train, held_out)):
         raise GossamerError(f"{text} is empty; give text to train on")
-    most = max(_CHOICE * train_blocks, _READ_WHOLE // seq_len)
-    train_packed = pack(train, tokenizer, seq_len, name=f"{text} (training part)", most=most)
-    unseen = pack(held_out, tokenizer, seq_len, name=f"{text} (held-out part, {held_out_name})", least=2)
+    most = max(_CHOICE * counts.train, _READ_WHOLE // counts.seq_len)
+    train_packed = pack(train, tokenizer, counts.seq_len, name=f"{text} (training part)", most=most)
+    unseen = pack(held_out, tokenizer, counts.seq_len, name=f"{text} (held-out part, {held_out_name})", least=2)
     if model is not None:
         for part in (train_packed, unseen):
             require_embeddings(model, tokenizer, part, text)
-    validation = _spaced(len(unseen), min(validation_blocks, max(1, len(unseen) // 3)))
+    validation = _spaced(len(unseen), min(counts.validation, max(1, len(unseen) // 3)))
     rest = torch.ones(len(unseen), dtype=torch.bool).index_fill_(0, validation, False).nonzero().flatten()
-    reported = rest[_spaced(len(rest), held_out_blocks)]
+    reported = rest[_spaced(len(rest), counts.held_out)]
     generator = torch.Generator().manual_seed(seed)
-    rounds = math.ceil(train_blocks / len(train_packed))
-    chosen = torch.cat([torch.randperm(len(train_packed), generator=generator) for _ in range(rounds)])[:train_blocks]
+    rounds = math.ceil(counts.train / len(train_packed))
+    chosen = torch.cat([torch.randperm(len(train_packed), generator=generator) for _ in range(rounds)])[: counts.train]
     return Blocks(train_packed[chosen], unseen[validation], unseen[reported])
 
 

@@ -31,6 +31,7 @@ from gossamer.models.vocabulary import require_vocabulary
 from gossamer.names import SELF
 from gossamer.training.data import (
     ONE_IN,
+    BlockCounts,
     Blocks,
     hub_faults,
     hub_stream,
@@ -79,13 +80,11 @@ def _documents(files: list[Path]) -> Iterator[dict[str, str]]:
 def unseen_blocks(
     text: str,
     tokenizer: PreTrainedTokenizerBase,
+    counts: BlockCounts,
     *,
-    seq_len: int,
-    validation_blocks: int,
-    held_out_blocks: int,
     model: PreTrainedModel | None = None,
 ) -> Blocks:
-    """The first held-out blocks of a stream, for validation and for metrics; none to train on.
+    """The first held-out blocks of a stream, for validation and for metrics; none to train on, whatever is asked for.
 
     Of a text with fewer, validation gets at most a third. ``model``, if given, has to know all tokens of the
     tokenizer: what will come of the text is not known.
@@ -107,20 +106,22 @@ def unseen_blocks(
 
     with _faults(text):
         documents = held_out()
-        blocks = pack(documents, tokenizer, seq_len, name=text, least=0, most=validation_blocks + held_out_blocks)
+        blocks = pack(
+            documents, tokenizer, counts.seq_len, name=text, least=0, most=counts.validation + counts.held_out
+        )
         while not parts["train"] and next(documents, None) is not None:
             pass
     if not parts:
         raise GossamerError(f"{text} is empty; give text to train on")
     if len(blocks) < 2 or not parts["train"]:
         found = "1 document" if parts.total() == 1 else f"{parts.total()} documents"
-        lack = f"to hold out 2 blocks of {seq_len} tokens" if len(blocks) < 2 else "to train on any"
+        lack = f"to hold out 2 blocks of {counts.seq_len} tokens" if len(blocks) < 2 else "to train on any"
         raise GossamerError(
             f"{text} is {found}, too few {lack}: --stream holds out whole ones, one in {ONE_IN}; leave --stream out, "
             "or give more documents (a .jsonl file has one a line)"
         )
-    enough = len(blocks) == validation_blocks + held_out_blocks
-    validation = validation_blocks if enough else min(validation_blocks, max(1, len(blocks) // 3))
+    enough = len(blocks) == counts.validation + counts.held_out
+    validation = counts.validation if enough else min(counts.validation, max(1, len(blocks) // 3))
     return Blocks(blocks[:0], blocks[:validation], blocks[validation:])
 
 

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation
 from gossamer.circuits.mask_search import UnitSet
 from gossamer.circuits.task_masks import Units
 from gossamer.circuits.tasks.base import Batch
@@ -25,7 +24,7 @@ class UnitScores(Protocol):
         model: PreTrainedModel,
         batch: Batch,
         *,
-        ablation: Ablation = "patch",
+        ablation: str = "patch",
         mean: Float[Tensor, "sources tokens d_model"] | None = None,
     ) -> Tensor:
         """
@@ -48,7 +47,7 @@ class SetSearch(Protocol):
         batches: Sequence[Batch],
         units: Units,
         *,
-        ablation: Ablation,
+        ablation: str,
         means: Mapping[int, Float[Tensor, "sources tokens d_model"]],
         progress: Callable[[str], None],
     ) -> tuple[Tensor, UnitSet]:

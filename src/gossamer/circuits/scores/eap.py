@@ -3,13 +3,11 @@
 score(u -> v) = sum over batch and positions of (a_u(corrupted) - a_u(clean)) . dm/din_v
 """
 
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.ablations import LinkAblation
 from gossamer.circuits.scores.base import Score
 from gossamer.circuits.scores.gradients import link_products, products_of_clean_run
 from gossamer.circuits.tasks.base import Batch
@@ -19,7 +17,7 @@ def edge_scores(
     model: PreTrainedModel,
     batch: Batch,
     *,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     mean: Float[Tensor, "sources tokens d_model"] | None = None,
 ) -> Float[Tensor, "sources destinations"]:
     """EAP scores of all component edges, summed over the batch."""
@@ -27,7 +25,7 @@ def edge_scores(
 
 
 def link_scores(
-    model: PreTrainedModel, batch: Batch, *, ablation: Literal["patch", "zero"] = "patch"
+    model: PreTrainedModel, batch: Batch, *, ablation: LinkAblation = "patch"
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
     """Gradient x value of every attention link, gradients on the clean run."""
     return link_products(model, batch, ablation)

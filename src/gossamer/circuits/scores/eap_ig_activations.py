@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.scores.base import Score
 from gossamer.circuits.scores.gradients import change, products
@@ -28,7 +27,7 @@ def edge_scores(
     model: PreTrainedModel,
     batch: Batch,
     *,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     mean: Float[Tensor, "sources tokens d_model"] | None = None,
     steps: int = STEPS,
 ) -> Float[Tensor, "sources destinations"]:

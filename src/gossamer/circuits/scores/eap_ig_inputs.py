@@ -6,13 +6,12 @@
 """
 
 from functools import partial
-from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.ablations import LinkAblation
 from gossamer.circuits.scores.base import Score
 from gossamer.circuits.scores.gradients import change, link_products, products
 from gossamer.circuits.tasks.base import Batch
@@ -25,7 +24,7 @@ def edge_scores(
     model: PreTrainedModel,
     batch: Batch,
     *,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     mean: Float[Tensor, "sources tokens d_model"] | None = None,
     steps: int = STEPS,
 ) -> Float[Tensor, "sources destinations"]:
@@ -38,7 +37,7 @@ def edge_scores(
 
 
 def link_scores(
-    model: PreTrainedModel, batch: Batch, *, ablation: Literal["patch", "zero"] = "patch", steps: int = STEPS
+    model: PreTrainedModel, batch: Batch, *, ablation: LinkAblation = "patch", steps: int = STEPS
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
     """Gradient x value of every attention link, gradients averaged as for edges."""
     return link_products(model, batch, ablation, partial(_beginnings, steps=steps))

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation, ActivationCache, run_with_cache
+from gossamer.circuits.ablations import LinkAblation
+from gossamer.circuits.activation_cache import ActivationCache, run_with_cache
 from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.scores.base import Score
 from gossamer.circuits.streams import graph_of
@@ -23,7 +23,7 @@ def edge_scores(
     model: PreTrainedModel,
     batch: Batch,
     *,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     mean: Float[Tensor, "sources tokens d_model"] | None = None,
 ) -> Float[Tensor, "sources destinations"]:
     """The change of the metric when one edge alone is ablated, summed over the batch."""
@@ -36,7 +36,7 @@ def node_scores(
     model: PreTrainedModel,
     batch: Batch,
     *,
-    ablation: Ablation = "patch",
+    ablation: str = "patch",
     mean: Float[Tensor, "sources tokens d_model"] | None = None,
 ) -> Float[Tensor, " sources"]:
     """The change of the metric when one node alone is ablated, summed over the batch."""
@@ -46,7 +46,7 @@ def node_scores(
 
 
 def link_scores(
-    model: PreTrainedModel, batch: Batch, *, ablation: Literal["patch", "zero"] = "patch"
+    model: PreTrainedModel, batch: Batch, *, ablation: LinkAblation = "patch"
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
     """The change of the metric when one attention link alone is ablated, by prompt."""
     graph, (prompts, tokens) = graph_of(model), batch.clean.shape

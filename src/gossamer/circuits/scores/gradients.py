@@ -13,14 +13,14 @@ some of them at a time. So the memory is that of what the sources wrote in one r
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation, ActivationCache, replacement, run_with_cache, source_outputs
+from gossamer.circuits.ablations import LinkAblation, find_ablation
+from gossamer.circuits.activation_cache import ActivationCache, run_with_cache, source_outputs
 from gossamer.circuits.graph import Graph
 from gossamer.circuits.projections import Projection, Projections, projections_of
 from gossamer.circuits.streams import Norm, Pattern, StreamHooks, graph_of, stream_hooks
@@ -127,13 +127,13 @@ def products(
 def change(
     model: PreTrainedModel,
     batch: Batch,
-    ablation: Ablation,
+    ablation: str,
     mean: Float[Tensor, "sources tokens d_model"] | None,
 ) -> tuple[Float[Tensor, "sources batch tokens d_model"], Tensor, Tensor]:
     """By how much ablation changes what each source writes, and the embeddings of clean and corrupted prompts."""
     corrupted = source_outputs(model, batch.corrupted)
     start = corrupted[0].clone()
-    difference = replacement(corrupted, ablation, mean)
+    difference = find_ablation(ablation).replace(corrupted, mean)
     del corrupted
     clean = source_outputs(model, batch.clean)
     difference -= clean
@@ -143,11 +143,11 @@ def change(
 def products_of_clean_run(
     model: PreTrainedModel,
     batch: Batch,
-    ablation: Ablation,
+    ablation: str,
     mean: Float[Tensor, "sources tokens d_model"] | None,
 ) -> Float[Tensor, "sources destinations"]:
     """:func:`products` with :func:`change`, without a run of its own for what the sources write on clean prompts."""
-    difference = replacement(source_outputs(model, batch.corrupted), ablation, mean)
+    difference = find_ablation(ablation).replace(source_outputs(model, batch.corrupted), mean)
     taps = _Taps(graph_of(model), projections_of(model), difference=difference)
     _run(model, batch, taps)
     return _scores_of_run(taps, difference)
@@ -227,7 +227,7 @@ def _column(graph: Graph, difference: Tensor, gradient: Tensor, destination: int
 def link_products(
     model: PreTrainedModel,
     batch: Batch,
-    ablation: Literal["patch", "zero"],
+    ablation: LinkAblation,
     beginnings: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda clean, corrupted: [clean],
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
     """Attribution scores of all attention links, by prompt, with the gradient averaged over some runs.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gossamer.circuits.activation_cache import Ablation
 from gossamer.circuits.mask_search import MaskSearch, UnitSet
 from gossamer.circuits.metrics import EXPLAINED
 from gossamer.circuits.scores.base import Score
@@ -29,7 +28,7 @@ def search_set(
     units: Units,
     *,
     complete: bool,
-    ablation: Ablation,
+    ablation: str,
     means: Mapping[int, Tensor],
     progress: Callable[[str], None],
 ) -> tuple[Tensor, UnitSet]:

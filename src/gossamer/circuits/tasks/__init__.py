@@ -9,9 +9,8 @@ register(Task("sums", "small sums", "logit_difference", ("other",), examples))
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
-from gossamer.circuits.activation_cache import Ablation
+from gossamer.circuits.ablations import ABLATIONS
 from gossamer.circuits.tasks.addition import ADDITION
 from gossamer.circuits.tasks.agreement import AGREEMENT
 from gossamer.circuits.tasks.base import Batch, DroppedExample, Example, Prompts, Task, TokenizedExample
@@ -68,6 +67,6 @@ def find_task(name: str) -> Task:
         # Records are called TASK, TASK-CORRUPTION, TASK-ABLATION; some file systems do not tell case apart.
         called = task.name.lower()
         taken = any(f"{called}-".startswith(f"{known.lower()}-") for known in TASKS)
-        taken |= called.endswith(tuple(f"-{ablation}" for ablation in get_args(Ablation)))
+        taken |= called.endswith(tuple(f"-{ablation}" for ablation in ABLATIONS))
         return replace(task, name=Path(name).name) if taken else task
     raise GossamerError(f"there is no task {name!r}; there are {', '.join(TASKS)}, or give a .jsonl file")

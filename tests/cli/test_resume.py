@@ -1,0 +1,145 @@
+"""Runs that were killed, interrupted or short of disk go on with --resume."""
+
+import json
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import COMMAND, ENVIRONMENT, Finished, assert_refused, gossamer_command, quick, weights
+from gossamer.training.checkpoints import checkpoint_error, checkpoints
+
+
+def test_a_run_that_reads_its_text_while_training_goes_on_where_it_was_killed(
+    saved_llama: Path, folder_of_text: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, though two workers had read ahead; the text is short enough to begin again."""
+    settings = [*quick(stream_workers=2, checkpoint_every=5), "--stream", "--tokens", 200 * 64]
+    line = ["sparsify", saved_llama, "--text", folder_of_text, *settings, "--out"]
+    result = gossamer_command(*line, tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    assert "began again" in result.stderr
+    for log, lines in (("training.jsonl", 33), ("control.jsonl", 52)):
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, line), str(tmp_path / "killed"), "--resume"],
+            env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        rows = tmp_path / "killed" / log
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if rows.exists() and len(rows.read_text().splitlines()) >= lines:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, f"{log}: ended before it could be killed"
+        process.kill()
+        process.wait()
+    result = gossamer_command(*line, tmp_path / "killed", "--resume")
+    assert result.returncode == 0, result.stderr
+    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
+        a, b = weights(tmp_path / "whole", part), weights(tmp_path / "killed", part)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(finished: Finished, tmp_path: Path) -> None:
+    whole, out = finished.out, tmp_path / "killed"
+    line = ["sparsify", finished.model, "--text", finished.text, "--out", out, *finished.arguments, "--resume"]
+    for log, lines in ((None, 0), ("training.jsonl", 7), ("training.jsonl", 33), ("control.jsonl", 21)):
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log is None or ((out / log).exists() and len((out / log).read_text().splitlines()) >= lines):
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, f"{log}: ended before it could be killed: {process.stderr.read().decode()}"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    result = gossamer_command(*line)
+    assert result.returncode == 0, result.stderr
+    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
+        a, b = weights(whole, part), weights(out, part)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    steps = [json.loads(row) for row in (out / "training.jsonl").read_text().splitlines()]
+    known = [json.loads(row) for row in (whole / "training.jsonl").read_text().splitlines()]
+    for a, b in zip(steps, known, strict=True):
+        for key in ("step", "constrained", "constrained_held_out", "multiplier", "open_fraction", "learning_rate"):
+            assert a.get(key) == b.get(key)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def begun(saved_llama: Path, text: Path, tmp_path: Path):
+    """A run killed after its second checkpoint."""
+    out = tmp_path / "begun"
+    line = ["sparsify", saved_llama, "--text", text, "--out", out, *quick(checkpoint_every=3),
+            "--tokens", 4000 * 64]  # fmt: skip
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and len(checkpoints(out / "checkpoints")) < 2:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return out, [*line, "--resume"]
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_alone(begun) -> None:
+    """Files over 20 kB cannot be written, as on a disk that fills up in the middle of one."""
+    out, line = begun
+    good = [path for path in checkpoints(out / "checkpoints") if checkpoint_error(path) is None][-1]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    result = subprocess.run([*COMMAND, *map(str, line)], capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
+                            preexec_fn=limit)  # fmt: skip
+    assert_refused(result, "cannot write", "checkpoint-", "untouched")
+    assert checkpoint_error(good) is None
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(begun, saved_llama: Path, text: Path) -> None:
+    out, line = begun
+    older, newest = [path for path in checkpoints(out / "checkpoints") if checkpoint_error(path) is None][-2:]
+    file = newest / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    process = subprocess.Popen([*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    warning = process.stderr.readline()
+    process.kill()
+    process.communicate()
+    assert newest.name in warning
+    assert "optimizer.pt has 1,000 of" in warning
+    assert older.name in warning
+
+
+def test_resuming_with_other_settings_is_refused(finished: Finished) -> None:
+    line = ["sparsify", finished.model, "--text", finished.text, "--out", finished.out, *finished.arguments]
+    assert_refused(gossamer_command(*line), str(finished.out), "--resume")
+    assert_refused(gossamer_command(*line, "--resume", "--slack", 0.5), "slack=0.01", "0.5")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(
+    number: signal.Signals, saved_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *quick(), "--tokens", 10**7]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if run in the background
+    )  # fmt: skip
+    try:
+        for _ in range(1200):
+            if (tmp_path / "run" / "training.jsonl").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    assert errors.strip() == "gossamer: interrupted; go on with --resume"

@@ -1,0 +1,50 @@
+"""The command line in a process of its own, for tests."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from forked import run_command
+from settings_files import config
+
+COMMAND = [sys.executable, "-m", "gossamer.cli"]
+
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run, the model and the text it was made from, its other arguments but --out, and what it printed."""
+
+    out: Path
+    model: Path
+    text: Path
+    arguments: list[object]
+    printed: str
+
+
+def quick(**settings: object) -> list[str]:
+    """Options of a small run, with a file of these settings besides."""
+    return ["--seq-len", "16", *config(held_out_tokens=128, precision="fp32", **settings)]
+
+
+def gossamer_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    return run_command(arguments, ENVIRONMENT, **options)
+
+
+def weights(run: Path, part: str = "model/gossamer.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(run / part)
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in result.stdout + result.stderr
