@@ -16,13 +16,11 @@ from gossamer.runs.settings_file import read_settings
 
 PresetOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="Take model, text and all settings from a preset: gpt2, smollm2, llama-3.2-1b, olmo-2-7b."
-    ),
+    typer.Option(metavar="NAME", help="Model, text and settings by name: gpt2, smollm2, llama-3.2-1b, olmo-2-7b."),
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="YAML file with settings; gossamer settings prints one with all of them."),
+    typer.Option(metavar="FILE", help="YAML file with any of the settings that gossamer settings prints."),
 ]
 
 

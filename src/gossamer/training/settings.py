@@ -76,7 +76,7 @@ class TrainingConfig:
         "Precision of the matrix products; weights and optimiser state stay float32.", "bf16"
     )
     checkpoint_every: int = setting("Steps between checkpoints; 0 for none.", 100, least=0, most=2**40)
-    seed: int = setting("Seed of the data order, the noise and everything else random.", 0, least=0, most=2**32 - 1)
+    seed: int = setting("Seed of everything random.", 0, least=0, most=2**32 - 1)
 
     @property
     def blocks_per_step(self) -> int:
