@@ -46,6 +46,8 @@ myst_heading_anchors = 4
 nb_execution_mode = "off"  # their outputs are stored, and a test runs them
 copybutton_exclude = ".linenos, .gp, .go"
 
+smartquotes_action = "qe"  # quotes and ellipses; dashes would turn --out into –out
+
 html_show_search_summary = False  # the pages are not to be fetched from disk
 html_theme = "furo"
 html_title = f"gossamer {version}"

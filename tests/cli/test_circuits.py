@@ -57,6 +57,8 @@ def test_circuits_of_a_saved_model_lie_where_they_are_asked_for(
 
 def test_inspect_tells_a_sparse_model_from_a_dense_one(sparse: Path, saved_llama: Path, capsys) -> None:
     call("inspect", sparse)
-    assert "gate bias" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "gate bias" in shown
+    assert "made from" in shown
     call("inspect", saved_llama)
     assert "can be gated" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_an_explanation_beside_the_dense_model(saved: Path, saved_llama: Path, t
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "explain.json").read_text())
     assert record["kind"] == record["dense"]["kind"] == "complete"
-    assert f"{record['size']:,} links (complete) keep {100 * record['kept']:.0f} %" in printed
+    assert f"{record['size']:,} links (complete): alone they keep {100 * record['kept']:.0f} %" in printed
     assert f"dense model: {record['dense']['size']:,} links" in printed
     assert record["dense"]["candidates"] == 3 * 4 * len(record["ids"]) * (len(record["ids"]) + 1) // 2
     assert record["dense_links_per_link"] == pytest.approx(record["dense"]["size"] / record["size"])

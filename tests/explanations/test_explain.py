@@ -107,7 +107,8 @@ def test_the_record_says_what_was_found(model, tokenizer) -> None:
     assert text.count("<edge ") == record["size"]
     lines = in_words(record)
     assert f"{record['size']:,} links (sufficient)" in lines[1]
-    assert lines[3].startswith(f"layer {record['details'][0]['link'][0]} head")
+    assert lines[3].startswith(f"the strongest {min(10, record['size'])} of {record['size']} links")
+    assert lines[4].startswith(f"layer {record['details'][0]['link'][0]} head")
 
 
 @pytest.mark.parametrize(

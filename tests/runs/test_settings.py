@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gossamer import GossamerError
-from gossamer.runs.presets import presets
+from gossamer.runs.presets import Preset, presets
 from gossamer.runs.settings import RunConfig, SettingsSource, settings
 from gossamer.runs.settings_file import all_settings, read_settings
 from gossamer.training.constraints import CrossEntropy, KLDivergence
@@ -55,13 +55,21 @@ def test_every_setting_is_explained_and_in_the_printed_file(tmp_path: Path) -> N
     assert RunConfig.from_sources([SettingsSource(ASKED), read_settings(file)]).training.learning_rate == 1e-5
 
 
+@pytest.mark.parametrize("preset", presets().values(), ids=lambda preset: preset.name)
+def test_the_printed_file_of_a_preset_is_the_preset(preset: Preset, tmp_path: Path) -> None:
+    file = tmp_path / "preset.yaml"
+    file.write_text(all_settings(preset.settings))
+    asked = RunConfig.from_sources([SettingsSource(preset.settings)])
+    assert RunConfig.from_sources([read_settings(file)]) == asked
+
+
 def test_defaults_that_json_writes_without_a_dot_come_back_as_numbers() -> None:
     """YAML 1.1 takes 1e-05 for a text; the printed file must not."""
     from gossamer.fields import Setting
     from gossamer.runs.settings_file import _entry
 
     for value in (1e-05, 1e30, 2.5e-7, 1000000.0, 3):
-        line = _entry(Setting("x", float, "A number.", value), "ce").splitlines()[-1]
+        line = _entry(Setting("x", float, "A number.", MISSING), "ce", value).splitlines()[-1]
         assert yaml.safe_load(line) == {"x": value}
         assert not isinstance(yaml.safe_load(line)["x"], str)
 

@@ -86,7 +86,7 @@ def find_circuits(
         prompts: of the task.
         levels: which kinds of units.
         score: what ranks the units.
-        ablation: what units outside a circuit carry: a name in :data:`gossamer.circuits.ablations.ABLATIONS`.
+        ablation: what units outside a circuit carry: a name in ``gossamer.circuits.ablations.ABLATIONS``.
         absolute: choose the largest absolute scores; else the lowest: the units that help the metric most.
         batch_size: rows in one forward pass: prompts, or several circuits on fewer prompts.
         progress: is told in a few words what is being done.

@@ -34,41 +34,39 @@ class ModelChoice(str, Enum):
     sparse = "sparse"
 
 
-_Corruption = Annotated[str | None, typer.Option(help="Kind of corrupted prompts.", show_default="the task's first")]
-_Levels = Annotated[str, typer.Option(help="Kinds of units, with commas between: nodes, edges, links.")]
+_Corruption = Annotated[str | None, typer.Option(help="How prompts are corrupted.", show_default="the task's first")]
+_Levels = Annotated[str, typer.Option(help="Comma-separated: nodes, edges, links.")]
 _Score = Annotated[
     str,
     typer.Option(
-        help=f"What ranks the units: {', '.join(SCORES)}. A learned mask is a search for a set of nodes or edges; it "
-        "does not rank links."
+        help=f"How units are scored: {', '.join(SCORES)}. The learned masks search for a set of nodes or edges instead."
     ),
 ]
 _Seeds = Annotated[
-    int, typer.Option(min=1, max=1_000, help="Repeat with so many seeds, from --seed on, and show the spread.")
+    int, typer.Option(min=1, max=1_000, help="Repeat with this many seeds, starting at --seed, and show the spread.")
 ]
 _Rephrased = Annotated[
     bool, typer.Option("--rephrased", help="Repeat with each of the task's other sets of templates.")
 ]
 _Outside = Annotated[
-    Ablation, typer.Option(help="What units outside a circuit carry: the corrupted run's values, zero or a mean.")
+    Ablation,
+    typer.Option(help="What units outside a circuit carry: the corrupted run's values (patch), zero, or the mean."),
 ]
-_Signed = Annotated[
-    bool, typer.Option("--signed", help="Choose the units that help most, not those with the largest absolute score.")
+_Signed = Annotated[bool, typer.Option("--signed", help="Rank units by signed score instead of absolute score.")]
+_Replace = Annotated[bool, typer.Option("--replace", help="Overwrite a result that was found with other settings.")]
+_Dense = Annotated[
+    str | None, typer.Option(help="The dense model, if MODEL does not record which one it was made from.")
 ]
-_Replace = Annotated[
-    bool, typer.Option("--replace", help="Put the result in the place of one that was found with other settings.")
-]
-_Dense = Annotated[str | None, typer.Option(help="The dense model, where MODEL does not say what it was made from.")]
 
 
 @app.command()
 def task(
-    name: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file with examples of one's own.")],
+    name: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file with your own examples.")],
     model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
-    examples: Annotated[int, typer.Option(min=1, max=100_000, help="How many examples the model is asked.")] = 100,
-    show: Annotated[int, typer.Option(min=0, help="How many of them are printed.")] = 3,
+    examples: Annotated[int, typer.Option(min=1, max=100_000, help="Number of examples to test.")] = 100,
+    show: Annotated[int, typer.Option(min=0, help="Number of examples to print.")] = 3,
     corruption: _Corruption = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the examples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the examples.")] = 0,
 ) -> None:
     """Show examples of a task, and how well MODEL does it."""
     from collections import Counter
@@ -109,27 +107,26 @@ def circuits(
     model: Annotated[
         str, typer.Argument(help="A finished run; or, with --out, smollm2-sparse or a saved sparse model.")
     ],
-    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
-    examples: Annotated[int, typer.Option(min=1, max=100_000, help="How many prompts.")] = 100,
+    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with your own examples.")],
+    examples: Annotated[int, typer.Option(min=1, max=100_000, help="Number of prompts.")] = 100,
     corruption: _Corruption = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the prompts.")] = 0,
     seeds: _Seeds = 1,
     rephrased: _Rephrased = False,
     levels: _Levels = "nodes,edges,links",
     score: _Score = "eap-ig-inputs",
     ablation: _Outside = _PATCH,
     signed: _Signed = False,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Rows in one forward pass.")] = 16,
-    force: Annotated[bool, typer.Option("--force", help="Go on even if a model cannot do the task.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Prompts per forward pass.")] = 16,
+    force: Annotated[bool, typer.Option("--force", help="Continue even if a model cannot do the task.")] = False,
     replace: _Replace = False,
     dense: _Dense = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the circuits.", show_default="the run's")] = None,
 ) -> None:
-    """Find circuits of a sparse model and of its dense original, check them by intervention, compare them.
+    """Find circuits of a sparse model and of its dense original, check them by intervention, and compare them.
 
-    Leaves in RUN/circuits/TASK, or OUT/circuits/TASK: circuits.json (the metrics), scores.safetensors (of all edges),
-    links.json. Another corruption than the task's first and another ablation than patch are added to the name:
-    TASK-CORRUPTION-zero.
+    Writes circuits.json (the metrics), scores.safetensors (of all edges) and links.json to RUN/circuits/TASK or
+    OUT/circuits/TASK. A corruption or ablation other than the default is added to the name: TASK-CORRUPTION-zero.
     """
     from gossamer.circuits.compare import SearchConfig
 
@@ -186,23 +183,23 @@ def _levels(text: str) -> "tuple[Level, ...]":  # type: ignore[name-defined]
 
 @app.command()
 def export(
-    run: Annotated[
-        Path, typer.Argument(help="Directory of a run whose circuits have been found, or that of circuits --out.")
-    ],
-    task: Annotated[str, typer.Option(help="The task, as gossamer circuits was given it.")],
+    run: Annotated[Path, typer.Argument(help="A run with circuits, or the --out directory of gossamer circuits.")],
+    task: Annotated[str, typer.Option(help="The --task given to gossamer circuits.")],
     out: Annotated[
-        Path, typer.Option(help="File to write: .json or .pt (as EAP-IG and the MIB leaderboard), .graphml.")
+        Path,
+        typer.Option(help="File to write: .json or .pt (the format of EAP-IG and the MIB leaderboard), or .graphml."),
     ],
-    model: Annotated[ModelChoice, typer.Option(help="Whose circuit.")] = ModelChoice.sparse,
+    model: Annotated[ModelChoice, typer.Option(help="The model whose circuit to write.")] = ModelChoice.sparse,
     edges: Annotated[
-        int | None, typer.Option(min=1, help="Edges kept, before pruning.", show_default="those that explain 90 %")
+        int | None,
+        typer.Option(min=1, help="Number of edges to keep, before pruning.", show_default="those that explain 90 %"),
     ] = None,
     corruption: Annotated[
-        str | None, typer.Option(help="With which it was found.", show_default="the task's first")
+        str | None, typer.Option(help="The corruption it was found with.", show_default="the task's first")
     ] = None,
-    ablation: Annotated[Ablation, typer.Option(help="Under which it was found.")] = _PATCH,
+    ablation: Annotated[Ablation, typer.Option(help="The ablation it was found with.")] = _PATCH,
 ) -> None:
-    """Write a circuit that gossamer circuits has found for other tools."""
+    """Write a circuit found by gossamer circuits to a file for other tools."""
     from gossamer.circuits.circuit_files import write_circuit
     from gossamer.circuits.records import load_circuit
     from gossamer.circuits.tasks import find_task
@@ -215,27 +212,28 @@ def export(
 
 @app.command()
 def evaluate_circuit(
-    circuit: Annotated[Path, typer.Argument(help="A circuit: .json or .pt of EAP-IG, or .graphml.")],
+    circuit: Annotated[Path, typer.Argument(help="A circuit file: .json or .pt of EAP-IG, or .graphml.")],
     model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
-    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with examples of one's own.")],
+    task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with your own examples.")],
     edges: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Keep so many edges, those with the largest absolute scores, not what the file keeps."
+            min=1, help="Keep this many edges with the largest absolute scores, instead of the file's choice."
         ),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="The same by scores of nodes.")] = None,
-    neurons: Annotated[int | None, typer.Option(min=1, help="The same by scores of neurons.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Likewise for nodes.")] = None,
+    neurons: Annotated[int | None, typer.Option(min=1, help="Likewise for neurons.")] = None,
     signed: Annotated[
-        bool, typer.Option("--signed", help="With these: those that help most, not those with the largest scores.")
+        bool,
+        typer.Option(
+            "--signed", help="With --edges, --nodes or --neurons: rank by signed score instead of absolute score."
+        ),
     ] = False,
-    examples: Annotated[int, typer.Option(min=1, max=100_000, help="How many prompts.")] = 100,
-    corruption: Annotated[
-        str | None, typer.Option(help="Kind of corrupted prompts.", show_default="the task's first")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the prompts.")] = 0,
+    examples: Annotated[int, typer.Option(min=1, max=100_000, help="Number of prompts.")] = 100,
+    corruption: _Corruption = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the prompts.")] = 0,
     ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = _PATCH,
-    force: Annotated[bool, typer.Option("--force", help="Go on even if the model cannot do the task.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Continue even if the model cannot do the task.")] = False,
 ) -> None:
     """Measure how much of a task the CIRCUIT in a file explains: keep its edges, patch all others, run MODEL.
 

@@ -98,8 +98,8 @@ def load_dense_and_sparse(
     return original, sparse, tokenizer
 
 
-def _dense_of(model: str) -> "PreTrainedModel":  # type: ignore[name-defined]
-    """The dense model that a sparse one says it was made from."""
+def dense_name(model: str) -> str:
+    """The name of the dense model that a sparse one records it was made from; ``unknown`` where it does not."""
     from gossamer.models.checkpoint import saved_base
     from gossamer.models.lora_files import adapter_base, is_adapter
     from gossamer.models.repositories import gossamer_folder
@@ -107,8 +107,12 @@ def _dense_of(model: str) -> "PreTrainedModel":  # type: ignore[name-defined]
 
     folder = gossamer_folder(model) or Path(model)
     if model in SHIPPED and not folder.exists():
-        return load_model_and_tokenizer(adapter_base(shipped_adapter(model)))[0]
-    base = adapter_base(folder) if is_adapter(folder) else saved_base(folder)
+        return adapter_base(shipped_adapter(model))
+    return adapter_base(folder) if is_adapter(folder) else saved_base(folder)
+
+
+def _dense_of(model: str) -> "PreTrainedModel":  # type: ignore[name-defined]
+    base = dense_name(model)
     if base == "unknown":
         raise GossamerError(f"{model} does not say which dense model it was made from; give it as --dense")
     return load_model_and_tokenizer(base)[0]

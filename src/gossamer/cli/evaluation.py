@@ -1,5 +1,6 @@
 """evaluate and inspect: the metrics of a run, and what a model is."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from gossamer.cli.common import (
     Precision,
     app,
     console,
+    dense_name,
     key_value_table,
     load_dense_and_sparse,
     load_model_and_tokenizer,
@@ -21,42 +23,42 @@ from gossamer.errors import GossamerError
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
-    precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Precision of the forward passes.")] = Precision.fp32,
     batch_size: Annotated[
-        int, typer.Option(min=1, max=2**20, help="Blocks, or requests of a task, in one forward pass.")
+        int, typer.Option(min=1, max=2**20, help="Blocks, or requests of a task, per forward pass.")
     ] = 8,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Also these tasks of lm-eval-harness, with commas between: arc_easy,lambada_openai."),
+        typer.Option(help="Also run these tasks of lm-eval-harness, comma-separated: arc_easy,lambada_openai."),
     ] = None,
     task_path: Annotated[
         Path | None,
-        typer.Option(help="Directory with tasks of one's own, in YAML files as lm-eval-harness reads them."),
+        typer.Option(help="Directory with your own tasks, as YAML files of lm-eval-harness."),
     ] = None,
     allow_task_code: Annotated[
         bool,
-        typer.Option("--allow-task-code", help="Let these tasks run code: their YAML can name any. Read it first."),
+        typer.Option("--allow-task-code", help="Let these tasks run the Python code their YAML names. Read it first."),
     ] = False,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, max=1_000, help="Examples before each question.", show_default="the task's own")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many examples of each task.", show_default="all")
+        int | None, typer.Option(min=1, help="At most this many examples of each task.", show_default="all")
     ] = None,
     lengths: Annotated[
-        str | None, typer.Option(help="Also at these sequence lengths, with commas between: 256,512,1024.")
+        str | None, typer.Option(help="Also measure at these sequence lengths, comma-separated: 256,512,1024.")
     ] = None,
     held_out_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=10**9,
-            help="So many unseen tokens at each of --lengths, or all there are.",
+            help="Unseen tokens to measure at each of --lengths, at most all there are.",
             show_default="as the run",
         ),
     ] = None,
 ) -> None:
-    """Measure the models of RUN on held-out text: loss, KL, open links, the top-k baseline; and on tasks."""
+    """Measure the models of RUN on held-out text (loss, KL, open links, top-k baseline) and on tasks."""
     from transformers.utils import logging
 
     from gossamer.evaluation.task_files import FLAG
@@ -155,13 +157,15 @@ def evaluate_and_show(run: "Run", precision: Precision, batch_size: int) -> None
 @app.command()
 def compare(
     model: Annotated[str, typer.Argument(help="smollm2-sparse, a run, a saved sparse model or an adapter.")],
-    text: Annotated[str, typer.Option(help="A file or directory of text, as for sparsify; all of it is read.")],
+    text: Annotated[str, typer.Option(help="A file or directory of text, as for sparsify.")],
     dense: Annotated[
-        str | None, typer.Option(help="The dense model.", show_default="the one that MODEL says it was made from")
+        str | None, typer.Option(help="The dense model.", show_default="the one MODEL was made from")
     ] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 128,
-    tokens: Annotated[int, typer.Option(min=2, max=10**9, help="At most so many tokens of the text.")] = 32_768,
-    precision: Annotated[Precision, typer.Option(help="Of the forward passes.")] = Precision.fp32,
+    tokens: Annotated[
+        int, typer.Option(min=2, max=10**9, help="Measure at most this many tokens of the text, from its start.")
+    ] = 32_768,
+    precision: Annotated[Precision, typer.Option(help="Precision of the forward passes.")] = Precision.fp32,
 ) -> None:
     """Compare a sparse MODEL with its dense model on a text: loss, KL and open links."""
     from itertools import chain
@@ -205,7 +209,7 @@ def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
 
     console.print(key_value_table(f"Run {run.folder}", run.config().to_dict()))
     if not run.metrics.exists():
-        console.print("Not evaluated yet: finish it with --resume, then gossamer evaluate.")
+        console.print("Not evaluated yet. Finish the run with sparsify --resume, or run gossamer evaluate.")
         return
     metrics = run.read_metrics()
     with reading(run.metrics, EVALUATE):
@@ -237,8 +241,25 @@ def inspect_model(target: str) -> None:
     }
     if gated:
         biases = gate_biases(model)
+        facts["made from"] = dense_name(target)
         facts["gate bias"] = f"{biases.min():.2f} to {biases.max():.2f}, mean {biases.mean():.2f}"
     else:
         architecture_of(model)
         facts["can be gated"] = "yes"
-    console.print(key_value_table(f"{'Sparse' if gated else 'Dense'} model {target}", facts))
+    console.print(key_value_table(f"{'Sparse' if gated else 'Dense'} model {target}", facts | _shipped_facts(target)))
+
+
+def _shipped_facts(target: str) -> dict[str, object]:
+    """What was measured of a model that comes with gossamer; nothing of others."""
+    from gossamer.models.shipped import SHIPPED, shipped_adapter
+
+    if target not in SHIPPED or Path(target).exists():
+        return {}
+    metrics = json.loads((shipped_adapter(target) / "metrics.json").read_text(encoding="utf-8"))
+    measured, label = metrics["held_out"], metrics["run"]["constraint"].upper()
+    return {
+        "trained on": f"{metrics['tokens_trained']:,} tokens at T = {metrics['run']['seq_len']}, "
+        f"{label} at most {metrics['bound']:g}",
+        "held-out text": f"{100 * measured['open_fraction']:.2f} % open, {measured['open_links_per_query']:.1f} links "
+        f"per query and head, KL {measured['kl']:.3f}",
+    }

@@ -25,56 +25,62 @@ class Kind(str, Enum):
 _Links = Annotated[
     Kind | None,
     typer.Option(
-        help="sufficient: the links alone keep the share. complete: without them no more than the rest is left.",
+        help="sufficient: these links alone keep --share of the metric. complete: also, without them at most the rest "
+        "remains.",
         show_default="sufficient; complete with --dense",
     ),
 ]
 _Text = Annotated[
     str | None,
     typer.Option(
-        help="Instead of a prompt: many predictions of the unseen part of this text, as for sparsify, in MODEL and "
-        "in --dense, sufficient and complete; --out is a .jsonl file, which a second call goes on with."
+        help="Instead of PROMPT: explain many predictions on the held-out part of this text (as for sparsify), in "
+        "MODEL and in --dense. Writes --out FILE.jsonl; a second call continues it."
     ),
 ]
 
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help="A run, a saved sparse model, an adapter, or a dense model.")],
+    model: Annotated[
+        str, typer.Argument(help="smollm2-sparse, a run, a saved sparse model, an adapter, or a dense model.")
+    ],
     prompt: Annotated[
-        str | None, typer.Argument(help="Text; what comes after it is explained. Without one, see --text.")
+        str | None, typer.Argument(help="Text; the prediction of the token after it is explained.")
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="The token whose prediction is explained.", show_default="the model's first choice"),
+        typer.Option(help="The token to explain.", show_default="the model's most likely one"),
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another token: explain the logit difference, not the log-probability.")
+        str | None, typer.Option(help="Explain the logit difference to this token instead of the log-probability.")
     ] = None,
-    dense: Annotated[
-        str | None, typer.Option(help="A dense model: explain its prediction of the same token too, beside MODEL's.")
-    ] = None,
+    dense: Annotated[str | None, typer.Option(help="Also explain the same prediction in this dense model.")] = None,
     corrupted: Annotated[
-        str | None, typer.Option(help="A prompt of equal length: cut links carry its values instead of nothing.")
+        str | None,
+        typer.Option(help="A prompt of the same length in tokens: cut links carry its values instead of nothing."),
     ] = None,
     links: _Links = None,
-    share: Annotated[float, typer.Option(help="Of the metric, kept by the links.")] = 0.9,
-    seeds: Annotated[int, typer.Option(min=1, max=1_000, help="Searches; how far their sets agree is reported.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the first search.")] = 0,
+    share: Annotated[float, typer.Option(help="Share of the metric that the links must keep.")] = 0.9,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1_000, help="Number of searches; the overlap of the sets they find is reported.")
+    ] = 2,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first search.")] = 0,
     text: _Text = None,
-    predictions: Annotated[int, typer.Option(min=1, max=100_000, help="With --text: how many of each length.")] = 20,
-    seq_len: Annotated[str, typer.Option(help="With --text: tokens of context.")] = "16,32,64,128,256",
+    predictions: Annotated[int, typer.Option(min=1, max=100_000, help="With --text: predictions per length.")] = 20,
+    seq_len: Annotated[
+        str, typer.Option(help="With --text: numbers of context tokens, comma-separated.")
+    ] = "16,32,64,128,256",
     figures: Annotated[
-        Path | None, typer.Option(help="Directory for the picture as PNG and SVG; needs the extra: report.")
+        Path | None, typer.Option(help="Write the picture as PNG and SVG into this directory; needs gossamer[report].")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write: .html (and a .json beside it), .json or .graphml."),
+        typer.Option(help="File to write: .html (with a .json beside it), .json or .graphml."),
     ] = None,
 ) -> None:
     """Explain why MODEL predicts what it does after PROMPT: the attention links that carry it.
 
-    The links are found by search and checked by running the model with them alone, and without them.
+    A search finds the links; running the model with them alone, and without them, checks them.
     """
     if (prompt is None) == (text is None):
         raise GossamerError("give a PROMPT or --text, one of them")

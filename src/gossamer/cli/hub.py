@@ -12,19 +12,24 @@ from gossamer.errors import GossamerError
 @app.command()
 def push(
     target: Annotated[Path, typer.Argument(help="A finished run, a saved sparse model, or adapters with gates.")],
-    repository: Annotated[str, typer.Argument(help="Where to: org/name; made if there is none.")],
-    license: Annotated[str | None, typer.Option(help="For the model card: apache-2.0, mit, llama3.2, other.")] = None,
+    repository: Annotated[str, typer.Argument(help="Repository id, org/name; created if it does not exist.")],
+    license: Annotated[
+        str | None, typer.Option(help="License for the model card: apache-2.0, mit, llama3.2, other.")
+    ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="The dense model's id on the Hub.", show_default="as the run names it")
     ] = None,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Of a run with LoRA: adapters and gates alone, not the whole model.")
+        bool,
+        typer.Option("--adapter", help="Push only the adapters and gates of a run with LoRA, not the whole model."),
     ] = False,
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Of a repository that is made.", show_default="the account's"),
+        typer.Option(
+            "--private/--public", help="Visibility of a repository that is created.", show_default="the account's"
+        ),
     ] = None,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a model made with gossamer",
+    message: Annotated[str, typer.Option(help="Commit message.")] = "Upload a model made with gossamer",
 ) -> None:
     """Push TARGET to REPOSITORY on the Hugging Face Hub, with a model card. Log in first: hf auth login."""
     from huggingface_hub.utils import disable_progress_bars

@@ -16,11 +16,11 @@ from gossamer.runs.settings_file import read_settings
 
 PresetOption = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Settings by name: gpt2, smollm2, llama-3.2-1b, olmo-2-7b."),
+    typer.Option(metavar="NAME", help="Model, text and settings by name: gpt2, smollm2, llama-3.2-1b, olmo-2-7b."),
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="YAML file of settings: any of those that gossamer settings prints."),
+    typer.Option(metavar="FILE", help="YAML file with any of the settings that gossamer settings prints."),
 ]
 
 

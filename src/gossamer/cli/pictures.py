@@ -14,11 +14,11 @@ from gossamer.errors import GossamerError
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory of the run; must not exist yet.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything random.")] = 0,
 ) -> None:
     """Train a small model to add two-digit numbers, make it sparse, and say in words how it adds. Takes minutes.
 
-    Leaves in --out a run like that of sparsify, with the dense model in dense/ and the sentences in findings.json.
+    Writes a run like that of sparsify to --out, with the dense model in dense/ and the sentences in findings.json.
     """
     from gossamer.demo.demonstrate import demo_config, demonstrate
     from gossamer.training.malloc import keep_freed_memory
@@ -68,14 +68,14 @@ def show_demo(run: "Run") -> None:  # type: ignore[name-defined]
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
-    out: Annotated[Path | None, typer.Option(help="File of the page.", show_default="report.html in RUN")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write.", show_default="report.html in RUN")] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write every figure as PNG and SVG into this directory.")
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Record attention anew, with so many tokens of each held-out text.", show_default="32"
+            min=2, help="Record attention again, on this many tokens of each held-out text.", show_default="32"
         ),
     ] = None,
 ) -> None:
@@ -137,7 +137,7 @@ def _both(run: "Run") -> "tuple[dict[str, PreTrainedModel], PreTrainedTokenizerB
 def view(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
     prompt: Annotated[str, typer.Argument(help="Any text.")],
-    out: Annotated[Path | None, typer.Option(help="File of the page.", show_default="view.html in RUN")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write.", show_default="view.html in RUN")] = None,
 ) -> None:
     """Show how the dense and the sparse model of RUN attend on a new PROMPT, as a page of its own."""
     from dataclasses import replace

@@ -43,15 +43,15 @@ def sparsify(
     given: Mapping[str, Any],
     preset: PresetOption = None,
     config: ConfigOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
-    report_to: Annotated[str, typer.Option(help="Show it elsewhere too: tensorboard, wandb, trackio.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --out.")] = False,
+    report_to: Annotated[str, typer.Option(help="Also log to tensorboard, wandb or trackio.")] = "",
 ) -> None:
-    """Post-train MODEL until as few attention links are open as its loss allows, and measure it.
+    """Post-train MODEL until as few attention links are open as the bound allows, and measure it.
 
-    Leaves in --out: model/ (the sparse model), control/ (the dense model
-    fine-tuned alike), metrics.json, training.jsonl and config.json. Options
-    override --config, which overrides --preset; gossamer settings prints all
-    that can stand in a file. In several processes: see gossamer launch-file.
+    Writes to --out: model/ (the sparse model), control/ (the dense model
+    fine-tuned on the same text), metrics.json, training.jsonl and config.json.
+    Options override --config, which overrides --preset; gossamer settings
+    prints every setting. For several GPUs see gossamer launch-file.
     """
     from gossamer.runs.job import post_train
     from gossamer.runs.record import Run
@@ -70,16 +70,17 @@ def sparsify(
 
 
 @app.command("settings")
-def print_settings() -> None:
-    """Print all settings of a run as a file for sparsify --config, each with its help and default."""
+def print_settings(preset: PresetOption = None) -> None:
+    """Print a settings file for sparsify --config: every setting with its meaning, at its default or as in --preset."""
+    from gossamer.runs.presets import find_preset
     from gossamer.runs.settings_file import all_settings
 
-    print(all_settings(), end="")
+    print(all_settings(None if preset is None else find_preset(preset).settings), end="")
 
 
 @app.command("launch-file")
 def launch_file(name: Annotated[str, typer.Argument(help="ddp, fsdp2 or deepspeed.")]) -> None:
-    """Print where the configuration NAME for several processes is: accelerate launch --config_file takes it.
+    """Print the path of a configuration for accelerate launch --config_file: ddp, fsdp2 or deepspeed.
 
     accelerate launch --config_file "$(gossamer launch-file fsdp2)" --num_processes 8 -m gossamer sparsify MODEL ...
     """
@@ -97,14 +98,16 @@ def plan(
     preset: Annotated[str, typer.Argument(help="gpt2, smollm2, llama-3.2-1b or olmo-2-7b.")],
     given: Mapping[str, Any],
     config: ConfigOption = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices, each with a copy of the model.")] = 1,
-    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB of each.")] = 80.0,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of devices, each with a copy of the model.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="Memory of each device in GiB.")] = 80.0,
     gpu_tflops: Annotated[
-        float, typer.Option(min=0.01, help="Peak arithmetic of each by its data sheet, 10^12 operations a second.")
+        float, typer.Option(min=0.01, help="Peak TFLOP/s of each device, from its data sheet.")
     ] = 312.0,
-    utilisation: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of that which a step uses.")] = 0.3,
+    utilisation: Annotated[
+        float, typer.Option(min=0.001, max=1.0, help="Share of the peak that a step reaches.")
+    ] = 0.3,
 ) -> None:
-    """Estimate memory and time of a run with the settings of PRESET, and say whether it fits. Needs no network."""
+    """Estimate the memory and time of a run with the settings of PRESET, and whether it fits. Works offline."""
     from transformers.utils import logging
 
     from gossamer.runs.plan import RESERVE, plan_run
@@ -125,11 +128,11 @@ def plan(
         "step": f"{gpus} × {training.gradient_accumulation} × {training.batch_size} blocks of {settings.seq_len} "
         f"tokens; train {training.train}, constraint {training.constraint.name}, {training.precision}"
         + (", checkpointing" if training.gradient_checkpointing else ""),
-        "peak, estimated": f"{estimate.peak / _GIB:.1f} GiB of {gpu_memory:.1f}, of which {RESERVE / _GIB:.1f} are "
-        "left to CUDA and its allocator",
-        "speed, estimated": f"{speed:,.0f} tokens/s, if {100 * utilisation:.0f} % of {gpu_tflops:g} TFLOP/s are used",
+        "peak, estimated": f"{estimate.peak / _GIB:.1f} GiB of {gpu_memory:.1f}; {RESERVE / _GIB:.1f} of these are "
+        "reserved for CUDA",
+        "speed, estimated": f"{speed:,.0f} tokens/s at {100 * utilisation:.0f} % of {gpu_tflops:g} TFLOP/s",
         f"{settings.tokens:,} tokens{', and the control' if settings.control else ''}": _duration(seconds),
-        "settings tried": "yes, see docs/runs.md" if chosen.tried else "no: carried over from smaller models",
+        "settings tested": "yes, see docs/runs.md" if chosen.tried else "no: carried over from smaller models",
     }
     console.print(key_value_table("Estimate", facts))
     _say_whether_it_fits(chosen.config, settings, estimate, gpu_memory * _GIB - RESERVE)
@@ -158,13 +161,13 @@ def _say_whether_it_fits(
     """Say whether it fits into so many bytes, and if not, what would."""
     from gossamer.runs.plan import MARGIN, alternatives
 
-    low = f"the {100 * (MARGIN - 1):.0f} % that an allocator may take besides"
+    low = f"{100 * (MARGIN - 1):.0f} % for fragmentation"
     needed = MARGIN * estimate.peak
     if needed <= room:
-        console.print(f"It should fit, with {(room - needed) / _GIB:.1f} GiB to spare beyond {low}.", style="bold")
+        console.print(f"It should fit, with {(room - needed) / _GIB:.1f} GiB to spare after {low}.", style="bold")
         return
-    verdict = f"It may just fit, without {low}" if estimate.peak <= room else "It does not fit"
-    console.print(f"{verdict}. What would help, as settings:", style="bold")
+    verdict = f"It may just fit, but without {low}" if estimate.peak <= room else "It does not fit"
+    console.print(f"{verdict}. These settings would help:", style="bold")
     fits = False
     for changes, _, peak in alternatives(dict(model), settings, room):
         fits = MARGIN * peak <= room
@@ -184,24 +187,25 @@ def _duration(seconds: float) -> str:
 @app.command("import")
 def import_(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A file that torch.save wrote, in nanoGPT's or TransformerLens' layout.")
+        Path, typer.Argument(help="A file written by torch.save, in nanoGPT's or TransformerLens' layout.")
     ],
     out: Annotated[Path, typer.Option(help="Directory of the sparse model; must not exist yet.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="A directory or Hub id whose tokenizer is saved along (GPT-2's: gpt2).")
+        str | None, typer.Option(help="A directory or Hub id; its tokenizer is saved with the model (for GPT-2: gpt2).")
     ] = None,
     heads: Annotated[
         int | None, typer.Option(min=1, help="Attention heads.", show_default="from the file, or GPT-2's for its width")
     ] = None,
     activation: Annotated[
-        MLPActivation, typer.Option(help="Of the MLPs: GPT-2's own gelu_new, or the exact gelu of newer nanoGPT.")
+        MLPActivation,
+        typer.Option(help="Activation of the MLPs: GPT-2's gelu_new, or the exact gelu of newer nanoGPT."),
     ] = MLPActivation.gelu_new,
     vocab_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Keep so many vocabulary rows: 50257 drops the padding.", show_default="all"),
+        typer.Option(min=1, help="Number of vocabulary rows to keep; 50257 drops the padding.", show_default="all"),
     ] = None,
 ) -> None:
-    """Turn a GPT-2 CHECKPOINT trained under gates elsewhere into a sparse model of gossamer's."""
+    """Convert a GPT-2 CHECKPOINT that was trained with gates elsewhere into a gossamer sparse model."""
     from transformers.utils import logging
 
     from gossamer.models.checkpoint import save
@@ -229,7 +233,7 @@ def merge(
     ],
     out: Annotated[Path, typer.Option(help="Directory of the sparse model; must not exist yet.")],
 ) -> None:
-    """Put ADAPTER on its dense model: a sparse model as sparsify leaves it in model/."""
+    """Merge ADAPTER into its dense model; the result is a sparse model like RUN/model."""
     from transformers.utils import logging
 
     from gossamer.models.checkpoint import save

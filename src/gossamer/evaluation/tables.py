@@ -16,7 +16,7 @@ def summary_tables(metrics: dict[str, Any]) -> list[Table]:
 
 
 def verdict(metrics: dict[str, Any]) -> str:
-    """In plain words whether the constraint was met, and whether so much text can tell."""
+    """In plain words whether the constraint was met, and whether this much text can tell."""
     value, bound = metrics["constraint_value"], metrics["constraint_bound"]
     said = f"held-out {metrics['constraint_label']} {value:.4f} nat, bound {bound:.4f}"
     said = (
@@ -29,7 +29,7 @@ def verdict(metrics: dict[str, Any]) -> str:
         return said
     return (
         f"{said} The two are less than two standard errors apart (one is {error:.4f} over "
-        f"{metrics['blocks_evaluated']:,} blocks): so little text cannot tell."
+        f"{metrics['blocks_evaluated']:,} blocks): this is too little text to tell."
     )
 
 
@@ -68,7 +68,9 @@ def _links(metrics: dict[str, Any]) -> Table:
 
 
 def _topk(metrics: dict[str, Any]) -> Table:
-    table = Table(title=f"Top-k of the dense model, {metrics['topk_tokens_evaluated']:,} predictions")
+    table = Table(
+        title=f"Baseline: dense model, k strongest links per query, {metrics['topk_tokens_evaluated']:,} predictions"
+    )
     for heading in ("k", "open (%)", "loss (nat)", "renormalised (nat)"):
         table.add_column(heading, justify="right")
     plain = {point["k"]: point for point in metrics["topk"] if not point["renormalised"]}

@@ -137,7 +137,7 @@ def graphml(record: dict[str, Any]) -> str:
 
 
 def in_words(record: dict[str, Any], count: int = 10) -> list[str]:
-    """A short account, a line each: the numbers, then the strongest links."""
+    """A short account, a line each: the numbers, then the ``count`` strongest links."""
     target, metric = record["target"]["text"], record["metric"]
     versus = "" if record["against"] is None else f" rather than {record['against']['text']!r}"
     lines = [
@@ -147,18 +147,19 @@ def in_words(record: dict[str, Any], count: int = 10) -> list[str]:
     ]
     if record.get("dense"):
         lines.append(f"dense model: {_numbers(record['dense'])}")
-    tokens = record["tokens"]
-    for each in record["details"][:count]:
+    tokens, shown = record["tokens"], record["details"][:count]
+    if shown:
+        lines.append(f"the strongest {len(shown):,} of {record['size']:,} links, and the share lost without each:")
+    for each in shown:
         layer, head, query, key = each["link"]
         promoted = " ".join(repr(text) for text in each["promotes"][:3])
         line = (
             f"layer {layer} head {head}: {tokens[query]!r} ({query}) reads {tokens[key]!r} ({key}), weight "
-            f"{each['weight']:.2f}; without it {100 * each['lost_from_set']:.0f} % of the metric is lost; promotes "
-            f"{promoted}"
+            f"{each['weight']:.2f}; lost: {100 * each['lost_from_set']:.0f} %; promotes {promoted}"
         )
-        closing = [f"{test['writer']} in the {test['side']}" for test in each["tests"] if test["closes"]]
+        closing = [f"{test['writer']} at the {test['side']}" for test in each["tests"] if test["closes"]]
         if closing:
-            line += f"; closes without {', '.join(closing[:3])}"
+            line += f"; its gate closes without {' or '.join(closing[:3])}"
         lines.append(line)
     return lines
 
@@ -166,8 +167,8 @@ def in_words(record: dict[str, Any], count: int = 10) -> list[str]:
 def _numbers(record: dict[str, Any]) -> str:
     overlap = ""
     if record["overlap"] is not None:
-        overlap = f"; sets of {len(record['seeds'])} seeds overlap by {record['overlap']:.2f}"
+        overlap = f"; the sets of {len(record['seeds'])} seeds overlap by {record['overlap']:.2f}"
     return (
-        f"{record['size']:,} links ({record['kind']}) keep {100 * record['kept']:.0f} % of it; "
-        f"{100 * record['left_when_cut']:.0f} % is left when they are cut{overlap}"
+        f"{record['size']:,} links ({record['kind']}): alone they keep {100 * record['kept']:.0f} % of the difference, "
+        f"without them {100 * record['left_when_cut']:.0f} % is left{overlap}"
     )

@@ -31,17 +31,19 @@ class RunConfig:
     tokens: int = setting("Training tokens.", 1_000_000, least=1, most=10**15)
     seq_len: int = setting("Tokens in a training block. Train at the length you need.", 256, least=2, most=2**24)
     validation_tokens: int = setting(
-        "Unseen text that the bound is held on during training.", 8_192, least=1, most=10**15
+        "Tokens of unseen text on which training checks the bound.", 8_192, least=1, most=10**15
     )
-    held_out_tokens: int = setting("Other unseen text, to measure the metrics on.", 32_768, least=1, most=10**15)
+    held_out_tokens: int = setting(
+        "Tokens of further unseen text on which the final metrics are measured.", 32_768, least=1, most=10**15
+    )
     margin: float | None = setting(
-        "How far inside the bound the validation text is to be, nats; one standard error of it if it is not given.",
+        "Nats by which training aims inside the bound on the validation text. Unset: one standard error.",
         None,
         least=0.0,
         most=1e4,
     )
     gate_bias: float | None = setting(
-        "Initial bias of every gate, higher with more links open; found from model and bound if it is not given.",
+        "Initial bias of every gate; a higher bias opens more links. Unset: found from the model and the bound.",
         None,
         least=-1e4,
         most=1e4,
@@ -52,14 +54,14 @@ class RunConfig:
         None,
     )
     lora_rank: int = setting("Rank of the adapters.", 16, least=1, most=2**20)
-    lora_alpha: float = setting("Adapters count lora_alpha / lora_rank times.", 32.0, least=1e-3, most=1e6)
+    lora_alpha: float = setting("Adapters are scaled by lora_alpha / lora_rank.", 32.0, least=1e-3, most=1e6)
     lora_targets: tuple[str, ...] = setting(
-        "Linear maps that adapters go on, as in [q_proj, v_proj, mlp.up_proj]; none: all of the attention.", ()
+        "Linear maps to put adapters on, as in [q_proj, v_proj, mlp.up_proj]. Empty: all of the attention.", ()
     )
     control: bool = setting("Also fine-tune the dense model on the same text, for comparison.", True)
-    stream: bool = setting("Read the text while training, for texts too large to choose blocks from.", False)
+    stream: bool = setting("Read the text during training instead of before it, for texts too large to load.", False)
     stream_workers: int = setting(
-        "Processes that read and tokenise a stream, beside each one that trains.", 1, least=0, most=2**10
+        "Processes that read and tokenise a streamed text for each training process.", 1, least=0, most=2**10
     )
     training: TrainingConfig = setting("How to train.", default_factory=TrainingConfig)
 

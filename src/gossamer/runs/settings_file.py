@@ -1,6 +1,7 @@
 """Files of settings: YAML, a flat mapping from name to value."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from textwrap import wrap
@@ -44,23 +45,29 @@ def read_settings(file: Path) -> SettingsSource:
     return SettingsSource(found, str(file))
 
 
-def all_settings() -> str:
-    """A file with every setting at its default, each under its help; what has no default, or goes with another
-    constraint than the default one, is commented out."""
-    known = settings()
-    parts = [_entry(one, known["constraint"].default) for one in known.values() if not one.recorded]
+def all_settings(values: Mapping[str, Any] | None = None) -> str:
+    """A file with every setting, each under its help.
+
+    Settings without a value, and those of another constraint than the chosen one, are commented out.
+
+    Args:
+        values: of some settings, as a preset has them; all others stand at their defaults.
+    """
+    known, given = settings(), values or {}
+    kind = given.get("constraint", known["constraint"].default)
+    parts = [_entry(one, kind, given.get(one.name, one.default)) for one in known.values() if not one.recorded]
     return "\n\n".join(parts) + "\n"
 
 
-def _entry(one: Setting, kind: str) -> str:
+def _entry(one: Setting, kind: str, value: Any) -> str:
     help = one.help
     if one.kinds:
         help += f" Of the constraint {' and '.join(one.kinds)}."
     help += f" {one.wanted[0].upper()}{one.wanted[1:]}."
     lines = [f"# {line}" for line in wrap(help, 110, break_long_words=False, break_on_hyphens=False)]
-    if one.default is MISSING:
+    if value is MISSING:
         return "\n".join([*lines, f"# {one.name}:"])
-    value = list(one.default) if isinstance(one.default, tuple) else one.default
+    value = list(value) if isinstance(value, tuple) else value
     written = value if isinstance(value, str) else _yaml_number(value)
     other = bool(one.kinds) and kind not in one.kinds
     return "\n".join([*lines, f"{'# ' if other else ''}{one.name}: {written}"])

@@ -41,15 +41,21 @@ class MultiplierConfig:
     """How the multiplier moves."""
 
     initial: float = setting(
-        "lambda before the first step, and the least that its integral part comes to.", 0.3, least=1e-4, most=1e4
+        "lambda before the first step, and the lower limit of its integral part.", 0.3, least=1e-4, most=1e4
     )
     proportional: float = setting(
-        "How much log lambda answers at once to a violation of one tolerance.", 0.5, least=0.0, most=1e3
+        "How far log lambda moves at once for a violation of one tolerance (epsilon, or 0.1 nats for ce).",
+        0.5,
+        least=0.0,
+        most=1e3,
     )
     integral: float = setting(
-        "Change of log lambda over a whole run a tolerance outside the bound.", 6.0, least=0.0, most=1e3
+        "How far log lambda moves over a whole run that stays one tolerance outside the bound.",
+        6.0,
+        least=0.0,
+        most=1e3,
     )
-    decay: float = setting("Of the running means of what the batches measure, per step.", 0.8, least=0.0, most=1.0)
+    decay: float = setting("Decay per step of the running means of what the batches measure.", 0.8, least=0.0, most=1.0)
 
 
 class Multiplier:

@@ -88,7 +88,7 @@ class StepLog(TrainerCallback):
         last = self.trainer.last
         parts = [f"{self.trainer.label} {last['constrained']:.3f}"]
         if "constrained_held_out" in last:
-            parts.append(f"held-out {last['constrained_held_out']:.3f}")
+            parts.append(f"validation {last['constrained_held_out']:.3f}")
         if self.bound is not None:
             parts.append(f"{self.trainer.config.constraint.symbol} {self.bound:.3f}")
         if "multiplier" in last:

@@ -18,44 +18,50 @@ class TrainingConfig:
     """How to post-train; the defaults were found by the trials in ``docs/LOG.md``."""
 
     train: TrainedPart = setting(
-        "Weights to train besides the gate biases: all, the attention's, or adapters (lora).", "all"
+        "Weights to train besides the gate biases: all of them, those of the attention, or LoRA adapters.", "all"
     )
-    batch_size: int = setting("Blocks in one forward pass of one process.", 4, least=1, most=2**20)
-    gradient_accumulation: int = setting("Forward passes of each process in one step.", 1, least=1, most=2**20)
+    batch_size: int = setting("Blocks per forward pass and process.", 4, least=1, most=2**20)
+    gradient_accumulation: int = setting("Forward passes per process in one optimizer step.", 1, least=1, most=2**20)
     processes: int = setting(
-        "How many train together, each on its own part of a step's batch; what started them says it.",
+        "Number of processes that train together, each on its own part of the batch; set by the launcher.",
         1,
         least=1,
         recorded=True,
     )
     gradient_checkpointing: bool = setting(
-        "Keep only what goes into each layer for the backward pass and compute the rest again: less memory for a "
-        "quarter to a third more time.",
+        "Store only each layer's input for the backward pass and recompute the rest: less memory, a quarter to a third "
+        "more time.",
         False,
     )
-    learning_rate: float = setting("Of the weights, between warm-up and decay.", 1e-4, least=0.0, most=1e30)
+    learning_rate: float = setting(
+        "Learning rate of the weights between warm-up and decay.", 1e-4, least=0.0, most=1e30
+    )
     gate_learning_rate: float | None = setting(
-        "Of the gate biases, on the same schedule; 0.15 for 60 steps, less for more by the root of their number, if "
-        "it is not given.",
+        "Learning rate of the gate biases, on the same schedule. Unset: 0.15 for a run of 60 steps, falling with the "
+        "square root of the number of steps.",
         None,
         least=0.0,
         most=1e30,
     )
-    warmup: float = setting("Share of the steps over which the rates rise from 0.", 0.05, least=0.0, most=1.0)
-    decay: float = setting("Share of the steps, at the end, over which the rates fall to 0.", 0.3, least=0.0, most=1.0)
+    warmup: float = setting(
+        "Share of the steps, at the start, over which the learning rates rise from 0.", 0.05, least=0.0, most=1.0
+    )
+    decay: float = setting(
+        "Share of the steps, at the end, over which the learning rates fall to 0.", 0.3, least=0.0, most=1.0
+    )
     hard_fraction: float = setting(
-        "Share of the steps, at the end, trained with hard gates; before them gates are sampled.",
+        "Share of the steps, at the end, that use hard gates; the steps before sample the gates.",
         1.0,
         least=0.0,
         most=1.0,
     )
-    max_grad_norm: float = setting("The gradient's norm is clipped to it.", 1.0, least=0.0, most=1e30)
+    max_grad_norm: float = setting("The norm of the gradient is clipped to this.", 1.0, least=0.0, most=1e30)
     fused_optimizer: bool = setting(
-        "AdamW in one pass over memory: a sixth of the time on a CPU. It rounds otherwise than in many.", True
+        "Use PyTorch's fused AdamW: a sixth of the time on a CPU, and slightly different rounding.", True
     )
     constraint: Constraint = setting("What is bounded.", default_factory=CrossEntropy)
     weighting: Weighting = setting(
-        "What counts alike in the objective: every link (links), or every query (queries), which keeps short prompts "
+        "What the objective weights equally: every link (links), or every query (queries), which keeps short prompts "
         "sparse too.",
         "links",
     )
@@ -64,11 +70,13 @@ class TrainingConfig:
         "Measurements on the validation blocks, spread evenly over a run.", 8, least=1, most=2**40
     )
     prompt_tokens: int = setting(
-        "Tokens at the start of every block that are given: the loss does not ask for them.", 0, least=0, most=2**24
+        "Tokens at the start of every block that are given and do not count in the loss.", 0, least=0, most=2**24
     )
-    precision: Precision = setting("Of the matrix products; weights and optimiser state stay float32.", "bf16")
-    checkpoint_every: int = setting("Steps between checkpoints; 0: none.", 100, least=0, most=2**40)
-    seed: int = setting("Of data order, noise and everything else random.", 0, least=0, most=2**32 - 1)
+    precision: Precision = setting(
+        "Precision of the matrix products; weights and optimiser state stay float32.", "bf16"
+    )
+    checkpoint_every: int = setting("Steps between checkpoints; 0 for none.", 100, least=0, most=2**40)
+    seed: int = setting("Seed of everything random.", 0, least=0, most=2**32 - 1)
 
     @property
     def blocks_per_step(self) -> int:

@@ -15,17 +15,17 @@ function predictionSection() {
   const against = data.against ? [" rather than ", token(data.against.text)] : [];
   section("prediction", "Prediction", prompt,
     element("p", {}, "Why ", element("b", {}, token(data.target.text)), ...against, ` comes next. The metric is the ${data.metric} of this token: ` +
-      `${number(data.metric_full)} with every attention link, ${number(data.metric_none)} with none.`),
+      `${number(data.metric_full)} with every attention link, ${number(data.metric_none)} with none. All shares below are shares of this difference.`),
     tiles([
       ["links in the explanation, of " + number(data.candidates), number(data.size)],
-      ["of the metric is kept by them alone", percent(data.kept)],
-      ["is left when they are cut", percent(data.left_when_cut)],
+      ["is kept by them alone", percent(data.kept)],
+      ["is left without them", percent(data.left_when_cut)],
       ["overlap of the sets of " + data.seeds.length + " seeds (Jaccard)", data.overlap === null ? null : number(data.overlap, 2)],
       ["times as many links in the dense model", data.dense ? number(data.dense_links_per_link, 1) : null],
     ]),
     element("p", { class: "soft" }, data.kind === "complete"
-      ? "The set is sufficient and necessary: with all other links cut, this share of the metric is kept; with these cut, no more than the rest is left."
-      : "The set is sufficient: with all other links cut, this share of the metric is kept. Other sets may be sufficient too; what is left when this one is cut says how much they carry."));
+      ? "The set is complete: the links alone keep this share, and without them no more than the rest is left."
+      : "The set is sufficient: with all other links cut, this share is kept. Other sets may be sufficient too; what is left without this one says how much they carry."));
 }
 
 // Tokens that a link touches, and a mark for each run of others.
@@ -72,21 +72,23 @@ function arcs(record, links, strength, color, folded, chosen, choose) {
 }
 
 function describe(record, link) {
-  if (!link) return element("p", { class: "soft" }, "Point at a link, or choose one from the list, to see what it does and why it is open.");
+  if (!link) return element("p", { class: "soft" }, "Point at a link, or click one in the list, to see what it does and why it is open.");
   const detail = record.details.find((one) => same(one.link, link));
-  if (!detail) return element("p", {}, ...linkName(link), ". Only the strongest links were looked at one by one; this is none of them.");
+  if (!detail) return element("p", {}, ...linkName(link), ". Only the strongest links were examined one by one; this is not one of them.");
   const list = (texts) => texts.map((text) => [" ", token(text)]).flat();
-  const rows = detail.tests.map((test) => [`${test.writer} in the ${test.side}`, test.part, test.gate_fixed, test.gate_recomputed, test.closes ? "closes" : "stays open"]);
+  const rows = detail.tests.map((test) => [`${test.writer} at the ${test.side}`, test.part, test.gate_fixed, test.gate_recomputed, test.closes ? "closes" : "stays open"]);
   return element("div", {},
     element("p", {}, element("b", {}, ...linkName(link)), `. Attention weight ${number(detail.weight, 2)}, gate logit ${number(detail.gate, 2)}. ` +
-      `Cut from the set it costs ${percent(detail.lost_from_set)} of the metric, cut alone from the whole model ${percent(detail.lost_alone)}. ` +
+      `Cut from the set it loses ${percent(detail.lost_from_set)}, cut alone from the whole model ${percent(detail.lost_alone)}. ` +
       `Found by ${percent(detail.found_by)} of the seeds.`),
-    element("p", {}, "Where it writes it promotes", ...list(detail.promotes), " and demotes", ...list(detail.demotes), ", read off directly through the unembedding."),
+    element("p", {}, "What it writes promotes", ...list(detail.promotes), " and demotes", ...list(detail.demotes), ", read off through the unembedding (direct logit attribution). For early layers this says little."),
     element("h3", {}, "Why it is open"),
-    element("table", {}, element("thead", {}, element("tr", {}, ["query wrote", "key wrote", "part of the logit"].map((name) => element("th", { scope: "col" }, name)))),
+    element("p", { class: "soft" }, "The attention logit is a sum over pairs: what one component wrote into the query, and one into the key. These are its largest terms. " +
+      "a3.h5 is head 5 of layer 3, m3 the MLP of layer 3, input the embeddings."),
+    element("table", {}, element("thead", {}, element("tr", {}, ["wrote the query", "wrote the key", "term of the logit"].map((name) => element("th", { scope: "col" }, name)))),
       element("tbody", {}, detail.pairs.map((pair) => element("tr", {}, [pair.query, pair.key, number(pair.part, 2)].map((cell) => element("td", {}, cell)))))),
-    rows.length ? element("table", {}, element("thead", {}, element("tr", {}, ["without", "its part", "gate, norm fixed", "gate, norm recomputed", ""].map((name) => element("th", { scope: "col" }, name)))),
-      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell) => element("td", {}, typeof cell === "number" ? number(cell, 2) : cell)))))) : null);
+    rows.length ? element("div", { class: "scroll" }, element("table", { class: "tests" }, element("thead", {}, element("tr", {}, ["without", "its part", "gate logit, norms fixed", "gate logit, norms recomputed", ""].map((name) => element("th", { scope: "col" }, name)))),
+      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell) => element("td", {}, typeof cell === "number" ? number(cell, 2) : cell))))))) : null);
 }
 
 function linksSection(id, title, record, color) {
@@ -97,7 +99,7 @@ function linksSection(id, title, record, color) {
   let share = Math.max(0, shares.findIndex((one) => Number(one) === record.share)), chosen = null;
   let folded = data.tokens.length > FOLDED_FROM;
   const picture = element("div"), says = element("output"), details = element("div", { "aria-live": "polite" });
-  const wanted = () => `Share of the metric: at least ${percent(shares[share])}`;
+  const wanted = () => `Share to keep: at least ${percent(shares[share])}`;
   const sliderName = element("span", {}, shares.length ? wanted() : "");
   const slider = element("input", { type: "range", min: 0, max: shares.length - 1, step: 1, value: share,
     oninput: (event) => { share = Number(event.target.value); sliderName.textContent = wanted(); draw(); } });
@@ -115,7 +117,7 @@ function linksSection(id, title, record, color) {
   function draw() {
     const set = shares.length ? record.shares[shares[share]] : record;
     const links = [...set.links].sort((a, b) => strength(b) - strength(a));
-    says.textContent = `${number(set.size)} links keep ${percent(set.kept)} of the metric; ${percent(set.left_when_cut)} is left when they are cut.` +
+    says.textContent = `${number(set.size)} links keep ${percent(set.kept)}; ${percent(set.left_when_cut)} is left without them.` +
       (links.length > MOST_DRAWN ? ` The ${number(MOST_DRAWN)} strongest are drawn.` : "");
     picture.replaceChildren(arcs(record, links, strength, color, folded, chosen, choose));
   }
@@ -123,7 +125,9 @@ function linksSection(id, title, record, color) {
   section(id, title, element("div", { class: "controls" },
     shares.length > 1 ? element("label", {}, sliderName, slider) : null,
     element("label", {}, "Fold tokens that no link touches", fold)), says, picture,
-    element("div", { class: "pair" }, element("div", {}, element("h3", {}, "Strongest links"), list), details),
+    element("p", { class: "soft" }, "Each arc is a link: from the token that is read, up one layer, to the token that reads it; a vertical one is a token that reads itself. " +
+      "Numbers are layers; “in” is the embeddings. Thicker: more is lost without the link. Paler: not every seed found it."),
+    element("div", { class: "pair" }, element("div", {}, element("h3", {}, "Strongest links, and the share lost without each"), list), details),
     numbers(["layer", "head", "query", "key", "found by"], record.links.slice(0, MOST_DRAWN).map((link, place) => [...link, record.found_by[place]])));
   redraws.push(draw);
   draw();

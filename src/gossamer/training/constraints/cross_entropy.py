@@ -28,13 +28,13 @@ class CrossEntropy(Constraint):
     relative_to_dense: ClassVar[bool] = True
     summary: ClassVar[str] = "cross-entropy at most tau"
 
-    slack: float = setting("Nats that the loss may be above the dense model's.", 0.01, least=0.0, most=1e4)
+    slack: float = setting("Nats by which the loss may exceed the dense model's.", 0.01, least=0.0, most=1e4)
     tau: float | None = setting(
-        "Bound on the cross-entropy, nats; the dense model's plus slack if it is not given.", None, least=0.0, most=1e4
+        "Bound on the cross-entropy in nats. Unset: the dense model's plus slack.", None, least=0.0, most=1e4
     )
 
     distillation: float = setting(
-        "Share of the pull on the weights that is KL(dense || sparse); the rest is the cross-entropy.",
+        "Share of the weights' loss that is KL(dense || sparse); the rest is the cross-entropy.",
         0.0,
         least=0.0,
         most=1.0,

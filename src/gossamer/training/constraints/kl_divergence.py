@@ -28,7 +28,7 @@ class KLDivergence(Constraint):
     summary: ClassVar[str] = "KL(dense || sparse) at most epsilon"
     needs_dense: ClassVar[bool] = True
 
-    epsilon: float = setting("Bound on KL(dense || sparse), nats.", 0.05, least=0.0, most=1e4)
+    epsilon: float = setting("Bound on KL(dense || sparse) in nats.", 0.05, least=0.0, most=1e4)
 
     def check(self) -> None:
         if self.epsilon <= 0:
