@@ -6,6 +6,10 @@ On a GPU where there is one, else on the CPU. Per length: evaluation forward (ha
 training forward and training backward (sampled gates, expected links), each as a ratio to the peer's in the same run,
 causal. The peers take turns call by call and their medians are compared, so that a slow moment hits all of them.
 
+``flex`` is the evaluation made of FlexAttention: one pass for the softmax's denominator, one with closed gates at -inf,
+rescaled by the difference of their log-sum-exps; it has no training phases. On a CPU torch compiles no FlexAttention
+that gives log-sum-exps, so it is "flex, eager" there and takes memory with the square of the length.
+
 On a CPU freed memory is kept for all of them (glibc's mallopt): without it, page faults of the peer's own buffers
 make up much of its time, and the ratio flatters the op. On a GPU the peer is pinned to its flash backend.
 """
@@ -21,11 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from gossamer import gated_attention
@@ -53,18 +59,49 @@ def contenders(names: list[str]) -> dict[str, Callable[..., tuple[torch.Tensor, 
     def gated(implementation):
         def call(q, k, v, bias, evaluation):
             result = gated_attention(
-                q, k, v, bias, sample=not evaluation, seed=1, expect=not evaluation, implementation=implementation
-            )
+                q, k, v, bias, sample=not evaluation, seed=1, expect=not evaluation, count=False,
+                implementation=implementation,
+            )  # fmt: skip
             return result.output, result.expected_open
 
         return call
 
     found = {"sdpa": sdpa, **{name: gated(name) for name in ("naive", "chunked")}}
     if GPU and find_spec("triton"):
-        found["triton"] = gated("triton")
+        found |= {name: gated(name) for name in ("triton", "triton_fused")}
+    found["flex" if GPU else "flex, eager"] = flex
     if GPU:
         found["naive, compiled"] = torch.compile(gated("naive"))
     return {name: found[name] for name in found if name in names or name == "sdpa"}
+
+
+def flex(q, k, v, bias, evaluation):
+    """Hard gates by FlexAttention: A P v = exp(lse of the open links - lse of all) * (softmax over the open) v."""
+    q, k, v, bias = (x.detach() for x in (q, k, v, bias))  # torch refuses what requires gradients on a CPU
+    attention = compiled_flex() if GPU else flex_attention
+    options = {
+        "block_mask": causal_blocks(q.shape[2]),
+        "enable_gqa": q.shape[1] != k.shape[1],
+        "return_aux": AuxRequest(lse=True),
+    }
+
+    def gated(score, batch, head, query, key):
+        return torch.where(score + bias[head] > 0, score, -math.inf)
+
+    _, every = attention(q, k, v, **options)
+    output, opened = attention(q, k, v, score_mod=gated, **options)
+    share = torch.where(opened.lse == -math.inf, 0.0, (opened.lse - every.lse).exp())
+    return (output * share[..., None]).to(q.dtype), None
+
+
+@cache
+def compiled_flex() -> Callable:
+    return torch.compile(flex_attention)
+
+
+@cache
+def causal_blocks(tokens: int) -> BlockMask:
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=DEVICE)
 
 
 def synchronize() -> None:
@@ -82,10 +119,10 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
 
 def measure(arguments: argparse.Namespace, tokens: int) -> dict[str, dict[str, float]]:
     """Median milliseconds by contender and phase."""
-    names = [name for name in arguments.implementations if name == "sdpa" or tokens <= arguments.quadratic_up_to
-             or not name.startswith("naive")]  # fmt: skip
+    names = [name for name in arguments.implementations if tokens <= arguments.quadratic_up_to
+             or not (name.startswith("naive") or name == "flex, eager")]  # fmt: skip
     functions = contenders(names)
-    times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in functions}
+    times = {name: {phase: [] for phase in (PHASES[:1] if name.startswith("flex") else PHASES)} for name in functions}
     tensors = inputs(arguments, tokens)
     d_output = torch.randn_like(tensors[0])
     price = torch.full((arguments.batch, arguments.heads, tokens), 1e-6, device=DEVICE)
@@ -93,6 +130,10 @@ def measure(arguments: argparse.Namespace, tokens: int) -> dict[str, dict[str, f
         for name, function in functions.items():
             with torch.no_grad():
                 evaluation, _ = timed(lambda function=function: function(*tensors, True))
+            if name.startswith("flex"):
+                if repeat >= arguments.warm_up:
+                    times[name]["evaluation"].append(1e3 * evaluation)
+                continue
             forward, (output, expected) = timed(lambda function=function: function(*tensors, False))
             ends = [output] if expected is None else [output, expected]
             starts = [d_output] if expected is None else [d_output, price.to(expected.dtype)]
@@ -186,7 +227,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32 if GPU else 9)
     parser.add_argument("--kv", type=int, default=32 if GPU else 9, help="key/value heads")
     parser.add_argument("--features", type=int, default=64)
-    parser.add_argument("--implementations", nargs="*", default=["naive", "chunked", "triton", "naive, compiled"])
+    parser.add_argument("--implementations", nargs="*", default=[
+        "naive", "chunked", "triton", "triton_fused", "naive, compiled", "flex", "flex, eager"
+    ])  # fmt: skip
     parser.add_argument("--quadratic-up-to", type=int, default=2048, help="longest T for the plain op")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=15)
@@ -207,12 +250,12 @@ def main() -> None:
             rows[tokens] = {**measure(arguments, tokens), "products alone": product_floor(arguments, tokens)}
             for name, of in rows[tokens].items():
                 print(f"T={tokens:<6} {name:16}", *(
-                    f"{phase} {of[phase]:8.2f} ms ({of[phase] / rows[tokens]['sdpa'][phase]:5.2f})" for phase in PHASES
+                    f"{phase} {of[phase]:8.2f} ms ({of[phase] / rows[tokens]['sdpa'][phase]:5.2f})" for phase in of
                 ), flush=True)  # fmt: skip
     result["milliseconds"] = rows
     if arguments.memory:
         result["peak_megabytes"] = {}
-        for name in (x for x in contenders(arguments.implementations) if "," not in x):
+        for name in (x for x in contenders(arguments.implementations) if "," not in x and x != "flex"):
             peaks = {}
             for tokens in arguments.memory:
                 if not name.startswith("naive") or tokens <= arguments.quadratic_up_to:

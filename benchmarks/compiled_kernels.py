@@ -2,9 +2,17 @@
 
     python benchmarks/compiled_kernels.py [--features 64] [--kernel forward] [--json FILE]
 
-One row a kernel, head size, dtype, case, target and kind of gates: registers and shared memory, bytes spilled, and the
-instructions per pair (query, key) in the inner loop, the one over tiles that need no mask. Causal, three query heads
-to a key/value head. ``cuobjdump`` comes with Triton.
+One row of a Markdown table for each kernel, head size, dtype, case, target and kind of gates: registers of a thread,
+bytes that it spills (its stack and local memory), shared memory of a program, warps that an sm_90 multiprocessor holds
+at once by these, and instructions a pair. Causal, three query heads to a key/value head. The installed Triton compiles,
+with the ptxas that it brings; ``cuobjdump`` comes with it too.
+
+Instructions a pair (query, key): the machine code (SASS) is searched for loops, a backward branch and all between it
+and its target, that hold matrix products. The shortest of them goes over the tiles that need no mask, where nearly all
+time is spent. Its instructions, NOPs left out and each of a thread's counted once whatever its unit's rate, times the
+threads of a program, over the tile's pairs: 915 instructions, 256 threads and 128 x 64 pairs make 28.6. So one is an
+instruction that every thread issues for each of its pairs, and a multiprocessor issues 128 of them a cycle. What is
+done once a tile or once a row is in it.
 """
 
 import argparse
@@ -12,7 +20,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 
@@ -21,13 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gossamer.ops import triton_kernels
-from gossamer.ops.triton import Kernel, launch
+from gossamer.ops.triton import FUSED_FEATURES, Kernel, launch
 
-KERNELS: tuple[Kernel, ...] = ("forward", "query_gradients", "key_value_gradients", "write_links")
+KERNELS: tuple[Kernel, ...] = ("forward", "query_gradients", "key_value_gradients", "fused_gradients", "write_links")
 POINTERS = {
     "BIAS": "*fp32", "NOISE": "*i64", "REAL": "*u8", "EXTENTS": "*i32", "LOG_SUM_EXP": "*fp32", "EXPECTED": "*fp32",
-    "OPENED": "*i64", "D_EXPECTED": "*fp32", "DELTA": "*fp32", "D_BIAS": "*fp32", "STARTS": "*i64", "PAIRS": "*i32",
-    "WEIGHTS": "*fp32",
+    "OPENED": "*i64", "D_EXPECTED": "*fp32", "DELTA": "*fp32", "HIGHEST": "*fp32", "NORMALISER": "*fp32",
+    "PRICE": "*fp32", "CLOSING": "*fp32", "D_BIAS": "*fp32", "STARTS": "*i64", "PAIRS": "*i32", "WEIGHTS": "*fp32",
 }  # fmt: skip
 CASES: dict[str, dict[str, bool]] = {
     "plain": {},
@@ -49,6 +57,7 @@ class Report:
         registers: of a thread.
         shared_bytes: of a program.
         spilled_bytes: of a thread's stack and local memory.
+        warps: that one multiprocessor of an H100 holds at once.
         instructions_per_pair: of the inner loop, of one thread, over the pairs that it works on.
     """
 
@@ -62,23 +71,38 @@ class Report:
     registers: int
     shared_bytes: int
     spilled_bytes: int
+    warps: int
     instructions_per_pair: float
 
 
-def compile_kernel(kernel: Kernel, features: int, dtype: str, case: str, capability: int, gates: str) -> Report:
+def resident_warps(registers: int, shared_bytes: int, warps: int) -> int:
+    """Warps that a multiprocessor of sm_90 holds: 65,536 registers, 228 KiB of shared memory, 64 warps."""
+    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
+    by_memory = 228 * 1024 // (shared_bytes + 1024)
+    return warps * min(by_registers, by_memory, 64 // warps)
+
+
+def compile_kernel(
+    kernel: Kernel, features: int, dtype: str, case: str, capability: int, gates: str, count: bool = True
+) -> Report:
     """Compile one kernel and take its machine code apart."""
-    function = getattr(triton_kernels, kernel)
-    sizes = launch(kernel, features, 4 if dtype == "float32" else 2, 4096)
+    function = getattr(triton_kernels, "key_value_gradients" if kernel == "fused_gradients" else kernel)
+    sizes = launch(kernel, features, 4 if dtype == "float32" else 2, 4096, narrow=case != "plain")
     padded = max(16, triton.next_power_of_2(features))
     constants = {
         "MASK": None, "GROUPS": 3, "D": features, "DV": features, "PD": padded,
         "PDV": padded, "M": sizes.M, "N": sizes.N, "CAUSAL": True, "WINDOW": False, "SOFTCAP": False,
         "FAR": False, "HAS_EXTENTS": False, "HAS_REAL": False, "HAS_MASK": False, "PRICED": True,
         "RESCALE": dtype == "float16", "SAMPLE": gates == "sampled", "EXPECT": gates != "evaluation",
-        "VALUES": True, "PRECISION": "tf32x3", "mask_batch": 0, "mask_row": 0, "mask_key": 0, **CASES[case],
+        "COUNT": count, "VALUES": True, "FUSED": kernel == "fused_gradients", "PRECISION": "tf32x3",
+        "mask_batch": 0, "mask_row": 0, "mask_key": 0, **CASES[case],
     }  # fmt: skip
     if not constants["HAS_EXTENTS"]:
         constants |= {"REAL": None, "EXTENTS": None}
+    if kernel == "key_value_gradients":
+        constants |= {"D_Q": None, "D_BIAS": None}
+    if not count:
+        constants["OPENED"] = None
     if gates != "sampled":
         constants["NOISE"] = None
     if gates == "evaluation":
@@ -90,7 +114,8 @@ def compile_kernel(kernel: Kernel, features: int, dtype: str, case: str, capabil
             signature[name] = "constexpr"
             continue
         if name.isupper():
-            signature[name] = POINTERS.get(name, DTYPES[dtype])
+            fused = kernel == "fused_gradients" and name == "D_Q"
+            signature[name] = "*fp32" if fused else POINTERS.get(name, DTYPES[dtype])
         else:
             signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
         if name.isupper() or name.endswith(("_batch", "_head", "_row")):
@@ -119,6 +144,7 @@ def compile_kernel(kernel: Kernel, features: int, dtype: str, case: str, capabil
         found["REG"],
         compiled.metadata.shared,
         found["STACK"] + found["LOCAL"],
+        resident_warps(found["REG"], compiled.metadata.shared, sizes.num_warps),
         round(inner_loop(code) / pairs, 1),
     )
 
@@ -149,18 +175,25 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, nargs="*", default=["plain"])
     parser.add_argument("--capability", type=int, nargs="*", default=[80, 90])
     parser.add_argument("--gates", nargs="*", default=["sampled", "hard", "evaluation"])
+    parser.add_argument("--uncounted", action="store_true", help="without the count of hard open links")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     arguments = parser.parse_args()
     reports = []
+    print(f"Triton {triton.__version__}\n")
+    columns = [field.name for field in fields(Report)]
+    print("|", " | ".join(name.replace("_", " ") for name in columns), "|")
+    print("|", " | ".join("---" for _ in columns), "|")
     for kernel in arguments.kernel:
         kinds = {"forward": ["sampled", "hard", "evaluation"], "write_links": ["evaluation"]}
         for gates in kinds.get(kernel, ["sampled", "hard"]):
             if gates not in arguments.gates:
                 continue
             for rest in product(arguments.features, arguments.dtype, arguments.case, arguments.capability):
-                report = compile_kernel(kernel, *rest, gates)
+                if kernel == "fused_gradients" and rest[0] > FUSED_FEATURES:
+                    continue
+                report = compile_kernel(kernel, *rest, gates, not arguments.uncounted)
                 reports.append(report)
-                print(*(f"{key}={value}" for key, value in asdict(report).items()), flush=True)
+                print("|", " | ".join(str(value) for value in asdict(report).values()), "|", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
 

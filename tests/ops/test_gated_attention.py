@@ -10,63 +10,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from attention_cases import FAST, GPU, IMPLEMENTATIONS, PADDING, TRITON, inputs, place
-from gossamer import GatedAttentionOutput, gated_attention
+from attention_cases import FAST, GPU, IMPLEMENTATIONS, PADDING, TRITON, assert_same, inputs, place, run
+from gossamer import gated_attention
 from gossamer.ops import make_pairs, noise_of
-from gossamer.ops.gates import noise_keys
-
-FIELDS = ("output", "expected_open", "open_links", "allowed_links", "log_sum_exp")
-
-
-def run(
-    tensors: dict[str, torch.Tensor], kept: torch.Tensor | None = None, **options
-) -> tuple[GatedAttentionOutput, list[torch.Tensor]]:
-    """The result, and the gradients of a fixed random function of output and expected links of the queries kept."""
-    result = gated_attention(**tensors, **options)
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(result.output.shape, generator=generator, dtype=torch.float64)
-    prices = torch.randn(result.expected_open.shape, generator=generator, dtype=torch.float64)
-    if kept is not None:
-        weights, prices = weights * kept[..., None], prices * kept
-    value = (result.output.cpu().double() * weights).sum() + (result.expected_open.cpu().double() * prices).sum()
-    return result, list(torch.autograd.grad(value, list(tensors.values())))
-
-
-def without_close_calls(exact: dict[str, torch.Tensor], sample: bool = False, seed: int = 0, **options) -> torch.Tensor:
-    """[batch, heads, queries]: no gate of the query is so near its threshold that rounding in float32 decides it."""
-    q, k, bias = (exact[name].detach() for name in ("q", "k", "gate_bias"))
-    scale, softcap = options.get("scale", q.shape[-1] ** -0.5), options.get("softcap")
-    logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * scale
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    gate_logits = logits + bias[:, None, None]
-    close = gate_logits.abs() < 1e-6 * logits.abs().max().clamp(min=1)
-    if sample:
-        batch, heads, queries, keys = logits.shape
-        pairs = make_pairs(
-            batch, queries, keys, causal=options.get("causal", True), window=options.get("window"),
-            mask=options.get("mask"), lengths=options.get("lengths"), device=q.device,
-        )  # fmt: skip
-        noise = noise_keys(noise_of(seed, 0, q.device), batch, heads)
-        uniforms = pairs.uniforms(noise, slice(0, queries), slice(0, keys))
-        close |= (uniforms.double() - torch.sigmoid(-gate_logits)).abs() < 1e-6
-    return ~close.any(-1)
-
-
-def assert_same(tensors, tolerance: float, implementation: str, **options) -> None:
-    """The result and all gradients are those of the definition in float64, gates that rounding decides left out."""
-    exact = {name: x.detach().cpu().double().requires_grad_() for name, x in tensors.items()}
-    kept = without_close_calls(exact, **options)
-    assert kept.double().mean() > 0.9
-    expected, expected_grads = run(exact, kept, implementation="naive", **options)
-    moved = {key: x.to(tensors["q"].device) if isinstance(x, torch.Tensor) else x for key, x in options.items()}
-    result, grads = run(tensors, kept, implementation=implementation, **moved)
-    for name in FIELDS:
-        found, wanted = (getattr(x, name).cpu().double()[kept] for x in (result, expected))
-        scale = max(1.0, wanted[wanted.isfinite()].abs().max().item())
-        torch.testing.assert_close(found / scale, wanted / scale, rtol=tolerance, atol=tolerance)
-    for found, wanted in zip(grads, expected_grads, strict=True):
-        scale = max(1.0, wanted.abs().max().item())
-        torch.testing.assert_close(found.cpu().double() / scale, wanted / scale, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -298,9 +244,13 @@ def test_expected_links_are_left_out_when_not_asked_for(implementation: str) -> 
     tensors = inputs(20, implementation=implementation)
     whole = gated_attention(**tensors, implementation=implementation)
     bare = gated_attention(**tensors, expect=False, implementation=implementation)
+    uncounted = gated_attention(**tensors, count=False, implementation=implementation)
     assert bare.expected_open is None
+    assert uncounted.open_links is None
     assert torch.equal(bare.output, whole.output)
+    assert torch.equal(uncounted.output, whole.output)
     assert torch.equal(bare.open_links, whole.open_links)
+    assert torch.equal(uncounted.expected_open, whole.expected_open)
     bare.output.sum().backward()
     assert tensors["gate_bias"].grad.any()
 
@@ -378,7 +328,7 @@ def test_the_operator_keeps_what_torch_asks_of_operators(implementation: str, ca
     noise = noise_of(3, 0, q.device) if sample else None
     arguments = (
         q, k, v, bias, pairs.real, pairs.mask, pairs.extents, noise,
-        0.25, True, pairs.window, options.get("softcap"), True, implementation,
+        0.25, True, pairs.window, options.get("softcap"), True, True, implementation,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.gossamer.gated_attention.default, arguments)
 

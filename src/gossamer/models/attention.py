@@ -281,10 +281,12 @@ def gated_attention_forward(
         softcap=softcap,
         noise=noise,
         expect=counted,
+        count=counted,
     )
     if gates.counts is not None and counted:
         expected = result.expected_open
         assert expected is not None
+        assert result.open_links is not None
         if gates.graded and not torch.is_grad_enabled():
             with torch.enable_grad():
                 expected = _NoGradient.apply(expected, torch.zeros((), requires_grad=True))

@@ -164,14 +164,15 @@ def forward(
     softcap: float | None,
     noise: Tensor | None,
     expect: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    count: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Output, expected and hard open links, log-sum-exp, the last three by query; not differentiable."""
     call = _Call(q, k, gate_bias, pairs, scale, softcap, noise)
     value = v.to(call.dtype).contiguous()
     output = empty_rows(q, v.shape[-1])
     log_sum_exp = q.new_empty(call.batch * call.heads, call.queries, dtype=call.dtype)
     expected = torch.empty_like(log_sum_exp) if expect else None
-    opened = torch.empty_like(log_sum_exp, dtype=torch.long)
+    opened = torch.empty_like(log_sum_exp, dtype=torch.long) if count else None
     for start in range(0, call.queries, BLOCK):
         block = _Block(call, start)
         elements = block.forward(expect)
@@ -179,11 +180,13 @@ def forward(
         sums = block.by_group(elements.weights) @ value[:, :, block.columns]
         output[:, :, block.rows] = block.by_head(sums) / block.by_head(total[..., None])
         log_sum_exp[:, block.rows] = elements.top + elements.total.log()
-        opened[:, block.rows] = elements.opened
+        if opened is not None:
+            opened[:, block.rows] = elements.opened
         if expected is not None and elements.expected is not None:
             expected[:, block.rows] = elements.expected
     shape = (call.batch, call.heads, call.queries)
-    return output, None if expected is None else expected.view(shape), opened.view(shape), log_sum_exp.view(shape)
+    expected, opened = (None if x is None else x.view(shape) for x in (expected, opened))
+    return output, expected, opened, log_sum_exp.view(shape)
 
 
 def backward(

@@ -48,7 +48,7 @@ class GatedAttentionOutput:
         expected_open: ``[batch, heads, queries]``, float; the sum of sigma(G) over the allowed keys of each query.
             Differentiable. None if it was not asked for.
         open_links: ``[batch, heads, queries]``, int64; allowed keys with G > 0, the gates of evaluation, even
-            when the output was made with sampled ones.
+            when the output was made with sampled ones. None if they were not asked for.
         allowed_links: ``[batch, heads, queries]``, int64; keys that causality, padding and window allow.
         log_sum_exp: ``[batch, heads, queries]``, float32 at least; log of the softmax's denominator, closed gates
             included, so that P = exp(S - log_sum_exp). -inf for a query without allowed keys. Not differentiable.
@@ -56,7 +56,7 @@ class GatedAttentionOutput:
 
     output: Float[Tensor, "batch heads queries d_head"]
     expected_open: Float[Tensor, "batch heads queries"] | None
-    open_links: Int[Tensor, "batch heads queries"]
+    open_links: Int[Tensor, "batch heads queries"] | None
     allowed_links: Int[Tensor, "batch heads queries"]
     log_sum_exp: Float[Tensor, "batch heads queries"]
 

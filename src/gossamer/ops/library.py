@@ -25,15 +25,20 @@ def attend(
     softcap: float | None,
     noise: Int[Tensor, " 2"] | None,
     expect: bool,
+    count: bool,
     implementation: str,
 ) -> GatedAttentionOutput:
     """The same as :func:`gossamer.ops.naive.gated_attention`, by the module of that name."""
     output, expected, opened, log_sum_exp = _forward(
         q, k, v, gate_bias, pairs.real, pairs.mask, pairs.extents, noise,
-        scale, pairs.causal, pairs.window, softcap, expect, implementation,
+        scale, pairs.causal, pairs.window, softcap, expect, count, implementation,
     )  # fmt: skip
     return GatedAttentionOutput(
-        output, expected if expect else None, opened, pairs.allowed_links(q.shape[1]), log_sum_exp
+        output,
+        expected if expect else None,
+        opened if count else None,
+        pairs.allowed_links(q.shape[1]),
+        log_sum_exp,
     )
 
 
@@ -59,26 +64,35 @@ def _forward(
     window: int | None,
     softcap: float | None,
     expect: bool,
+    count: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, expected links (empty unless asked for), hard open links and log-sum-exp."""
+    """Output, expected and hard open links (empty unless asked for) and log-sum-exp."""
     pairs = _pairs(q, k, causal, window, real, mask, extents)
     module = import_module(f"gossamer.ops.{implementation}")
-    output, expected, opened, log_sum_exp = module.forward(q, k, v, gate_bias, pairs, scale, softcap, noise, expect)
-    return output, log_sum_exp.new_empty(0) if expected is None else expected, opened, log_sum_exp
+    output, expected, opened, log_sum_exp = module.forward(
+        q, k, v, gate_bias, pairs, scale, softcap, noise, expect, count
+    )
+    return (
+        output,
+        log_sum_exp.new_empty(0) if expected is None else expected,
+        log_sum_exp.new_empty(0, dtype=torch.long) if opened is None else opened,
+        log_sum_exp,
+    )
 
 
 @_forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, gate_bias: Tensor, real: Tensor | None, mask: Tensor | None,
     extents: Tensor | None, noise: Tensor | None, scale: float, causal: bool, window: int | None,
-    softcap: float | None, expect: bool, implementation: str,
+    softcap: float | None, expect: bool, count: bool, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, queries, _ = q.shape
     output = empty_rows(q, v.shape[-1])
     log_sum_exp = q.new_empty(batch, heads, queries, dtype=torch.promote_types(q.dtype, torch.float32))
     expected = torch.empty_like(log_sum_exp) if expect else log_sum_exp.new_empty(0)
-    return output, expected, torch.empty_like(log_sum_exp, dtype=torch.long), log_sum_exp
+    opened = log_sum_exp.new_empty(log_sum_exp.shape if count else 0, dtype=torch.long)
+    return output, expected, opened, log_sum_exp
 
 
 @torch.library.custom_op("gossamer::gated_attention_backward", mutates_args=())
@@ -119,7 +133,7 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, noise, scale, causal, window, softcap, expect, implementation = inputs
+    *tensors, noise, scale, causal, window, softcap, expect, _, implementation = inputs
     # As many tensors with sampled gates as with hard ones: a run under other gates is told by what it computes, and
     # torch's activation checkpointing would stop at the number.
     saved_noise = tensors[0].new_empty(2, dtype=torch.int64) if noise is None else noise
@@ -141,7 +155,7 @@ def _differentiate(ctx: Any, d_output: Tensor | None, d_expected: Tensor | None,
         d_expected if ctx.expect else None,
         *ctx.settings,
     )
-    return (*gradients, *[None] * 10)
+    return (*gradients, *[None] * 11)
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

@@ -26,6 +26,7 @@ def gated_attention(
     softcap: float | None,
     noise: Int[Tensor, " 2"] | None,
     expect: bool,
+    count: bool,
 ) -> GatedAttentionOutput:
     """Gated attention of the given pairs; sampled where ``noise`` is given. Computed in float32 at least."""
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -41,7 +42,7 @@ def gated_attention(
     return GatedAttentionOutput(
         output=((gates * pattern) @ value).to(q.dtype),
         expected_open=torch.where(allowed, torch.sigmoid(gate_logits), 0.0).sum(-1) if expect else None,
-        open_links=((gate_logits > 0) & allowed).sum(-1),
+        open_links=((gate_logits > 0) & allowed).sum(-1) if count else None,
         allowed_links=allowed.sum(-1),
         log_sum_exp=log_sum_exp.detach(),
     )

@@ -6,9 +6,10 @@ dq        one program a block of queries: recomputes the tiles, leaves dq and th
 dk, dv    one program a block of keys and key/value head: goes through its query heads and their queries.
 links     the forward kernel without values counts; a second kernel writes each query's links from its own start.
 
-So every number is written by one program, once: no atomics, no read-modify-write, the same bits in every run. The
-gradients are those of docs/derivations.md. Tiles whose pairs are all allowed are not masked, and tiles without any
-are not visited. The kernels are in :mod:`gossamer.ops.triton_kernels`.
+So every number is written by one program, once: no atomics, no read-modify-write, the same bits in every run
+(:mod:`gossamer.ops.triton_fused` gives that up). The gradients are those of docs/derivations.md. Tiles whose pairs are
+all allowed are not masked, and tiles without any are not visited. The kernels are in
+:mod:`gossamer.ops.triton_kernels`.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,10 @@ from gossamer.ops.gates import OpenLinks, Pairs, empty_rows
 _FAR = 1e30
 """Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
 
-Kernel = Literal["forward", "query_gradients", "key_value_gradients", "write_links"]
+FUSED_FEATURES = 128
+"""Largest head size of the fused backward pass; above, its kernel spills."""
+
+Kernel = Literal["forward", "query_gradients", "key_value_gradients", "fused_gradients", "write_links"]
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,32 @@ class Launch:
         return {**asdict(self), "enable_fp_fusion": True}
 
 
-def launch(kernel: Kernel, features: int, element_size: int, queries: int) -> Launch:
+def launch(kernel: Kernel, features: int, element_size: int, queries: int, narrow: bool = False) -> Launch:
     """Tile sizes that spill no registers on sm_80 and sm_90 (tests/ops/test_triton.py).
 
     Args:
         features: head size, rounded up to a power of two.
         element_size: bytes of an element of q, k and v.
         queries: how many there are; few (generation) get a small tile.
+        narrow: padding, a mask, a window or a soft cap, which take registers besides.
     """
     if element_size > 2:
-        return Launch(32, 32, 4, 1) if features > 128 else Launch(64, 32, 4, 1)
+        rows = 32 if features > 128 or kernel in ("key_value_gradients", "fused_gradients") else 64
+        return Launch(rows, 32, 4, 1)
     if queries <= 16:
         return Launch(16, 64 if features <= 128 else 32, 4, 2)
-    size = min(size for size in (64, 128, 256) if features <= size)
-    return {
-        "forward": {64: Launch(128, 64, 8, 2), 128: Launch(128, 32, 8, 2), 256: Launch(64, 32, 8, 2)},
-        "query_gradients": {64: Launch(128, 32, 8, 2), 128: Launch(128, 32, 8, 2), 256: Launch(32, 32, 4, 1)},
-        "key_value_gradients": {64: Launch(32, 128, 8, 1), 128: Launch(64, 32, 8, 1), 256: Launch(32, 32, 8, 1)},
-        "write_links": {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2), 256: Launch(32, 32, 4, 1)},
-    }[kernel][size]
+    size = min(size for size in (32, 64, 128, 256) if features <= size)
+    if kernel == "forward":
+        return Launch(128, {32: 64, 64: 64, 128: 32, 256: 16}[size], 8, 2)
+    if kernel == "query_gradients":
+        if size <= 64 and not narrow:
+            return Launch(64, 64, 4, 2)
+        return Launch(128, 32, 8, 2) if size <= 128 else Launch(32, 32, 4, 1)
+    if kernel in ("key_value_gradients", "fused_gradients"):
+        if size <= 64:
+            return Launch(32 if size == 32 and kernel == "key_value_gradients" else 16, 64, 4, 1)
+        return Launch(64 if size == 128 else 32, 32, 8, 1)
+    return Launch(32, 32, 4, 1) if size > 128 else Launch(64, 32, 4, 2)
 
 
 class _Call:
@@ -103,7 +114,8 @@ class _Call:
         }
 
     def launch(self, kernel: Kernel, value_size: int = 0) -> Launch:
-        return launch(kernel, padded(max(self.d, value_size)), self.q.element_size(), self.queries)
+        narrow = any(self.flags[name] for name in ("WINDOW", "SOFTCAP", "HAS_REAL", "HAS_MASK"))
+        return launch(kernel, padded(max(self.d, value_size)), self.q.element_size(), self.queries, narrow)
 
     def by_query(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A number for each query of each head, not set."""
@@ -135,11 +147,11 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _attend(
-    call: _Call, v: Tensor | None, noise: Tensor | None, expect: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    call: _Call, v: Tensor | None, noise: Tensor | None, expect: bool, count: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """Output, expected and hard open links, log-sum-exp, the last three by query."""
     output = None if v is None else empty_rows(call.q, v.shape[-1])
-    opened, log_sum_exp = call.by_query(torch.int64), call.by_query()
+    opened, log_sum_exp = call.by_query(torch.int64) if count else None, call.by_query()
     expected = call.by_query() if expect else None
     values = 0 if v is None else v.shape[-1]
     sizes = call.launch("forward", values)
@@ -149,7 +161,7 @@ def _attend(
             opened, *_strides(call.q, call.k), *((0, 0, 0) if v is None else _strides(v)),
             *((0, 0, 0) if output is None else _strides(output)), *call.mask_strides, *call.sizes,
             **call.flags, **sizes.options(), DV=values, PDV=padded(values), SAMPLE=noise is not None, EXPECT=expect,
-            VALUES=v is not None,
+            COUNT=count, VALUES=v is not None,
         )  # fmt: skip
     return output, expected, opened, log_sum_exp
 
@@ -164,11 +176,12 @@ def forward(
     softcap: float | None,
     noise: Tensor | None,
     expect: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    count: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """The same as :func:`gossamer.ops.chunked.forward`, on the GPU; accumulates in float32."""
     q, k, v = _dense_rows(q, k, v)
     call = _Call(q, k, gate_bias, pairs, scale, softcap, v)
-    output, expected, opened, log_sum_exp = _attend(call, v, noise, expect)
+    output, expected, opened, log_sum_exp = _attend(call, v, noise, expect, count)
     assert output is not None
     return output, expected, opened, log_sum_exp
 
@@ -186,8 +199,14 @@ def backward(
     log_sum_exp: Float[Tensor, "batch heads queries"],
     d_output: Float[Tensor, "batch heads queries d_value"],
     d_expected: Float[Tensor, "batch heads queries"] | None,
+    *,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same as :func:`gossamer.ops.chunked.backward`, on the GPU."""
+    """The same as :func:`gossamer.ops.chunked.backward`, on the GPU.
+
+    ``fused`` is the backward pass of :mod:`gossamer.ops.triton_fused`.
+    """
+    fused = fused and padded(max(q.shape[-1], v.shape[-1])) <= FUSED_FEATURES
     q, k, v, d_output = _dense_rows(q, k, v, d_output)
     call = _Call(q, k, gate_bias, pairs, scale, softcap, v, output, d_output)
     prices = None if d_expected is None else d_expected.float().contiguous()
@@ -196,22 +215,39 @@ def backward(
         **call.flags, "DV": features, "PDV": padded(features), "SAMPLE": noise is not None,
         "PRICED": prices is not None, "RESCALE": q.dtype == torch.float16,
     }  # fmt: skip
-    dq, dk, dv = (empty_rows(x, x.shape[-1]) for x in (q, k, v))
-    delta = call.by_query()
+    dk, dv = (empty_rows(x, x.shape[-1]) for x in (k, v))
+    # By query, from the first kernel for the second.
+    terms = [call.by_query() for _ in range(3)] + [None if prices is None else call.by_query()]
     shared = (call.bias, noise, call.real, call.extents, call.mask)
     sizes = call.launch("query_gradients", features)
     blocks = triton.cdiv(call.queries, sizes.M)
-    d_bias = torch.empty(call.batch, call.heads, blocks, dtype=torch.float32, device=q.device)
+    highest, d_bias = torch.empty(2, call.batch, call.heads, blocks, dtype=torch.float32, device=q.device)
+    keys = call.launch("fused_gradients" if fused else "key_value_gradients", features)
+    key_blocks = triton.cdiv(pairs.keys, keys.N)
+    if fused:
+        dq = empty_rows(q, q.shape[-1]).float().zero_()
+        d_bias = torch.empty(call.batch, call.heads, key_blocks, dtype=torch.float32, device=q.device)
+    else:
+        dq = empty_rows(q, q.shape[-1])
     with _on(q.device):
-        kernels.query_gradients[(blocks, call.heads, call.batch)](
-            q, k, v, *shared, output, d_output, log_sum_exp, prices, delta, dq, d_bias,
-            *_strides(q, k, v, output, d_output, dq), *call.mask_strides, *call.sizes, **flags, **sizes.options(),
+        if fused:
+            kernels.query_terms[(blocks, call.heads, call.batch)](
+                call.bias, output, d_output, log_sum_exp, prices, *terms, highest, *_strides(output, d_output),
+                call.heads, call.queries, DV=features, PDV=padded(features), M=sizes.M, FAR=call.flags["FAR"],
+                PRICED=prices is not None,
+            )  # fmt: skip
+        else:
+            kernels.query_gradients[(blocks, call.heads, call.batch)](
+                q, k, v, *shared, output, d_output, log_sum_exp, prices, *terms, highest, dq, d_bias,
+                *_strides(q, k, v, output, d_output, dq), *call.mask_strides, *call.sizes, **flags, **sizes.options(),
+            )  # fmt: skip
+        kernels.key_value_gradients[(key_blocks, k.shape[1], call.batch)](
+            q, k, v, *shared, d_output, prices, *terms, highest, dk, dv, *((dq, d_bias) if fused else (None, None)),
+            *_strides(q, k, v, d_output, dk, dv, dq), *call.mask_strides, *call.sizes, blocks, FUSED=fused, **flags,
+            **keys.options(),
         )  # fmt: skip
-        sizes = call.launch("key_value_gradients", features)
-        kernels.key_value_gradients[(triton.cdiv(pairs.keys, sizes.N), k.shape[1], call.batch)](
-            q, k, v, *shared, d_output, log_sum_exp, prices, delta, dk, dv,
-            *_strides(q, k, v, d_output, dk, dv), *call.mask_strides, *call.sizes, **flags, **sizes.options(),
-        )  # fmt: skip
+    if fused:
+        dq = dq.mul_(scale).to(q.dtype)
     return dq, dk, dv, d_bias.sum((0, 2)).to(gate_bias.dtype)
 
 
@@ -228,7 +264,8 @@ def open_links(
     """The same as :func:`gossamer.ops.naive.open_links`, on the GPU: one pass counts, a second writes."""
     q, k = _dense_rows(q, k)
     call = _Call(q, k, gate_bias, pairs, scale, softcap)
-    _, _, opened, log_sum_exp = _attend(call, None, None, expect=False)
+    _, _, opened, log_sum_exp = _attend(call, None, None, expect=False, count=True)
+    assert opened is not None
     starts = opened.flatten().cumsum(0).sub_(opened.flatten())
     counts = opened.sum(-1)
     links = int(counts.sum())

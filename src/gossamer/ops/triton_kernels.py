@@ -17,6 +17,8 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _ALMOST_ONE = tl.constexpr(1 - 2.0**-24)
 _INFINITY = tl.constexpr(float("inf"))
+_HIGHEST = tl.constexpr(96.0)
+_LOWEST = tl.constexpr(-64.0)
 
 
 @triton.jit
@@ -47,14 +49,18 @@ def _soft_capped(products, scale, softcap):
 
 @triton.jit
 def _noise(query_words, key_words, k1):
-    """(1 + u - 2^-24) / 2 with u by the formula of gates.py: exact, in [1/2, 1). Query words are (i << 16) ^ k0."""
-    x = query_words ^ key_words
-    x ^= x >> 16
-    x = x * 0x7FEB352D + k1
+    """(1 + u - 2^-24) / 2 with u by the formula of gates.py: exact, in [1/2, 1)."""
+    x = (query_words ^ key_words) * 0x7FEB352D + k1
     x ^= x >> 15
     x *= 0x846CA68B
     # The formula's last two shifts at once; the top 23 bits become a float's mantissa.
     return ((x >> 9) ^ (x >> 25) | 0x3F000000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _closing(height):
+    """c in sigma(G) = w / (w + c) with w = 2^(S - shift), by query; ``height`` = shift + bias, all in base 2."""
+    return _exp2(-tl.maximum(height, _LOWEST))
 
 
 @triton.jit
@@ -87,7 +93,8 @@ def _noise_keys(NOISE, batch, head):
 
 @triton.jit
 def _query_words(query_places, k0):
-    return (query_places << 16).to(tl.uint32, bitcast=True) ^ k0
+    """The formula's x ^ (x >> 16) but for the key's word, which is shifted out: x = (i << 16) ^ k0 here."""
+    return (query_places * 0x10001).to(tl.uint32, bitcast=True) ^ (k0 ^ (k0 >> 16))
 
 
 @triton.jit
@@ -102,6 +109,21 @@ def _tile(POINTER, first, stride, lines, features, FAR: tl.constexpr):
         return POINTER + (tl.full([], 0, tl.int64) + first) * stride + lines[:, None] * stride + features[None, :]
     else:
         return POINTER + (first + lines)[:, None] * stride + features[None, :]
+
+
+@triton.jit
+def _load(
+    POINTER, first, stride, lines, features, count,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, FAR: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """A tile, zero where features are padding and, if BOUNDED, from line ``count`` on."""
+    pointers = _tile(POINTER, first, stride, lines, features, FAR)
+    if BOUNDED:
+        return tl.load(pointers, mask=(first + lines < count)[:, None] & (features < WIDTH)[None, :], other=0.0)
+    elif WIDTH < PADDED:
+        return tl.load(pointers, mask=(features < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -172,7 +194,7 @@ def forward(
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
-    EXPECT: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    EXPECT: tl.constexpr, COUNT: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, base-2 normaliser, and per query the expected and the hard open links, of M queries of one head."""
     # The longest rows first: they are the last blocks.
@@ -187,8 +209,7 @@ def forward(
     K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
     if VALUES:
         V += batch * v_batch + (head // GROUPS).to(tl.int64) * v_head
-    inside = row_inside[:, None] & (features < D)[None, :]
-    q = tl.load(_tile(Q, first, q_row, tile_rows, features, FAR), mask=inside, other=0.0)
+    q = _load(Q, first, q_row, tile_rows, features, queries, D, PD, FAR, True)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
@@ -211,26 +232,33 @@ def forward(
         first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop, whole,
         N, CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
     )  # fmt: skip
-    for phase in tl.static_range(0 if WINDOW or HAS_REAL else 1, 3):
+    # Tiles without a mask come first. There sigma(G) is w / (w + c), as long as the weights w of open gates are in
+    # float32's range; whether they were is known after the last of them. If not, all go with those that have a mask.
+    if EXPECT or SAMPLE:
+        whole_high = tl.where(bias > _HIGHEST, whole_low, whole_high)
+    for phase in tl.static_range(0, 3 if WINDOW or HAS_REAL else 2):
         if phase == 0:
-            begin, end = low, whole_low
-        elif phase == 1:
             begin, end = whole_low if WINDOW or HAS_REAL else low, whole_high
-        else:
+        elif phase == 1:
+            if EXPECT or SAMPLE:
+                fits = tl.max(top, 0) * factor + bias <= _HIGHEST
+                whole_high = tl.where(fits, whole_high, whole_low)
+                accumulated = tl.where(fits, accumulated, 0.0)
+                top = tl.where(fits, top, -_INFINITY)
+                total = tl.where(fits, total, 0.0)
+                expected = tl.where(fits, expected, 0.0)
+                opened = tl.where(fits, opened, 0.0)
             begin, end = whole_high, high
-        for start in range(begin, end, N):
+        else:
+            begin, end = low, whole_low
+        for start in tl.range(begin, end, N, num_stages=1 if phase != 0 and (WINDOW or HAS_REAL) else None):
             tile_columns = tl.arange(0, N)
             columns = start + tile_columns
-            key_mask = (features < D)[None, :]
-            value_mask = (value_features < DV)[None, :]
-            if phase != 1:
-                key_mask &= (columns < keys)[:, None]
-                value_mask &= (columns < keys)[:, None]
-            k = tl.load(_tile(K, start, k_row, tile_columns, features, FAR), mask=key_mask, other=0.0)
+            k = _load(K, start, k_row, tile_columns, features, keys, D, PD, FAR, phase != 0)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if SOFTCAP:
                 raw = _soft_capped(raw, scale, softcap)
-            if phase != 1:
+            if phase != 0:
                 allowed = _allowed(
                     rows[:, None], columns[None, :], offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
                     CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
@@ -238,23 +266,27 @@ def forward(
                 raw = tl.where(allowed, raw, -_INFINITY)
             higher = tl.maximum(top, tl.max(raw, 1))
             shift = higher * factor
-            if phase != 1:
+            if phase != 0:
                 shift = tl.where(higher == -_INFINITY, 0.0, shift)
             weights = _exp2(raw * factor - shift[:, None])
             rescale = _exp2(top * factor - shift)
             total = total * rescale + tl.sum(weights, 1)
             top = higher
             open_gates = raw > threshold
-            opened += tl.sum(tl.where(open_gates, 1.0, 0.0), 1)
+            if COUNT:
+                opened += tl.sum(tl.where(open_gates, 1.0, 0.0), 1)
             if EXPECT or SAMPLE:
-                probability = _reciprocal(1 + _exp2(-raw * factor - bias))
+                if phase == 0:
+                    probability = weights * _reciprocal(weights + _closing(shift + bias)[:, None])
+                else:
+                    probability = _reciprocal(1 + _exp2(-raw * factor - bias))
                 if EXPECT:
                     expected += tl.sum(probability, 1)
                 if SAMPLE:
                     noise = _noise(query_words[:, None], _key_words(columns - origin)[None, :], k1)
                     open_gates = _opens(noise, probability)
             if VALUES:
-                v = tl.load(_tile(V, start, v_row, tile_columns, value_features, FAR), mask=value_mask, other=0.0)
+                v = _load(V, start, v_row, tile_columns, value_features, keys, DV, PDV, FAR, phase != 0)
                 kept = tl.where(open_gates, weights, 0.0).to(v.dtype)
                 accumulated = tl.dot(kept, v, accumulated * rescale[:, None], input_precision=PRECISION)
 
@@ -270,7 +302,8 @@ def forward(
         )
     log_sum_exp = (top * factor + tl.log2(tl.where(closed, 1.0, total))) / _LOG2_E
     tl.store(LOG_SUM_EXP + lines, tl.where(closed, -_INFINITY, log_sum_exp), mask=row_inside)
-    tl.store(OPENED + lines, opened.to(tl.int64), mask=row_inside)
+    if COUNT:
+        tl.store(OPENED + lines, opened.to(tl.int64), mask=row_inside)
     if EXPECT:
         tl.store(EXPECTED + lines, expected, mask=row_inside)
 
@@ -283,30 +316,101 @@ def _normaliser(POINTERS, inside):
 
 
 @triton.jit
+def _terms(
+    d_out, output, LOG_SUM_EXP, D_EXPECTED, DELTA, NORMALISER, CLOSING, PRICE, HIGHEST, lines, inside, bias, block,
+    PRICED: tl.constexpr,
+):  # fmt: skip
+    """What the backward pass wants of each query of a block, computed and stored.
+
+    delta = dO . O; the base-2 normaliser; the closing term; dE and price = dE times closing; and, one for the block,
+    how far the log-sum-exp of any of its queries lies above the gates' threshold, those without allowed keys aside.
+    """
+    delta = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), 1)
+    tl.store(DELTA + lines, delta, mask=inside)
+    normaliser = _normaliser(LOG_SUM_EXP + lines, inside)
+    tl.store(NORMALISER + lines, normaliser, mask=inside)
+    reached = normaliser < _INFINITY
+    closing = _closing(tl.where(reached, normaliser + bias, 0.0))
+    tl.store(CLOSING + lines, closing, mask=inside)
+    d_expected = tl.zeros_like(closing)
+    if PRICED:
+        d_expected = tl.load(D_EXPECTED + lines, mask=inside, other=0.0)
+        tl.store(PRICE + lines, d_expected * closing, mask=inside)
+    highest = tl.max(tl.where(reached, normaliser, -_INFINITY), 0) + bias
+    tl.store(HIGHEST + block, highest)
+    return delta, normaliser, closing, d_expected, d_expected * closing, highest
+
+
+@triton.jit
+def query_terms(
+    BIAS, OUT, D_OUT, LOG_SUM_EXP, D_EXPECTED, DELTA, NORMALISER, CLOSING, PRICE, HIGHEST,
+    o_batch, o_head, o_row, do_batch, do_head, do_row, heads, queries,
+    DV: tl.constexpr, PDV: tl.constexpr, M: tl.constexpr, FAR: tl.constexpr, PRICED: tl.constexpr,
+):  # fmt: skip
+    """What :func:`query_gradients` leaves for :func:`key_value_gradients`, where that does without it."""
+    first = tl.program_id(0) * M
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile_rows, features = tl.arange(0, M), tl.arange(0, PDV)
+    OUT += batch * o_batch + head.to(tl.int64) * o_head
+    D_OUT += batch * do_batch + head.to(tl.int64) * do_head
+    line = batch * heads + head
+    rows = first + tile_rows
+    _terms(
+        _load(D_OUT, first, do_row, tile_rows, features, queries, DV, PDV, FAR, True),
+        _load(OUT, first, o_row, tile_rows, features, queries, DV, PDV, FAR, True),
+        LOG_SUM_EXP, D_EXPECTED, DELTA, NORMALISER, CLOSING, PRICE, HIGHEST, line * queries + rows, rows < queries,
+        tl.load(BIAS + head) * _LOG2_E, line * tl.num_programs(0) + tl.program_id(0), PRICED,
+    )  # fmt: skip
+
+
+@triton.jit
 def _logit_gradients(
+    raw, products, query_words, key_words, k1, normaliser, closing, delta, price, factor, threshold,
+    SAMPLE: tl.constexpr, PRICED: tl.constexpr,
+):  # fmt: skip
+    """Of one tile: the open gates, the weights P, the gradients of the gate logits and of the logits.
+
+    ``products`` are dO v^T; ``normaliser``, ``closing``, ``delta`` and ``price``, dE times closing, broadcast along
+    the keys. With c for closing, sigma(G) = P / (P + c), and its slope is P c / (P + c)^2.
+    """
+    pattern = _exp2(raw * factor - normaliser)
+    if PRICED or not SAMPLE:
+        scale = _reciprocal(pattern + closing)
+    if SAMPLE:
+        u = 2 * _noise(query_words, key_words, k1) - _ALMOST_ONE
+        against = tl.fma(-u, closing, closing)
+        towards = u * pattern
+        open_gates = towards > against
+        soft = towards * _reciprocal(against + towards)
+    else:
+        open_gates = raw > threshold
+        soft = pattern * scale
+    gate_gradients = products * (soft - soft * soft)
+    if PRICED:
+        gate_gradients += price * scale * scale
+    d_logits = pattern * (tl.where(open_gates, products - delta, -delta) + gate_gradients)
+    return open_gates, pattern, pattern * gate_gradients, d_logits
+
+
+@triton.jit
+def _exact_logit_gradients(
     raw, products, query_words, key_words, k1, normaliser, delta, factor, bias, threshold, d_expected,
     SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile: the weights left by the gates, the gradients of the gate logits and of the logits.
-
-    ``products`` are dO v^T; ``normaliser``, ``delta`` and ``d_expected`` broadcast along the keys.
-    """
+    """The same where P of an open gate may underflow: an exponential more."""
     pattern = _exp2(raw * factor - normaliser)
     odds = _exp2(-raw * factor - bias)
     probability = _reciprocal(1 + odds)
-    slope = probability - probability * probability
-    weighted = pattern * products
+    soft = probability
+    open_gates = raw > threshold
     if SAMPLE:
         noise = _noise(query_words, key_words, k1)
         open_gates = _opens(noise, probability)
         u = 2 * noise - _ALMOST_ONE
         soft = u * _reciprocal(odds * (1 - u) + u)
-        d_gates = weighted * (soft - soft * soft) + d_expected * slope
-    else:
-        open_gates = raw > threshold
-        d_gates = (weighted + d_expected) * slope
-    kept = tl.where(open_gates, pattern, 0.0)
-    return kept, d_gates, tl.where(open_gates, weighted, 0.0) - pattern * delta + d_gates
+    weighted = pattern * products
+    d_gates = weighted * (soft - soft * soft) + d_expected * (probability - probability * probability)
+    return open_gates, pattern, d_gates, tl.where(open_gates, weighted, 0.0) - pattern * delta + d_gates
 
 
 @triton.jit
@@ -324,7 +428,8 @@ def _added(total, gradients, rows, RESCALE: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def query_gradients(
-    Q, K, V, BIAS, NOISE, REAL, EXTENTS, MASK, OUT, D_OUT, LOG_SUM_EXP, D_EXPECTED, DELTA, D_Q, D_BIAS,
+    Q, K, V, BIAS, NOISE, REAL, EXTENTS, MASK, OUT, D_OUT, LOG_SUM_EXP, D_EXPECTED, DELTA, NORMALISER,
+    CLOSING, PRICE, HIGHEST, D_Q, D_BIAS,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     do_batch, do_head, do_row, dq_batch, dq_head, dq_row,
     mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap,
@@ -333,7 +438,7 @@ def query_gradients(
     FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
     PRICED: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of M queries of one head, their part of the bias gradient, and Delta = dO . O for the other kernel."""
+    """dq of M queries of one head, their part of the bias gradient, and what the other kernel wants of each query."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     first = block * M
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -343,22 +448,15 @@ def query_gradients(
     row_inside = rows < queries
     features, value_features = tl.arange(0, PD), tl.arange(0, PDV)
     inside = row_inside[:, None] & (features < D)[None, :]
-    value_inside = row_inside[:, None] & (value_features < DV)[None, :]
     Q += batch * q_batch + head.to(tl.int64) * q_head
     K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
     V += batch * v_batch + (head // GROUPS).to(tl.int64) * v_head
     OUT += batch * o_batch + head.to(tl.int64) * o_head
     D_OUT += batch * do_batch + head.to(tl.int64) * do_head
-    q = tl.load(_tile(Q, first, q_row, tile_rows, features, FAR), mask=inside, other=0.0)
-    d_out = tl.load(_tile(D_OUT, first, do_row, tile_rows, value_features, FAR), mask=value_inside, other=0.0)
-    output = tl.load(_tile(OUT, first, o_row, tile_rows, value_features, FAR), mask=value_inside, other=0.0)
+    q = _load(Q, first, q_row, tile_rows, features, queries, D, PD, FAR, True)
+    d_out = _load(D_OUT, first, do_row, tile_rows, value_features, queries, DV, PDV, FAR, True)
+    output = _load(OUT, first, o_row, tile_rows, value_features, queries, DV, PDV, FAR, True)
     lines = (batch * heads + head) * queries + rows
-    delta = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), 1)
-    tl.store(DELTA + lines, delta, mask=row_inside)
-    normaliser = _normaliser(LOG_SUM_EXP + lines, row_inside)
-    d_expected = tl.zeros([M], tl.float32)
-    if PRICED:
-        d_expected = tl.load(D_EXPECTED + lines, mask=row_inside, other=0.0)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
@@ -374,44 +472,51 @@ def query_gradients(
         k0, k1 = _noise_keys(NOISE, batch, head)
         query_words = _query_words(rows + offset - origin, k0)
 
+    delta, normaliser, closing, d_expected, price, highest = _terms(
+        d_out, output, LOG_SUM_EXP, D_EXPECTED, DELTA, NORMALISER, CLOSING, PRICE, HIGHEST, lines, row_inside, bias,
+        (batch * heads + head) * tl.num_programs(0) + block, PRICED,
+    )  # fmt: skip
     d_q = tl.zeros([M, PD], tl.float32)
     d_bias = tl.zeros([M], tl.float32)
     low, whole_low, whole_high, high = _key_range(
         first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop, whole,
         N, CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
     )  # fmt: skip
-    for phase in tl.static_range(0 if WINDOW or HAS_REAL else 1, 3):
+    whole_high = tl.where(highest > _HIGHEST, whole_low, whole_high)
+    for phase in tl.static_range(0, 3 if WINDOW or HAS_REAL else 2):
         if phase == 0:
-            begin, end = low, whole_low
-        elif phase == 1:
             begin, end = whole_low if WINDOW or HAS_REAL else low, whole_high
-        else:
+        elif phase == 1:
             begin, end = whole_high, high
-        for start in range(begin, end, N):
+        else:
+            begin, end = low, whole_low
+        for start in tl.range(begin, end, N, num_stages=1 if phase != 0 and (WINDOW or HAS_REAL) else None):
             tile_columns = tl.arange(0, N)
             columns = start + tile_columns
-            key_mask = (features < D)[None, :]
-            value_mask = (value_features < DV)[None, :]
-            if phase != 1:
-                key_mask &= (columns < keys)[:, None]
-                value_mask &= (columns < keys)[:, None]
-            k = tl.load(_tile(K, start, k_row, tile_columns, features, FAR), mask=key_mask, other=0.0)
-            v = tl.load(_tile(V, start, v_row, tile_columns, value_features, FAR), mask=value_mask, other=0.0)
+            k = _load(K, start, k_row, tile_columns, features, keys, D, PD, FAR, phase != 0)
+            v = _load(V, start, v_row, tile_columns, value_features, keys, DV, PDV, FAR, phase != 0)
             raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             products = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
             if SOFTCAP:
                 raw = _soft_capped(raw, scale, softcap)
                 cap_slope = 1 - (raw / softcap) * (raw / softcap)
-            if phase != 1:
+            if phase != 0:
                 allowed = _allowed(
                     rows[:, None], columns[None, :], offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
                     CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
                 )  # fmt: skip
                 raw = tl.where(allowed, raw, -_INFINITY)
-            _, d_gates, d_logits = _logit_gradients(
-                raw, products, query_words[:, None], _key_words(columns - origin)[None, :], k1,
-                normaliser[:, None], delta[:, None], factor, bias, threshold, d_expected[:, None], SAMPLE,
-            )  # fmt: skip
+            key_words = _key_words(columns - origin)[None, :]
+            if phase == 0:
+                _, _, d_gates, d_logits = _logit_gradients(
+                    raw, products, query_words[:, None], key_words, k1, normaliser[:, None], closing[:, None],
+                    delta[:, None], price[:, None], factor, threshold, SAMPLE, PRICED,
+                )  # fmt: skip
+            else:
+                _, _, d_gates, d_logits = _exact_logit_gradients(
+                    raw, products, query_words[:, None], key_words, k1, normaliser[:, None], delta[:, None], factor,
+                    bias, threshold, d_expected[:, None], SAMPLE,
+                )  # fmt: skip
             d_bias += tl.sum(d_gates, 1)
             if SOFTCAP:
                 d_logits *= cap_slope
@@ -425,16 +530,21 @@ def query_gradients(
 
 @triton.jit
 def key_value_gradients(
-    Q, K, V, BIAS, NOISE, REAL, EXTENTS, MASK, D_OUT, LOG_SUM_EXP, D_EXPECTED, DELTA, D_K, D_V,
+    Q, K, V, BIAS, NOISE, REAL, EXTENTS, MASK, D_OUT, D_EXPECTED, DELTA, NORMALISER, CLOSING, PRICE, HIGHEST, D_K, D_V,
+    D_Q, D_BIAS,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap,
+    do_batch, do_head, do_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, dq_batch, dq_head, dq_row,
+    mask_batch, mask_row, mask_key, heads, queries, keys, window, scale, softcap, blocks,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
-    PRICED: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
+    PRICED: tl.constexpr, RESCALE: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of N keys of one key/value head, summed over its query heads. Tiles are [N, M]."""
+    """dk and dv of N keys of one key/value head, summed over its query heads. Tiles are [N, M].
+
+    FUSED adds these keys' part of dq / scale to D_Q, float32 and zero at first, in whatever order programs come, and
+    leaves their part of the bias gradient.
+    """
     first = tl.program_id(0) * N
     last = tl.minimum(first + N, keys)
     kv_head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -446,8 +556,8 @@ def key_value_gradients(
     value_inside = (columns < keys)[:, None] & (value_features < DV)[None, :]
     K += batch * k_batch + kv_head.to(tl.int64) * k_head
     V += batch * v_batch + kv_head.to(tl.int64) * v_head
-    k = tl.load(_tile(K, first, k_row, tile_columns, features, FAR), mask=inside, other=0.0)
-    v = tl.load(_tile(V, first, v_row, tile_columns, value_features, FAR), mask=value_inside, other=0.0)
+    k = _load(K, first, k_row, tile_columns, features, keys, D, PD, FAR, True)
+    v = _load(V, first, v_row, tile_columns, value_features, keys, DV, PDV, FAR, True)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     origin, real_start, real_stop, whole = _extents(EXTENTS, batch, keys, HAS_EXTENTS)
     if HAS_REAL:
@@ -456,8 +566,7 @@ def key_value_gradients(
         MASK += batch * mask_batch
     key_words = _key_words(columns - origin)
 
-    # Queries that reach these keys, and among them those that reach all of them. Rows past the end need no mask:
-    # their q and dO are zero and their normaliser is infinite.
+    # Queries that reach these keys, and among them, in whole tiles, those that reach all of them.
     low, high = tl.maximum(real_start - offset, 0), real_stop - offset
     whole_low, whole_high = low, queries
     if CAUSAL:
@@ -465,7 +574,7 @@ def key_value_gradients(
         whole_low = tl.maximum(low, last - 1 - offset)
     if WINDOW:
         high = tl.minimum(high, last - 1 + window - offset)
-        whole_high = tl.minimum(whole_high, first + window - offset) // M * M
+        whole_high = tl.minimum(whole_high, first + window - offset)
     low = low // M * M
     high = tl.maximum(high, low)  # no query may reach these keys; // rounds towards zero below it
     if HAS_MASK:
@@ -473,9 +582,9 @@ def key_value_gradients(
     else:
         if HAS_REAL:
             inside_real = (whole != 0) & (first >= real_start) & (last <= real_stop)
-            whole_high = tl.where(inside_real, tl.minimum(whole_high, real_stop - offset) // M * M, low)
+            whole_high = tl.where(inside_real, tl.minimum(whole_high, real_stop - offset), low)
         whole_low = tl.minimum((whole_low + M - 1) // M * M, high)
-        whole_high = tl.maximum(whole_high, whole_low)
+        whole_high = tl.maximum(whole_high // M * M, whole_low)
 
     d_k = tl.zeros([N, PD], tl.float32)
     d_v = tl.zeros([N, PDV], tl.float32)
@@ -491,51 +600,83 @@ def key_value_gradients(
         k1 = tl.full([], 0, tl.uint32)
         if SAMPLE:
             k0, k1 = _noise_keys(NOISE, batch, head)
-        for phase in tl.static_range(0, 3 if WINDOW or HAS_REAL or HAS_MASK else 2):
+        highest = bias
+        for start in range(0, blocks, 128):
+            block = start + tl.arange(0, 128)
+            heights = tl.load(HIGHEST + (batch * heads + head) * blocks + block, mask=block < blocks, other=-_INFINITY)
+            highest = tl.maximum(highest, tl.max(heights, 0))
+        whole_stop = tl.where(highest > _HIGHEST, whole_low, whole_high)
+        d_bias = tl.zeros([N, M], tl.float32)
+        d_q_of_head = D_Q
+        if FUSED:
+            d_q_of_head += batch * dq_batch + head.to(tl.int64) * dq_head
+        for phase in tl.static_range(0, 3):
             if phase == 0:
-                begin, end = low, whole_low
+                begin, end = whole_low, whole_stop
             elif phase == 1:
-                begin, end = whole_low, whole_high
+                begin, end = low, whole_low
             else:
-                begin, end = whole_high, high
+                begin, end = whole_stop, high
             for start in range(begin, end, M):
                 tile_rows = tl.arange(0, M)
                 rows = start + tile_rows
-                row_inside = rows < queries
-                q = tl.load(
-                    _tile(queries_of_head, start, q_row, tile_rows, features, FAR),
-                    mask=row_inside[:, None] & (features < D)[None, :],
-                    other=0.0,
+                q = _load(queries_of_head, start, q_row, tile_rows, features, queries, D, PD, FAR, phase != 0)
+                d_out = _load(
+                    d_out_of_head, start, do_row, tile_rows, value_features, queries, DV, PDV, FAR, phase != 0
                 )
-                d_out = tl.load(
-                    _tile(d_out_of_head, start, do_row, tile_rows, value_features, FAR),
-                    mask=row_inside[:, None] & (value_features < DV)[None, :],
-                    other=0.0,
-                )
-                normaliser = _normaliser(LOG_SUM_EXP + line + rows, row_inside)
-                delta = tl.load(DELTA + line + rows, mask=row_inside, other=0.0)
-                d_expected = tl.zeros([M], tl.float32)
-                if PRICED:
-                    d_expected = tl.load(D_EXPECTED + line + rows, mask=row_inside, other=0.0)
                 raw = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 products = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
                 if SOFTCAP:
                     raw = _soft_capped(raw, scale, softcap)
                     cap_slope = 1 - (raw / softcap) * (raw / softcap)
-                if phase != 1:
+                if phase != 0:
                     allowed = _allowed(
                         rows[None, :], columns[:, None], offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
                         CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
                     )  # fmt: skip
                     raw = tl.where(allowed, raw, -_INFINITY)
-                kept, _, d_logits = _logit_gradients(
-                    raw, products, _query_words(rows + offset - origin, k0)[None, :], key_words[:, None], k1,
-                    normaliser[None, :], delta[None, :], factor, bias, threshold, d_expected[None, :], SAMPLE,
-                )  # fmt: skip
+                query_words = _query_words(rows + offset - origin, k0)[None, :]
+                terms = line + rows
+                if phase == 0:
+                    price = tl.zeros([M], tl.float32)
+                    if PRICED:
+                        price = tl.load(PRICE + terms)
+                    open_gates, pattern, d_gates, d_logits = _logit_gradients(
+                        raw, products, query_words, key_words[:, None], k1, tl.load(NORMALISER + terms)[None, :],
+                        tl.load(CLOSING + terms)[None, :], tl.load(DELTA + terms)[None, :], price[None, :], factor,
+                        threshold, SAMPLE, PRICED,
+                    )  # fmt: skip
+                else:
+                    row_inside = rows < queries
+                    d_expected = tl.zeros([M], tl.float32)
+                    if PRICED:
+                        d_expected = tl.load(D_EXPECTED + terms, mask=row_inside, other=0.0)
+                    open_gates, pattern, d_gates, d_logits = _exact_logit_gradients(
+                        raw, products, query_words, key_words[:, None], k1,
+                        tl.load(NORMALISER + terms, mask=row_inside, other=_INFINITY)[None, :],
+                        tl.load(DELTA + terms, mask=row_inside, other=0.0)[None, :],
+                        factor, bias, threshold, d_expected[None, :], SAMPLE,
+                    )  # fmt: skip
+                kept = tl.where(open_gates, pattern, 0.0)
                 d_v = tl.dot(kept.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
                 if SOFTCAP:
                     d_logits *= cap_slope
                 d_k = _added(d_k, d_logits, q, RESCALE, PRECISION)
+                if FUSED:
+                    d_bias += d_gates
+                    if not RESCALE:
+                        d_logits = d_logits.to(k.dtype)
+                    part = _added(tl.zeros([M, PD], tl.float32), tl.trans(d_logits), k, RESCALE, PRECISION)
+                    target = _tile(d_q_of_head, start, dq_row, tile_rows, features, FAR)
+                    if phase == 0 and D == PD:
+                        tl.atomic_add(target, part, sem="relaxed")
+                    else:
+                        inside_tile = (rows < queries)[:, None] & (features < D)[None, :]
+                        tl.atomic_add(target, part, mask=inside_tile, sem="relaxed")
+        if FUSED:
+            # Keys past the end have a zero vector and their own gates.
+            total = tl.sum(tl.sum(tl.where((columns < keys)[:, None], d_bias, 0.0), 1), 0)
+            tl.store(D_BIAS + (batch * heads + head) * tl.num_programs(0) + tl.program_id(0), total)
 
     D_K += batch * dk_batch + kv_head.to(tl.int64) * dk_head
     D_V += batch * dv_batch + kv_head.to(tl.int64) * dv_head
@@ -567,8 +708,7 @@ def write_links(
     features = tl.arange(0, PD)
     Q += batch * q_batch + head.to(tl.int64) * q_head
     K += batch * k_batch + (head // GROUPS).to(tl.int64) * k_head
-    inside = row_inside[:, None] & (features < D)[None, :]
-    q = tl.load(_tile(Q, first, q_row, tile_rows, features, FAR), mask=inside, other=0.0)
+    q = _load(Q, first, q_row, tile_rows, features, queries, D, PD, FAR, True)
     factor = _LOG2_E if SOFTCAP else scale * _LOG2_E
     bias = tl.load(BIAS + head)
     threshold = -bias if SOFTCAP else -bias / scale
@@ -587,11 +727,7 @@ def write_links(
     for start in range(low, high, N):
         tile_columns = tl.arange(0, N)
         columns = start + tile_columns
-        k = tl.load(
-            _tile(K, start, k_row, tile_columns, features, FAR),
-            mask=(columns < keys)[:, None] & (features < D)[None, :],
-            other=0.0,
-        )
+        k = _load(K, start, k_row, tile_columns, features, keys, D, PD, FAR, True)
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if SOFTCAP:
             raw = _soft_capped(raw, scale, softcap)
