@@ -28,7 +28,7 @@ from gossamer.ops.gates import OpenLinks, Pairs, empty_rows
 _FAR = 1e30
 """Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
 
-FUSED_FEATURES = 128
+FUSED_FEATURES = 64
 """Largest head size of the fused backward pass; above, its kernel spills."""
 
 Kernel = Literal["forward", "query_gradients", "key_value_gradients", "fused_gradients", "write_links"]
@@ -64,7 +64,7 @@ def launch(kernel: Kernel, features: int, element_size: int, queries: int, narro
         return Launch(16, 64 if features <= 128 else 32, 4, 2)
     size = min(size for size in (32, 64, 128, 256) if features <= size)
     if kernel == "forward":
-        return Launch(128, {32: 64, 64: 64, 128: 32, 256: 16}[size], 8, 2)
+        return Launch(64, 32, 8, 2) if size == 256 else Launch(128, 32 if size == 128 else 64, 8, 2)
     if kernel == "query_gradients":
         if size <= 64 and not narrow:
             return Launch(64, 64, 4, 2)
