@@ -71,7 +71,7 @@ def explain(
         str, typer.Option(help="With --text: numbers of context tokens, comma-separated.")
     ] = "16,32,64,128,256",
     figures: Annotated[
-        Path | None, typer.Option(help="Write the picture as PNG and SVG into this directory; needs gossamer[report].")
+        Path | None, typer.Option(help="Write the picture as PNG and SVG into this directory; needs the report extra.")
     ] = None,
     out: Annotated[
         Path | None,
