@@ -66,6 +66,13 @@ class TrainingConfig:
         "links",
     )
     multiplier: MultiplierConfig = setting("How lambda moves.", default_factory=MultiplierConfig, prefix="multiplier_")
+    closing_rate: float | None = setting(
+        "How far the logarithm of the open fraction may fall over a run that stays one tolerance inside its bound. "
+        "null: no limit.",
+        10.0,
+        least=1e-3,
+        most=1e6,
+    )
     validations: int = setting(
         "Measurements on the validation blocks, spread evenly over a run.", 8, least=1, most=2**40
     )

@@ -4,7 +4,7 @@
    bound.
 2. Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch. Before the weights move, the
    batch is unseen text, so what it measures is the step's violation; a few measurements on validation blocks say how
-   far batches are off. The dual step answers both.
+   far batches are off. The dual step answers both, and gates close no faster than :mod:`gossamer.training.pace` allows.
 3. End: rates have fallen to 0. If the bound is missed on the validation blocks, the gate biases are shifted by the
    smallest common amount that brings it back; where none does, the weights are drawn towards the dense ones first. A
    checkpoint on the way that held the bound with fewer links is taken instead.
@@ -37,6 +37,7 @@ from gossamer.training.gates import calibrate, open_to
 from gossamer.training.interpolation import SHARES, Interpolation
 from gossamer.training.multiplier import Multiplier, RunningViolation, lagrangian
 from gossamer.training.objective import expected_open_fraction
+from gossamer.training.pace import Pace
 from gossamer.training.settings import TrainingConfig
 from gossamer.training.trainer import PostTrainer
 
@@ -117,6 +118,7 @@ class SparsityTrainer(PostTrainer):
         self.validation = validation
         self.multiplier = Multiplier(config.multiplier, self.steps)
         self.running = RunningViolation(config.multiplier.decay)
+        self.pace = Pace(config.closing_rate, self.steps)
         self.reference_fraction: float | None = None
         self.validation_result: Validation | None = None
         self.open_by_layer: Float[Tensor, " layers"] | None = None
@@ -185,7 +187,7 @@ class SparsityTrainer(PostTrainer):
         }
         assert self.reference_fraction is not None
         objective = expected / max(self.reference_fraction, SMALLEST_FRACTION)
-        return lagrangian(objective, pull, self.multiplier.value, self.unit), measured
+        return lagrangian(self.pace.share * objective, pull, self.multiplier.value, self.unit), measured
 
     def _excess(
         self, logits: Tensor, dense_logits: Tensor | None, input_ids: Tensor, constrained: float | None = None
@@ -244,7 +246,7 @@ class SparsityTrainer(PostTrainer):
         super().finish_step()
         if self.open_by_layer is not None:
             self.open_by_layer = self.accelerator.reduce(self.open_by_layer, "mean")
-        self.last["multiplier"] = self.multiplier.value
+        self.last["multiplier"], self.last["closing_share"] = self.multiplier.value, self.pace.share
         self.reference_fraction = self.last["expected_open_fraction"]
         if not self.last["sampled"]:
             self.running.add_batch(self.last["batch_violation"])
@@ -256,6 +258,7 @@ class SparsityTrainer(PostTrainer):
             self.last["constrained_held_out"] = self.validation_result.constrained
         if (violation := self.running.value) is not None:
             self.multiplier.dual_step(violation)
+            self.pace.step(self.last["expected_open_fraction"], violation)
 
     def violation(self, result: Validation) -> float:
         """How far weights that were measured so are over the bound less its margin, in tolerances of the constraint."""
@@ -332,6 +335,7 @@ class SparsityTrainer(PostTrainer):
         state = {
             "multiplier": self.multiplier.state_dict(),
             "running": self.running.state_dict(),
+            "pace": self.pace.state_dict(),
             "reference_fraction": self.reference_fraction,
             "validation": None if result is None else asdict(result),
         }
@@ -343,6 +347,7 @@ class SparsityTrainer(PostTrainer):
             state = _read_state(Path(checkpoint))
             self.multiplier.load_state_dict(state["multiplier"])
             self.running.load_state_dict(state["running"])
+            self.pace.load_state_dict(state["pace"])
             self.reference_fraction = state["reference_fraction"]
             self.validation_result = _validation(state)
 

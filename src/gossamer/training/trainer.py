@@ -42,6 +42,7 @@ from gossamer.models.convert import is_gated
 from gossamer.training.checkpoints import checkpoints, write_checksums
 from gossamer.training.constraints import CrossEntropy
 from gossamer.training.distributed import check_processes, collective_error, synchronized
+from gossamer.training.pace import GATE_BETAS
 from gossamer.training.settings import TrainedPart, TrainingConfig
 from gossamer.training.stream import BlockStream
 
@@ -175,6 +176,8 @@ class PostTrainer(Trainer):
             groups = [{"params": weights, "lr": self.config.learning_rate}]
             if gates:
                 groups.append({"params": gates, "lr": self.gate_learning_rate})
+                if self.config.closing_rate is not None:
+                    groups[-1]["betas"] = GATE_BETAS
             fused = True if self.config.fused_optimizer else None
             self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
         return cast(torch.optim.Optimizer, self.optimizer)
