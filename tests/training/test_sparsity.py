@@ -17,6 +17,7 @@ from gossamer.training.checkpoints import checkpoint_error, checkpoints, last_va
 from gossamer.training.constraints import CONSTRAINTS, Constraint, CrossEntropy, KLDivergence
 from gossamer.training.data import BlockDataset
 from gossamer.training.interpolation import SHARES
+from gossamer.training.multiplier import MultiplierConfig
 from gossamer.training.settings import TrainingConfig
 from gossamer.training.sparsity import SparsityTrainer
 from gossamer.training.stream import BlockStream
@@ -67,6 +68,24 @@ def test_a_bound_out_of_reach_raises_the_multiplier(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, CrossEntropy(tau=-10.0), steps=10, checkpoint_every=0)
     trainer.train()
     assert trainer.multiplier.value == pytest.approx(0.3 * math.exp(0.5 + 6.0))
+
+
+def test_outside_the_bound_gates_of_a_limited_pace_do_not_close(tmp_path: Path) -> None:
+    """At this bound the multiplier stays small: without the limit nothing else would keep the gates open."""
+    settings = {
+        "steps": 20,
+        "checkpoint_every": 0,
+        "gate_learning_rate": 0.3,
+        "multiplier": MultiplierConfig(1e-4, 0.0, 0.0),
+    }
+    opened = []
+    for rate in (None, 10.0):
+        trainer = make_trainer(tmp_path / str(rate), CrossEntropy(tau=-10.0), closing_rate=rate, **settings)
+        trainer.train()
+        opened.append(trainer.last["open_fraction"])
+        assert trainer.last["closing_share"] == (1.0 if rate is None else 0.0)
+    assert opened[0] < 0.1
+    assert opened[1] > 0.2
 
 
 @pytest.mark.parametrize("weighting", ["links", "queries"])
@@ -230,7 +249,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: 
     assert not same(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation": 2, "batch_size": 2}, {"steps": 20}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient_accumulation": 2, "batch_size": 2}, {"steps": 20}, {"closing_rate": 10.0}]
+)
 def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(settings: dict, tmp_path: Path) -> None:
     whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
@@ -255,6 +276,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(settings: dict, t
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert same(weights(whole), weights(resumed))
     assert resumed.multiplier.state_dict() == whole.multiplier.state_dict()
+    assert resumed.pace.state_dict() == whole.pace.state_dict()
     assert resumed.validation_result == whole.validation_result
 
 

@@ -98,7 +98,6 @@ class DemoConfig:
             # From fewer links than it needs the model finds circuits that it does not find from more: lambda begins
             # lower than elsewhere and rises faster. From 0.03 on everything would close and stay closed.
             multiplier=MultiplierConfig(initial=0.07, integral=8.0),
-            closing_rate=None,
             validations=75,
             checkpoint_every=20,
         )

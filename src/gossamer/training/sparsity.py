@@ -4,7 +4,7 @@
    bound.
 2. Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch. Before the weights move, the
    batch is unseen text, so what it measures is the step's violation; a few measurements on validation blocks say how
-   far batches are off. The dual step answers both, and gates close no faster than :mod:`gossamer.training.pace` allows.
+   far batches are off. The dual step answers both. :mod:`gossamer.training.pace` can limit how fast gates close.
 3. End: rates have fallen to 0. If the bound is missed on the validation blocks, the gate biases are shifted by the
    smallest common amount that brings it back; where none does, the weights are drawn towards the dense ones first. A
    checkpoint on the way that held the bound with fewer links is taken instead.
@@ -347,7 +347,7 @@ class SparsityTrainer(PostTrainer):
             state = _read_state(Path(checkpoint))
             self.multiplier.load_state_dict(state["multiplier"])
             self.running.load_state_dict(state["running"])
-            self.pace.load_state_dict(state["pace"])
+            self.pace.load_state_dict(state.get("pace", self.pace.state_dict()))
             self.reference_fraction = state["reference_fraction"]
             self.validation_result = _validation(state)
 
