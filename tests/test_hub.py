@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 import gossamer
 from families import tiny_model
+from gossamer.errors import GossamerError
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.models.lora import add_adapters
 from gossamer.models.pretrained import load_dense
+from gossamer.models.repositories import hub_faults
 from gossamer.runs.job import post_train
 from gossamer.runs.settings import RunConfig
 from gossamer.training.settings import TrainingConfig
@@ -142,6 +144,12 @@ def test_faults_are_told_in_a_line(found: dict[str, Any], hub: Hub) -> None:
     assert "no gates" in found["no gates"]
     assert "org/name" in found["bad id"]
     assert not any("\n" in found[key] for key in ("dense", "missing", "revision", "no gates", "bad id", "no token"))
+
+
+def test_what_the_hub_says_is_not_cut_off() -> None:
+    said = " ".join(f"word{number}" for number in range(100))
+    with pytest.raises(GossamerError, match=f"the Hub cannot give it: {said}$"), hub_faults("org/name", "missing"):
+        raise OSError(said)
 
 
 def test_offline_the_cache_is_enough(found: dict[str, Any], hub: Hub, cache: Path) -> None:
