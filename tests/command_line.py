@@ -42,6 +42,14 @@ def weights(run: Path, part: str = "model/gossamer.safetensors") -> dict[str, to
     return load_file(run / part)
 
 
+def assert_same_weights(a: Path, b: Path) -> None:
+    """Sparse model and control of two runs are equal bit for bit."""
+    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
+        first, second = weights(a, part), weights(b, part)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip()]

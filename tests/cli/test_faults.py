@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import gossamer
+from command_line import assert_same_weights
 from forked import run_command
 from gossamer.locks import locked
 from gossamer.models.lora import add_adapters
@@ -207,10 +206,7 @@ def test_a_run_killed_at_any_write_ends_as_one_that_was_not(
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     again = run_command([*line, "--resume"], ENVIRONMENT)
     assert again.returncode == 0, again.stderr
-    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
-        a, b = load_file(known / part), load_file(out / part)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_weights(known, out)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     files = {path.relative_to(out) for path in out.rglob("*")}
     assert files == {path.relative_to(known) for path in known.rglob("*")}

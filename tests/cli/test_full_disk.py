@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import small_disk
+from command_line import assert_same_weights
 from forked import run_command
 from gossamer.circuits.compare import SearchConfig, compare_circuits
 from gossamer.circuits.tasks import find_task
@@ -71,10 +70,7 @@ def test_a_run_goes_on_when_there_is_room_again(
         assert [checkpoint_error(path) for path in checkpoints(out / folder)] == [None] * len(checkpoints(out / folder))
     again = run_command([*line, "--resume"], ENVIRONMENT)
     assert again.returncode == 0, again.stderr
-    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
-        a, b = load_file(known / part), load_file(out / part)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_weights(known, out)
     assert {path.relative_to(out) for path in out.rglob("*")} == {path.relative_to(known) for path in known.rglob("*")}
 
 

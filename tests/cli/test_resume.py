@@ -8,9 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from command_line import COMMAND, ENVIRONMENT, Finished, assert_refused, gossamer_command, quick, weights
+from command_line import (
+    COMMAND,
+    ENVIRONMENT,
+    Finished,
+    assert_refused,
+    assert_same_weights,
+    gossamer_command,
+    quick,
+)
 from gossamer.training.checkpoints import checkpoint_error, checkpoints
 
 
@@ -39,9 +46,7 @@ def test_a_run_that_reads_its_text_while_training_goes_on_where_it_was_killed(
         process.wait()
     result = gossamer_command(*line, tmp_path / "killed", "--resume")
     assert result.returncode == 0, result.stderr
-    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
-        a, b = weights(tmp_path / "whole", part), weights(tmp_path / "killed", part)
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(finished: Finished, tmp_path: Path) -> None:
@@ -62,10 +67,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(finished: Finish
         process.stderr.close()
     result = gossamer_command(*line)
     assert result.returncode == 0, result.stderr
-    for part in ("model/gossamer.safetensors", "control/model.safetensors"):
-        a, b = weights(whole, part), weights(out, part)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_weights(whole, out)
     steps = [json.loads(row) for row in (out / "training.jsonl").read_text().splitlines()]
     known = [json.loads(row) for row in (whole / "training.jsonl").read_text().splitlines()]
     for a, b in zip(steps, known, strict=True):
