@@ -16,7 +16,8 @@ import fuzz
 from conftest import sentences
 from families import tiny_model
 from gossamer.circuits.circuit_files import Circuit, write_circuit
-from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.compare import compare_circuits
+from gossamer.circuits.config import SearchConfig
 from gossamer.circuits.records import load_circuit
 from gossamer.circuits.tasks import find_task
 from gossamer.cli import main
@@ -92,7 +93,7 @@ def _make_world(saved_llama: Path, world: Path) -> None:
     run = post_train(config, "run")
     evaluate_run(run)
     task = find_task("own.jsonl")
-    compare_circuits(run, task, SearchConfig(examples=2, score="eap", forced=True))
+    compare_circuits(run, task, SearchConfig(examples=2, score="eap", force=True))
     with pytest.raises(SystemExit):
         _call("report", "run", "--tokens", "8")
     circuit = load_circuit(run.folder, task, "sparse", 9)

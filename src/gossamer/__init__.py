@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gossamer.errors import GossamerError
+    from gossamer.explanations.config import ExplainConfig
     from gossamer.explanations.explain import Explanation, explain
     from gossamer.models.attention import counted_links, forced_open, sampled_gates
     from gossamer.models.checkpoint import load, save
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExplainConfig",
     "Explanation",
     "GatedAttentionOutput",
     "GossamerError",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ExplainConfig": "gossamer.explanations.config",
     "Explanation": "gossamer.explanations.explain",
     "GatedAttentionOutput": "gossamer.ops",
     "GossamerError": "gossamer.errors",

@@ -8,6 +8,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 _T = TypeVar("_T")
 
+LARGEST_SEED = 2**32 - 1
+"""That every library takes which draws something here."""
+
 
 def setting(
     help: str,

@@ -11,7 +11,8 @@ import pytest
 import small_disk
 from command_line import assert_same_weights
 from forked import run_command
-from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.compare import compare_circuits
+from gossamer.circuits.config import SearchConfig
 from gossamer.circuits.tasks import find_task
 from gossamer.evaluation.evaluate import evaluate_run
 from gossamer.runs.job import post_train
@@ -90,7 +91,7 @@ def place(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
     )
     evaluate_run(run)
     task = find_task(str(place / "own.jsonl"))
-    compare_circuits(run, task, SearchConfig(examples=2, score="eap", levels=("edges",), forced=True))
+    compare_circuits(run, task, SearchConfig(examples=2, score="eap", levels=("edges",), force=True))
     return place
 
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gossamer
 from forked import run_command
 from gossamer import GossamerError
-from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.compare import compare_circuits
+from gossamer.circuits.config import SearchConfig
 from gossamer.circuits.tasks import TASKS
 from gossamer.cli import main
 from gossamer.demo.addition import POSITIONS, TOKENS, split_pairs
@@ -124,7 +125,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(quick: Run, tm
 
 
 def test_circuits_of_a_demo_are_found_from_its_own_dense_model(quick: Run) -> None:
-    record = compare_circuits(quick, TASKS["addition"], SearchConfig(examples=8, score="eap", forced=True))
+    record = compare_circuits(quick, TASKS["addition"], SearchConfig(examples=8, score="eap", force=True))
     assert set(record["models"]) == {"dense", "sparse"}
     assert (quick.folder / "circuits" / "addition" / "circuits.json").exists()
 

@@ -9,6 +9,7 @@ import gossamer
 from families import tiny_model
 from gossamer.circuits.mask_search import MaskSearch
 from gossamer.errors import GossamerError
+from gossamer.explanations.config import ExplainConfig
 from gossamer.explanations.explain import explain, explain_prediction
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction, predict
@@ -29,7 +30,7 @@ def test_the_two_links_of_induction_are_found_and_nothing_else(kind: str) -> Non
     network = induction_model().requires_grad_(False)
     for clean, corrupted, answer in induction_prompts(3):
         prediction = Prediction(tuple(clean), answer, against=clean[1])
-        found = explain_prediction(network, prediction, corrupted=tuple(corrupted), kind=kind, share=0.8, seeds=(0, 1))
+        found = explain_prediction(network, prediction, corrupted=tuple(corrupted), config=ExplainConfig(kind, 0.8))
         assert [each.link for each in sorted(found.details, key=lambda each: each.link)] == [(0, 0, 3, 2), (1, 0, 5, 3)]
         assert found.overlap == 1.0
         assert found.candidates == 84
@@ -41,7 +42,7 @@ def test_the_two_links_of_induction_are_found_and_nothing_else(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["sufficient", "complete"])
 def test_the_set_meets_what_was_asked(model, tokenizer, kind: str) -> None:
-    found = explain(model, tokenizer, PROMPT, kind=kind, share=0.8, seeds=(3, 4))
+    found = explain(model, tokenizer, PROMPT, config=ExplainConfig(kind, 0.8, seed=3))
     for each in (*found.sets, found.by_share[0.8]):
         assert each.kept >= 0.8
         if kind == "complete":
@@ -51,7 +52,7 @@ def test_the_set_meets_what_was_asked(model, tokenizer, kind: str) -> None:
     assert len(found.sets[0]) < found.candidates
     votes = {each.link: each.found_by for each in found.details}
     assert set(votes.values()) <= {0.5, 1.0}
-    again = explain(model, tokenizer, PROMPT, kind=kind, share=0.8, seeds=(3,))
+    again = explain(model, tokenizer, PROMPT, config=ExplainConfig(kind, 0.8, seeds=1, seed=3))
     assert torch.equal(again.sets[0].chosen, found.sets[0].chosen)
 
 
@@ -72,14 +73,14 @@ def test_an_interrupted_search_keeps_the_best_set_so_far(model, tokenizer) -> No
         if done > 0.75:
             raise KeyboardInterrupt
 
-    found = explain(model, tokenizer, PROMPT, share=0.8, progress=progress)
+    found = explain(model, tokenizer, PROMPT, config=ExplainConfig(share=0.8), progress=progress)
     assert found.seeds == (0,)
     assert len(found.sets[0]) < found.candidates
     assert found.sets[0].kept >= 0.8
 
 
 def test_effects_are_measured_by_cutting(model, tokenizer) -> None:
-    found = explain(model, tokenizer, PROMPT, share=0.8, seeds=(0,))
+    found = explain(model, tokenizer, PROMPT, config=ExplainConfig(share=0.8, seeds=1))
     masks = LinkMasks(model.requires_grad_(False), found.prediction)
     places = {tuple(link): at for at, link in enumerate(masks.links.tolist())}
     chosen = found.sets[0].chosen
@@ -94,7 +95,7 @@ def test_effects_are_measured_by_cutting(model, tokenizer) -> None:
 
 
 def test_the_record_says_what_was_found(model, tokenizer) -> None:
-    found = explain(model, tokenizer, PROMPT, share=0.8, against="row")
+    found = explain(model, tokenizer, PROMPT, against="row", config=ExplainConfig(share=0.8))
     record = explanation_record(found, tokenizer, model="tiny", dense=found)
     assert record["metric"] == "logit difference"
     assert record["dense_links_per_link"] == 1.0
@@ -120,7 +121,6 @@ def test_the_record_says_what_was_found(model, tokenizer) -> None:
         ({"target": ""}, "--target is empty"),
         ({"target": "Z"}, "--target 'Z' is unknown to the tokenizer"),
         ({"target": "the", "against": "the"}, "--against 'the' is the target itself"),
-        ({"share": 1.0}, "a share of 1 of the metric"),
         ({"corrupted": "the model"}, "--corrupted has 2 tokens"),
     ],
 )
@@ -130,12 +130,18 @@ def test_bad_input_is_one_line(model, tokenizer, settings: dict, message: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0, float("nan")])
+def test_a_share_that_no_set_can_keep_is_refused(share: float) -> None:
+    with pytest.raises(GossamerError, match=f"--share {share:g} of the metric cannot be kept"):
+        ExplainConfig(share=share)
+
+
 def test_the_model_is_left_as_it_was(model, tokenizer) -> None:
     model.train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    explain(model, tokenizer, PROMPT, share=0.5, seeds=(0,))
+    explain(model, tokenizer, PROMPT, config=ExplainConfig(share=0.5, seeds=1))
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -10,7 +10,13 @@ from families import tiny_model
 from gossamer.circuits.streams import attention_hooks
 from gossamer.errors import GossamerError
 from gossamer.explanations import predictions
-from gossamer.explanations.predictions import Quartiles, choose_predictions, explain_predictions, summarise
+from gossamer.explanations.predictions import (
+    PredictionsConfig,
+    Quartiles,
+    choose_predictions,
+    explain_predictions,
+    summarise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +32,7 @@ def blocks():
 
 def measure(models, blocks, file: Path, **settings):
     return explain_predictions(
-        models,
-        blocks,
-        file,
-        **{"lengths": [6, 4], "count": 2, "share": 0.8, "seed": 0, "described": {"a": 1}, **settings},
+        models, blocks, file, PredictionsConfig([6, 4], 2, 0.8), **{"described": {"a": 1}, **settings}
     )
 
 

@@ -11,6 +11,7 @@ from selenium.webdriver.common.by import By
 import gossamer
 from browser import opened
 from families import tiny_model
+from gossamer.explanations.config import ExplainConfig
 from gossamer.explanations.explain import explain_prediction
 from gossamer.explanations.prediction import Prediction
 from gossamer.explanations.record import explanation_record
@@ -36,7 +37,9 @@ def record() -> dict:
     dense = tiny_model("llama")
     sparse = gossamer.add_gates(dense, gate_bias=0.5)
     prediction = Prediction(tuple(range(5, 16)), 20)
-    found, beside = (explain_prediction(model, prediction, share=0.95) for model in (sparse, dense))
+    found, beside = (
+        explain_prediction(model, prediction, config=ExplainConfig(share=0.95)) for model in (sparse, dense)
+    )
     return explanation_record(found, Words(), model="<b>tiny", dense=beside)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.compare import compare_circuits
+from gossamer.circuits.config import SearchConfig
 from gossamer.circuits.records import load_circuit
 from gossamer.circuits.tables import comparison_tables
 from gossamer.circuits.tasks import TASKS
@@ -49,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         circuit_prompts=0,
     )
     demonstrate(folder, config)
-    compare_circuits(Run(folder), TASKS["addition"], SearchConfig(examples=6, forced=True))
+    compare_circuits(Run(folder), TASKS["addition"], SearchConfig(examples=6, force=True))
     return folder
 
 
@@ -136,7 +137,7 @@ def test_circuits_of_another_corruption_have_a_folder_of_their_own(run: Path, tm
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     before = (copy / "circuits" / "addition" / "circuits.json").read_text()
-    config = SearchConfig(examples=6, score="eap", forced=True, corruption="carry", levels=("edges",))
+    config = SearchConfig(examples=6, score="eap", force=True, corruption="carry", levels=("edges",))
     record = compare_circuits(Run(copy), TASKS["addition"], config)
     assert (copy / "circuits" / "addition" / "circuits.json").read_text() == before
     assert json.loads((copy / "circuits" / "addition-carry" / "circuits.json").read_text()) == record

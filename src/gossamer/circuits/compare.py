@@ -12,7 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -25,51 +25,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.ability import Ability, measure_ability, require_ability, require_known_tokens
 from gossamer.circuits.ablations import ABLATIONS, find_ablation
+from gossamer.circuits.config import SearchConfig
 from gossamer.circuits.links_inside import links_inside, links_of_heads
 from gossamer.circuits.metrics import Curve
 from gossamer.circuits.records import check_record, circuit_folder, identity
 from gossamer.circuits.scores import find_score
-from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
-from gossamer.circuits.search import LEVELS, Circuits, Level, find_circuits
+from gossamer.circuits.search import Circuits, find_circuits
 from gossamer.circuits.tasks.base import Prompts, Task
 from gossamer.errors import GossamerError
 from gossamer.files import atomic_directory
 from gossamer.locks import locked
 from gossamer.runs.record import Run, load_both, versions
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How circuits are looked for.
-
-    Attributes:
-        examples: prompts of each variation.
-        corruption: kind of corrupted prompts; the task's first if None.
-        seed: of the prompts.
-        seeds: how many seeds, from ``seed`` on: a variation each.
-        rephrased: a variation for each of the task's phrasings too, with the first seed.
-        score: what ranks the units, by name.
-        levels: kinds of units.
-        ablation: what units outside a circuit carry. Links are left out with ``mean``, and with a score that is not
-            defined for them.
-        absolute: choose units by largest absolute score; else those that help most, by lowest score.
-        batch_size: rows in one forward pass.
-        forced: go on even if a model cannot do the task.
-        replace: put the record in the place of one that was made with other settings.
-    """
-
-    examples: int = 100
-    corruption: str | None = None
-    seed: int = 0
-    seeds: int = 1
-    rephrased: bool = False
-    score: str = EAP_IG_INPUTS.name
-    levels: tuple[Level, ...] = LEVELS
-    ablation: str = "patch"
-    absolute: bool = True
-    batch_size: int = 16
-    forced: bool = False
-    replace: bool = False
 
 
 def compare_circuits(
@@ -180,7 +146,7 @@ def _settings(config: SearchConfig) -> dict[str, Any]:
         "rephrased": config.rephrased,
         "levels": list(config.levels),
         "score": find_score(config.score).name,
-        "selection": "largest absolute score" if config.absolute else "lowest score",
+        "selection": "lowest score" if config.signed else "largest absolute score",
     }
 
 
@@ -207,7 +173,7 @@ def _search(
     abilities = {name: [measure_ability(model, some) for some in prompts] for name, model in models.items()}
     for name in models:
         for ability in abilities[name]:
-            require_ability(ability, f"{task.name} ({name})", forced=config.forced)
+            require_ability(ability, f"{task.name} ({name})", forced=config.force)
     found: dict[str, list[Circuits]] = {name: [] for name in models}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     for place, some in enumerate(prompts):
@@ -239,7 +205,7 @@ def _of_model(
         levels=tuple(level for level in config.levels if level != "links" or has_links),
         score=score,
         ablation=config.ablation,
-        absolute=config.absolute,
+        absolute=not config.signed,
         batch_size=config.batch_size,
         progress=lambda what: progress(told + what),
     )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.ablations import find_ablation
 from gossamer.circuits.activation_cache import run_with_cache, source_outputs
+from gossamer.circuits.config import LEVELS, Level
 from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.mask_search import UnitSet
@@ -21,9 +21,6 @@ from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
 from gossamer.errors import GossamerError
-
-Level = Literal["nodes", "edges", "links"]
-LEVELS: tuple[Level, ...] = ("nodes", "edges", "links")
 
 
 @dataclass(frozen=True)

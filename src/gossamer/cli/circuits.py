@@ -1,5 +1,6 @@
 """task, circuits, export, evaluate-circuit: what a model can do, and which of its units do it."""
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -8,17 +9,11 @@ import typer
 from rich.markup import escape
 
 from gossamer.circuits.ablations import ABLATIONS
-from gossamer.circuits.scores import SCORES
-from gossamer.cli.common import (
-    LARGEST_SEED,
-    app,
-    console,
-    key_value_table,
-    load_dense_and_sparse,
-    load_model_and_tokenizer,
-    split_names,
-)
+from gossamer.circuits.config import PromptConfig, SearchConfig
+from gossamer.cli.common import app, console, key_value_table, load_dense_and_sparse, load_model_and_tokenizer
+from gossamer.cli.option_groups import with_option_groups
 from gossamer.errors import GossamerError
+from gossamer.fields import setting
 from gossamer.tables import Table
 
 Ablation = Enum("Ablation", {name: name for name in ABLATIONS}, type=str)  # type: ignore[misc]
@@ -34,39 +29,30 @@ class ModelChoice(str, Enum):
     sparse = "sparse"
 
 
-_Corruption = Annotated[str | None, typer.Option(help="How prompts are corrupted.", show_default="the task's first")]
-_Levels = Annotated[str, typer.Option(help="Comma-separated: nodes, edges, links.")]
-_Score = Annotated[
-    str,
-    typer.Option(
-        help=f"How units are scored: {', '.join(SCORES)}. The learned masks search for a set of nodes or edges instead."
-    ),
-]
-_Seeds = Annotated[
-    int, typer.Option(min=1, max=1_000, help="Repeat with this many seeds, starting at --seed, and show the spread.")
-]
-_Rephrased = Annotated[
-    bool, typer.Option("--rephrased", help="Repeat with each of the task's other sets of templates.")
-]
-_Outside = Annotated[
-    Ablation,
-    typer.Option(help="What units outside a circuit carry: the corrupted run's values (patch), zero, or the mean."),
-]
-_Signed = Annotated[bool, typer.Option("--signed", help="Rank units by signed score instead of absolute score.")]
-_Replace = Annotated[bool, typer.Option("--replace", help="Overwrite a result that was found with other settings.")]
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """How a circuit is chosen by the scores in its file."""
+
+    edges: int | None = setting(
+        "Keep this many edges with the largest absolute scores, instead of the file's choice.", None, least=1
+    )
+    nodes: int | None = setting("Likewise for nodes.", None, least=1)
+    neurons: int | None = setting("Likewise for neurons.", None, least=1)
+    signed: bool = setting("With --edges, --nodes or --neurons: rank by signed score instead of absolute score.", False)
+
+
 _Dense = Annotated[
     str | None, typer.Option(help="The dense model, if MODEL does not record which one it was made from.")
 ]
 
 
 @app.command()
+@with_option_groups
 def task(
     name: Annotated[str, typer.Argument(help="A task's name, or a .jsonl file with your own examples.")],
     model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
-    examples: Annotated[int, typer.Option(min=1, max=100_000, help="Number of examples to test.")] = 100,
+    asked: PromptConfig,
     show: Annotated[int, typer.Option(min=0, help="Number of examples to print.")] = 3,
-    corruption: _Corruption = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the examples.")] = 0,
 ) -> None:
     """Show examples of a task, and how well MODEL does it."""
     from collections import Counter
@@ -76,7 +62,7 @@ def task(
 
     chosen = find_task(name)
     network, tokenizer = load_model_and_tokenizer(model)
-    prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    prompts = chosen.prompts(tokenizer, asked.examples, seed=asked.seed, corruption=asked.corruption)
     require_known_tokens(network, tokenizer, prompts)
     table = Table(title=escape(f"{chosen.name}: {chosen.summary}"))
     for column in ("clean", "corrupted", "right", "wrong"):
@@ -103,23 +89,13 @@ def _some(texts: tuple[str, ...]) -> str:
 
 
 @app.command()
+@with_option_groups
 def circuits(
     model: Annotated[
         str, typer.Argument(help="A finished run; or, with --out, smollm2-sparse or a saved sparse model.")
     ],
     task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with your own examples.")],
-    examples: Annotated[int, typer.Option(min=1, max=100_000, help="Number of prompts.")] = 100,
-    corruption: _Corruption = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the prompts.")] = 0,
-    seeds: _Seeds = 1,
-    rephrased: _Rephrased = False,
-    levels: _Levels = "nodes,edges,links",
-    score: _Score = "eap-ig-inputs",
-    ablation: _Outside = _PATCH,
-    signed: _Signed = False,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**20, help="Prompts per forward pass.")] = 16,
-    force: Annotated[bool, typer.Option("--force", help="Continue even if a model cannot do the task.")] = False,
-    replace: _Replace = False,
+    config: SearchConfig,
     dense: _Dense = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the circuits.", show_default="the run's")] = None,
 ) -> None:
@@ -128,26 +104,6 @@ def circuits(
     Writes circuits.json (the metrics), scores.safetensors (of all edges) and links.json to RUN/circuits/TASK or
     OUT/circuits/TASK. A corruption or ablation other than the default is added to the name: TASK-CORRUPTION-zero.
     """
-    from gossamer.circuits.compare import SearchConfig
-
-    config = SearchConfig(
-        examples=examples,
-        corruption=corruption,
-        seed=seed,
-        seeds=seeds,
-        rephrased=rephrased,
-        levels=_levels(levels),
-        score=score,
-        ablation=ablation.value,
-        absolute=not signed,
-        batch_size=batch_size,
-        forced=force,
-        replace=replace,
-    )
-    _find_circuits(model, dense, task, _root(model) if out is None else out, config)
-
-
-def _find_circuits(model: str, dense: str | None, task: str, root: Path, config: "SearchConfig") -> None:  # type: ignore[name-defined]
     from transformers.utils import logging
 
     from gossamer.circuits.compare import compare_models
@@ -156,6 +112,7 @@ def _find_circuits(model: str, dense: str | None, task: str, root: Path, config:
     from gossamer.training.malloc import keep_freed_memory
 
     logging.disable_progress_bar()
+    root = _root(model) if out is None else out
     keep_freed_memory()
     chosen = find_task(task)
     with console.status("circuits") as status:
@@ -170,15 +127,6 @@ def _root(model: str) -> Path:
     if not (Path(model) / "blocks.safetensors").exists():
         raise GossamerError(f"{model} is not a run; for circuits of another sparse model, give a directory as --out")
     return Path(model)
-
-
-def _levels(text: str) -> "tuple[Level, ...]":  # type: ignore[name-defined]
-    from gossamer.circuits.search import LEVELS
-
-    asked = split_names(text)
-    if not asked or not set(asked) <= set(LEVELS):
-        raise GossamerError(f"--levels {text!r}: give some of {', '.join(LEVELS)}, with commas between")
-    return tuple(level for level in LEVELS if level in asked)
 
 
 @app.command()
@@ -211,27 +159,13 @@ def export(
 
 
 @app.command()
+@with_option_groups
 def evaluate_circuit(
     circuit: Annotated[Path, typer.Argument(help="A circuit file: .json or .pt of EAP-IG, or .graphml.")],
     model: Annotated[str, typer.Option(help="A run, a saved sparse model, or a dense model as for sparsify.")],
     task: Annotated[str, typer.Option(help="A task's name, or a .jsonl file with your own examples.")],
-    edges: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Keep this many edges with the largest absolute scores, instead of the file's choice."
-        ),
-    ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="Likewise for nodes.")] = None,
-    neurons: Annotated[int | None, typer.Option(min=1, help="Likewise for neurons.")] = None,
-    signed: Annotated[
-        bool,
-        typer.Option(
-            "--signed", help="With --edges, --nodes or --neurons: rank by signed score instead of absolute score."
-        ),
-    ] = False,
-    examples: Annotated[int, typer.Option(min=1, max=100_000, help="Number of prompts.")] = 100,
-    corruption: _Corruption = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the prompts.")] = 0,
+    choice: ChoiceOptions,
+    asked: PromptConfig,
     ablation: Annotated[Ablation, typer.Option(help="What edges outside the circuit carry.")] = _PATCH,
     force: Annotated[bool, typer.Option("--force", help="Continue even if the model cannot do the task.")] = False,
 ) -> None:
@@ -247,10 +181,10 @@ def evaluate_circuit(
     from gossamer.circuits.search import faithfulness_of
     from gossamer.circuits.tasks import find_task
 
-    found, chosen = _circuit_in(circuit, edges, nodes, neurons, signed), find_task(task)
+    found, chosen = _circuit_in(circuit, choice), find_task(task)
     network, tokenizer = load_model_and_tokenizer(model)
     require_graph_of(network, found, circuit)
-    prompts = chosen.prompts(tokenizer, examples, seed=seed, corruption=corruption)
+    prompts = chosen.prompts(tokenizer, asked.examples, seed=asked.seed, corruption=asked.corruption)
     require_known_tokens(network, tokenizer, prompts)
     require_ability(measure_ability(network, prompts), chosen.name, forced=force)
 
@@ -271,21 +205,21 @@ def evaluate_circuit(
     console.print(key_value_table(f"{circuit} on {chosen.name}", facts))
 
 
-def _circuit_in(file: Path, edges: int | None, nodes: int | None, neurons: int | None, signed: bool) -> "Circuit":  # type: ignore[name-defined]
+def _circuit_in(file: Path, choice: ChoiceOptions) -> "Circuit":  # type: ignore[name-defined]
     """The circuit of a file, or the best of what the file has scores of."""
     from gossamer.circuits.circuit_files import Level, choose, read_circuit
 
     found = read_circuit(file)
-    counts: dict[Level, int | None] = {"edges": edges, "nodes": nodes, "neurons": neurons}
+    counts: dict[Level, int | None] = {"edges": choice.edges, "nodes": choice.nodes, "neurons": choice.neurons}
     asked = [(level, count) for level, count in counts.items() if count is not None]
     if len(asked) > 1:
         raise GossamerError("--edges, --nodes and --neurons choose a circuit by other scores each; give one of them")
-    if signed and not asked:
+    if choice.signed and not asked:
         raise GossamerError("--signed says how to choose by scores; give --edges, --nodes or --neurons too")
     for level, count in asked:
         if level == "edges" and file.suffix == ".graphml" and count > (most := int(found.kept.sum())):
             raise GossamerError(f"{file} holds {most:,} edges and nothing of others; --edges {count} is too many")
-        return choose(found, level, count, absolute=not signed, name=file)
+        return choose(found, level, count, absolute=not choice.signed, name=file)
     if not found.kept.any():
         flags = " or ".join(f"--{level}" for level in found.scored)
         how = f"it holds scores alone; say how many to keep by {flags}" if flags else "nor has it scores to choose by"

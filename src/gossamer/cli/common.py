@@ -19,9 +19,6 @@ app = typer.Typer(
 )
 console = Console()
 
-LARGEST_SEED = 2**32 - 1
-"""That every library takes which draws something here."""
-
 
 class Precision(str, Enum):
     """Precision of the matrix products."""

@@ -1,6 +1,7 @@
 """evaluate and inspect: the metrics of a run, and what a model is."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,78 +17,94 @@ from gossamer.cli.common import (
     load_model_and_tokenizer,
     split_names,
 )
+from gossamer.cli.option_groups import with_option_groups
 from gossamer.cli.pictures import show_demo
 from gossamer.errors import GossamerError
+from gossamer.fields import setting
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Tasks of lm-eval-harness, and how they are measured."""
+
+    tasks: str | None = setting(
+        "Also run these tasks of lm-eval-harness, comma-separated: arc_easy,lambada_openai.", None
+    )
+    task_path: Path | None = setting("Directory with your own tasks, as YAML files of lm-eval-harness.", None)
+    allow_task_code: bool = setting("Let these tasks run the Python code their YAML names. Read it first.", False)
+    num_fewshot: int | None = setting(
+        "Examples before each question.", None, least=0, most=1_000, shown_default="the task's own"
+    )
+    limit: int | None = setting("At most this many examples of each task.", None, least=1, shown_default="all")
+
+
+@dataclass(frozen=True)
+class LengthOptions:
+    """Other sequence lengths to measure at."""
+
+    lengths: str | None = setting("Also measure at these sequence lengths, comma-separated: 256,512,1024.", None)
+    held_out_tokens: int | None = setting(
+        "Unseen tokens to measure at each of --lengths, at most all there are.",
+        None,
+        least=1,
+        most=10**9,
+        shown_default="as the run",
+    )
 
 
 @app.command()
+@with_option_groups
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    tasks: TaskOptions,
+    lengths: LengthOptions,
     precision: Annotated[Precision, typer.Option(help="Precision of the forward passes.")] = Precision.fp32,
     batch_size: Annotated[
         int, typer.Option(min=1, max=2**20, help="Blocks, or requests of a task, per forward pass.")
     ] = 8,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Also run these tasks of lm-eval-harness, comma-separated: arc_easy,lambada_openai."),
-    ] = None,
-    task_path: Annotated[
-        Path | None,
-        typer.Option(help="Directory with your own tasks, as YAML files of lm-eval-harness."),
-    ] = None,
-    allow_task_code: Annotated[
-        bool,
-        typer.Option("--allow-task-code", help="Let these tasks run the Python code their YAML names. Read it first."),
-    ] = False,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, max=1_000, help="Examples before each question.", show_default="the task's own")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many examples of each task.", show_default="all")
-    ] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Also measure at these sequence lengths, comma-separated: 256,512,1024.")
-    ] = None,
-    held_out_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=10**9,
-            help="Unseen tokens to measure at each of --lengths, at most all there are.",
-            show_default="as the run",
-        ),
-    ] = None,
 ) -> None:
     """Measure the models of RUN on held-out text (loss, KL, open links, top-k baseline) and on tasks."""
     from transformers.utils import logging
 
-    from gossamer.evaluation.task_files import FLAG
     from gossamer.runs.record import Run
     from gossamer.training.malloc import keep_freed_memory
 
     keep_freed_memory()
     logging.disable_progress_bar()
-    alone = {"--task-path": task_path, "--num-fewshot": num_fewshot, "--limit": limit, FLAG: allow_task_code or None}
-    for name, value in alone.items():
-        if value is not None and tasks is None:
-            raise GossamerError(f"{name} says how to measure tasks; name them by --tasks, or leave it out")
-    if held_out_tokens is not None and lengths is None:
-        raise GossamerError(
-            f"--held-out-tokens {held_out_tokens} needs --lengths: the run's own metrics stay on the blocks chosen at "
-            f"its start; give for example --lengths {Run(run).config().seq_len}"
-        )
-    if lengths is not None:
-        _evaluate_lengths(Run(run), lengths, held_out_tokens, precision, batch_size)
-    elif tasks is None:
+    _check_options(Run(run), tasks, lengths)
+    if lengths.lengths is not None:
+        _evaluate_lengths(Run(run), lengths.lengths, lengths.held_out_tokens, precision, batch_size)
+    elif tasks.tasks is None:
         evaluate_and_show(Run(run), precision, batch_size)
-    if tasks is not None:
+    if tasks.tasks is not None:
         from gossamer.evaluation.capability import TasksConfig
 
         seed = Run(run).config().training.seed
         config = TasksConfig(
-            split_names(tasks), task_path, allow_task_code, num_fewshot, limit, batch_size, precision.value, seed
-        )
+            split_names(tasks.tasks), tasks.task_path, tasks.allow_task_code, tasks.num_fewshot, tasks.limit,
+            batch_size, precision.value, seed,
+        )  # fmt: skip
         _evaluate_tasks(Run(run), config, precision)
+
+
+def _check_options(run: "Run", tasks: TaskOptions, lengths: LengthOptions) -> None:  # type: ignore[name-defined]
+    """Refuse options that say how to measure what nothing asks for."""
+    from gossamer.evaluation.task_files import FLAG
+
+    alone = {
+        "--task-path": tasks.task_path,
+        "--num-fewshot": tasks.num_fewshot,
+        "--limit": tasks.limit,
+        FLAG: tasks.allow_task_code or None,
+    }
+    for name, value in alone.items():
+        if value is not None and tasks.tasks is None:
+            raise GossamerError(f"{name} says how to measure tasks; name them by --tasks, or leave it out")
+    if lengths.held_out_tokens is not None and lengths.lengths is None:
+        raise GossamerError(
+            f"--held-out-tokens {lengths.held_out_tokens} needs --lengths: the run's own metrics stay on the blocks "
+            f"chosen at its start; give for example --lengths {run.config().seq_len}"
+        )
 
 
 def _evaluate_lengths(

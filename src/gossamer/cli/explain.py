@@ -1,6 +1,6 @@
 """explain: which attention links carry one prediction, and why each of them is open."""
 
-from enum import Enum
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,68 +8,53 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gossamer.cli.common import LARGEST_SEED, app, console, load_model_and_tokenizer, split_names, warn
+from gossamer.cli.common import app, console, load_model_and_tokenizer, split_names, warn
+from gossamer.cli.option_groups import with_option_groups
 from gossamer.errors import GossamerError
+from gossamer.explanations.config import ExplainConfig
+from gossamer.fields import setting
 from gossamer.tables import Table
 
 _SUFFIXES = (".html", ".json", ".graphml")
 
 
-class Kind(str, Enum):
-    """What a set of links has to be."""
+@dataclass(frozen=True)
+class PredictionOptions:
+    """Which prediction is explained, by which metric, and what cut links carry."""
 
-    sufficient = "sufficient"
-    complete = "complete"
+    target: str | None = setting("The token to explain.", None, shown_default="the model's most likely one")
+    against: str | None = setting("Explain the logit difference to this token instead of the log-probability.", None)
+    corrupted: str | None = setting(
+        "A prompt of the same length in tokens: cut links carry its values instead of nothing.", None
+    )
 
 
-_Links = Annotated[
-    Kind | None,
-    typer.Option(
-        help="sufficient: these links alone keep --share of the metric. complete: also, without them at most the rest "
-        "remains.",
-        show_default="sufficient; complete with --dense",
-    ),
-]
-_Text = Annotated[
-    str | None,
-    typer.Option(
-        help="Instead of PROMPT: explain many predictions on the held-out part of this text (as for sparsify), in "
-        "MODEL and in --dense. Writes --out FILE.jsonl; a second call continues it."
-    ),
-]
+@dataclass(frozen=True)
+class TextOptions:
+    """Many predictions of a text."""
+
+    text: str | None = setting(
+        "Instead of PROMPT: explain many predictions on the held-out part of this text (as for sparsify), in MODEL and "
+        "in --dense. Writes --out FILE.jsonl; a second call continues it.",
+        None,
+    )
+    predictions: int = setting("With --text: predictions per length.", 20, least=1, most=100_000)
+    seq_len: str = setting("With --text: numbers of context tokens, comma-separated.", "16,32,64,128,256")
 
 
 @app.command()
+@with_option_groups
 def explain(
     model: Annotated[
         str, typer.Argument(help="smollm2-sparse, a run, a saved sparse model, an adapter, or a dense model.")
     ],
+    question: PredictionOptions,
+    search: ExplainConfig,
+    many: TextOptions,
     prompt: Annotated[
         str | None, typer.Argument(help="Text; the prediction of the token after it is explained.")
     ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="The token to explain.", show_default="the model's most likely one"),
-    ] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Explain the logit difference to this token instead of the log-probability.")
-    ] = None,
     dense: Annotated[str | None, typer.Option(help="Also explain the same prediction in this dense model.")] = None,
-    corrupted: Annotated[
-        str | None,
-        typer.Option(help="A prompt of the same length in tokens: cut links carry its values instead of nothing."),
-    ] = None,
-    links: _Links = None,
-    share: Annotated[float, typer.Option(help="Share of the metric that the links must keep.")] = 0.9,
-    seeds: Annotated[
-        int, typer.Option(min=1, max=1_000, help="Number of searches; the overlap of the sets they find is reported.")
-    ] = 2,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the first search.")] = 0,
-    text: _Text = None,
-    predictions: Annotated[int, typer.Option(min=1, max=100_000, help="With --text: predictions per length.")] = 20,
-    seq_len: Annotated[
-        str, typer.Option(help="With --text: numbers of context tokens, comma-separated.")
-    ] = "16,32,64,128,256",
     figures: Annotated[
         Path | None, typer.Option(help="Write the picture as PNG and SVG into this directory; needs the report extra.")
     ] = None,
@@ -82,31 +67,19 @@ def explain(
 
     A search finds the links; running the model with them alone, and without them, checks them.
     """
-    if (prompt is None) == (text is None):
+    if (prompt is None) == (many.text is None):
         raise GossamerError("give a PROMPT or --text, one of them")
-    if not 0 < share < 1:
-        raise GossamerError(f"--share {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
-    if text is not None:
-        _explain_text(model, text, dense, predictions, _lengths(seq_len), share, seed, out)
+    if prompt is None:
+        _explain_text(model, dense, many, search, out)
         return
-    assert prompt is not None
     if out is not None:
         _check_out(out)
-    asked = {"target": target, "against": against, "corrupted": corrupted}
-    search = {
-        "kind": (links or (Kind.complete if dense else Kind.sufficient)).value,
-        "share": share,
-        "seeds": range(seed, seed + seeds),
-    }
-    _show(_explain_prompt(model, prompt, dense, asked, search), figures, out)
+    search = replace(search, links=search.links or ("complete" if dense else "sufficient"))
+    _show(_explain_prompt(model, prompt, dense, question, search), figures, out)
 
 
 def _explain_prompt(
-    model: str,
-    prompt: str,
-    dense: str | None,
-    asked: dict[str, Any],
-    search: dict[str, Any],
+    model: str, prompt: str, dense: str | None, question: PredictionOptions, search: ExplainConfig
 ) -> dict[str, Any]:
     """The record of one prediction's explanation, dense beside sparse if a dense model is named."""
     from transformers.utils import logging
@@ -127,17 +100,14 @@ def _explain_prompt(
             status.update(escape(f"{name}{what}: {100 * done:.0f} %, smallest set {size:,} links"))
 
         own = partial(progress, "")
-        found = explained(network, tokenizer, prompt, progress=own, **asked, **search)
+        found = explained(network, tokenizer, prompt, config=search, progress=own, **asdict(question))
         if other is not None:
             dense_progress = partial(progress, "dense model, ")
             beside = explain_prediction(
-                other, found.prediction, corrupted=found.corrupted, progress=dense_progress, **search
+                other, found.prediction, corrupted=found.corrupted, config=search, progress=dense_progress
             )
-    if len(found.seeds) < len(search["seeds"]):
-        warn(
-            f"interrupted: {len(found.seeds)} of {len(search['seeds'])} searches were done; this is the smallest set "
-            "so far"
-        )
+    if len(found.seeds) < search.seeds:
+        warn(f"interrupted: {len(found.seeds)} of {search.seeds} searches were done; this is the smallest set so far")
     return explanation_record(found, tokenizer, model=model, dense=beside)
 
 
@@ -199,25 +169,18 @@ def _lengths(text: str) -> list[int]:
     return sorted({int(name) for name in names})
 
 
-def _explain_text(
-    model: str,
-    text: str,
-    dense: str | None,
-    predictions: int,
-    lengths: list[int],
-    share: float,
-    seed: int,
-    out: Path | None,
-) -> None:
+def _explain_text(model: str, dense: str | None, many: TextOptions, search: ExplainConfig, out: Path | None) -> None:
     """Many predictions, in two models."""
+    lengths = _lengths(many.seq_len)
     if dense is None:
         raise GossamerError("--text compares two models; give --dense, the model that MODEL was made from")
     if out is None or out.suffix != ".jsonl":
         raise GossamerError("--text writes a line for each search; give --out a file that ends in .jsonl")
+    assert many.text is not None
     from transformers.utils import logging
 
     from gossamer.explanations.prediction import MOST_TOKENS_DENSE
-    from gossamer.explanations.predictions import explain_predictions, summarise
+    from gossamer.explanations.predictions import PredictionsConfig, explain_predictions, summarise
     from gossamer.training.data import BlockCounts, load_blocks
     from gossamer.training.malloc import keep_freed_memory
 
@@ -230,13 +193,13 @@ def _explain_text(
     network, tokenizer = load_model_and_tokenizer(model)
     models = {"dense": _dense(dense, tokenizer, "the"), "sparse": network}
     counts = BlockCounts(seq_len=lengths[-1] + 1, held_out=1024)
-    blocks = load_blocks(text, tokenizer, counts, seed=seed, model=network).held_out
-    described = {"model": model, "dense": dense, "text": text, "share": share, "seed": seed}
+    blocks = load_blocks(many.text, tokenizer, counts, seed=search.seed, model=network).held_out
+    described = {"model": model, "dense": dense, "text": many.text, "share": search.share, "seed": search.seed}
+    config = PredictionsConfig(lengths, many.predictions, search.share, search.seed)
     with console.status("explaining") as status:
         rows = explain_predictions(
-            models, blocks, out, lengths=lengths, count=predictions, share=share, seed=seed, described=described,
-            progress=lambda what: status.update(escape(what)),
-        )  # fmt: skip
+            models, blocks, out, config, described=described, progress=lambda what: status.update(escape(what))
+        )
     console.print(_summary_table(summarise(rows)))
     console.print(str(out), markup=False, highlight=False, soft_wrap=True)
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from gossamer.cli.common import LARGEST_SEED, app, console, warn
+from gossamer.cli.common import app, console, warn
 from gossamer.errors import GossamerError
+from gossamer.fields import LARGEST_SEED
 
 
 @app.command()

@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gossamer.circuits.attention_record import AttentionPrompt, write_attention
-from gossamer.circuits.compare import SearchConfig, compare_circuits
+from gossamer.circuits.compare import compare_circuits
+from gossamer.circuits.config import SearchConfig
 from gossamer.circuits.tasks import TASKS
 from gossamer.demo.addition import (
     CHARACTERS,

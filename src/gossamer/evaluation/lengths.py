@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxtyping import Int
@@ -52,38 +53,37 @@ def add_lengths(
         )
     run.check_text()
     dense, tokenizer = run.load_dense("cpu")
+    _check_lengths(dense, lengths)
+    sparse = load_sparse(run)
+    dense = dense.to(sparse.device)
+    rows = []
+    # Another seed, so that text from the model itself is not the text that it was trained on.
+    asked = replace(
+        config,
+        text=run.text,
+        held_out_tokens=config.held_out_tokens if held_out_tokens is None else held_out_tokens,
+        training=TrainingConfig(batch_size=1, seed=config.training.seed + 1),
+    )
+    for length in lengths:
+        progress(f"length {length:,}")
+        one_block = replace(asked, tokens=length, seq_len=length, validation_tokens=length)
+        told = partial(_tell_sampled, progress, length)
+        blocks = blocks_of(one_block, dense, tokenizer, told).held_out
+        rows.append(measure_at_length(sparse, dense, blocks, precision))
+    metrics = {**before, "lengths": rows}
+    atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def _check_lengths(dense: PreTrainedModel, lengths: Sequence[int]) -> None:
     longest = getattr(dense.config, "max_position_embeddings", None)
     for length in lengths:
         if length < 2 or (longest is not None and length > longest):
             raise GossamerError(f"length {length} is out of reach; give 2 tokens or more, at most {longest or 'any'}")
-    sparse = load_sparse(run)
-    dense = dense.to(sparse.device)
-    rows = []
-    wanted = config.held_out_tokens if held_out_tokens is None else held_out_tokens
-    # Another seed, so that text from the model itself is not the text that it was trained on.
-    one_block = TrainingConfig(batch_size=1, seed=config.training.seed + 1)
 
-    def held_out(length: int) -> Int[Tensor, "blocks tokens"]:
-        def sampled(done: int, total: int) -> None:
-            progress(f"length {length:,}: {done} of {total} blocks sampled")
 
-        asked = replace(
-            config,
-            text=run.text,
-            tokens=length,
-            seq_len=length,
-            validation_tokens=length,
-            held_out_tokens=wanted,
-            training=one_block,
-        )
-        return blocks_of(asked, dense, tokenizer, sampled).held_out
-
-    for length in lengths:
-        progress(f"length {length:,}")
-        rows.append(measure_at_length(sparse, dense, held_out(length), precision))
-    metrics = {**before, "lengths": rows}
-    atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
-    return metrics
+def _tell_sampled(progress: Callable[[str], None], length: int, done: int, total: int) -> None:
+    progress(f"length {length:,}: {done} of {total} blocks sampled")
 
 
 def measure_at_length(

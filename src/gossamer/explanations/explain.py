@@ -10,7 +10,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,17 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gossamer.circuits.mask_search import MaskSearch, UnitSet, overlap
 from gossamer.circuits.streams import graph_of
-from gossamer.errors import GossamerError
+from gossamer.explanations.config import ExplainConfig, Kind
 from gossamer.explanations.effects import LinkEffect, link_effects
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction, predict, prompt_tokens
 from gossamer.explanations.reasons import GateSplitter, Reason, require_sums
 from gossamer.models.frozen import frozen
-
-Kind = Literal["sufficient", "complete"]
-
-SHARES = (0.5, 0.8, 0.9, 0.95)
-"""Of the metric, for which sets are given beside the one that was asked for."""
 
 MOST_DETAILED = 60
 """Links of a set that are looked at one by one, the strongest."""
@@ -104,10 +98,7 @@ def explain(
     target: str | None = None,
     against: str | None = None,
     corrupted: str | None = None,
-    kind: Kind = "sufficient",
-    share: float = 0.9,
-    seeds: Sequence[int] = (0, 1),
-    shares: Sequence[float] = SHARES,
+    config: ExplainConfig | None = None,
     progress: Progress = lambda what, done, size: None,
 ) -> Explanation:
     """Find the attention links that carry the prediction after a prompt.
@@ -119,11 +110,7 @@ def explain(
         target: text of the token whose prediction is explained; the model's first choice if None.
         against: text of another token: the metric is the logit difference then, else log p(target).
         corrupted: a prompt of the same length in tokens; cut links then carry its values instead of nothing.
-        kind: ``sufficient``: all other links cut, ``share`` of the metric is left. ``complete``: besides, at most
-            1 - share is left when the set alone is cut.
-        share: of the metric.
-        seeds: of the search, each with a set of its own; the first is the explanation.
-        shares: other shares for which a set is given.
+        config: what the set of links has to do; the defaults if None: sufficient, 90 % of the metric, two seeds.
         progress: told how far it is. KeyboardInterrupt in it, or anywhere in the search, ends the search with the best
             set so far.
 
@@ -134,9 +121,7 @@ def explain(
     with frozen(model):
         prediction = predict(model, tokenizer, prompt, target=target, against=against)
         other = None if corrupted is None else prompt_tokens(model, tokenizer, corrupted, "the corrupted prompt")
-    return explain_prediction(
-        model, prediction, corrupted=other, kind=kind, share=share, seeds=seeds, shares=shares, progress=progress
-    )
+    return explain_prediction(model, prediction, corrupted=other, config=config, progress=progress)
 
 
 def explain_prediction(
@@ -144,17 +129,14 @@ def explain_prediction(
     prediction: Prediction,
     *,
     corrupted: tuple[int, ...] | None = None,
-    kind: Kind = "sufficient",
-    share: float = 0.9,
-    seeds: Sequence[int] = (0, 1),
-    shares: Sequence[float] = SHARES,
+    config: ExplainConfig | None = None,
     progress: Progress = lambda what, done, size: None,
 ) -> Explanation:
     """:func:`explain` for a prediction by its tokens."""
     graph_of(model)
     require_sums(model)
-    if not 0 < share < 1:
-        raise GossamerError(f"a share of {share:g} of the metric cannot be kept; give one between 0 and 1, as 0.9")
+    config = config or ExplainConfig()
+    kind, seeds = config.links or "sufficient", range(config.seed, config.seed + config.seeds)
     with frozen(model):
         masks = LinkMasks(model, prediction, corrupted)
         sets: list[UnitSet] = []
@@ -162,19 +144,19 @@ def explain_prediction(
         for at, seed in enumerate(seeds):
             what = f"seed {at + 1} of {len(seeds)}"
             search = MaskSearch(
-                masks, share=share, complete=kind == "complete", seed=seed, progress=partial(progress, what)
+                masks, share=config.share, complete=kind == "complete", seed=seed, progress=partial(progress, what)
             )
             try:
                 sets.append(search.run())
                 if at == 0:
-                    by_share = _other_shares(search, sets[0], shares, progress)
+                    by_share = _other_shares(search, sets[0], config.shares, progress)
             except KeyboardInterrupt:
                 if not sets:
                     sets.append(search.result())
                 break
         details = _details(model, masks, sets, progress)
         return Explanation(
-            prediction, corrupted, kind, share, masks.full, masks.nothing, len(masks), masks.links.cpu(),
+            prediction, corrupted, kind, config.share, masks.full, masks.nothing, len(masks), masks.links.cpu(),
             tuple(seeds[: len(sets)]), tuple(sets), by_share, details,
         )  # fmt: skip
 

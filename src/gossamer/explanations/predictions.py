@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from gossamer.circuits.mask_search import MaskSearch, overlap
 from gossamer.circuits.streams import Pattern, StreamHooks, attention_hooks
 from gossamer.errors import GossamerError
-from gossamer.explanations.explain import Kind
+from gossamer.explanations.config import Kind
 from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
 from gossamer.files import atomic_write_text
@@ -62,6 +62,23 @@ class Quartiles:
 
 
 ANOTHER = "give another --out"
+
+
+@dataclass(frozen=True)
+class PredictionsConfig:
+    """Which predictions are explained.
+
+    Attributes:
+        lengths: tokens of context.
+        count: predictions of each length.
+        share: of the metric that is kept.
+        seed: of the choice and of the searches.
+    """
+
+    lengths: Sequence[int]
+    count: int
+    share: float = 0.9
+    seed: int = 0
 
 
 class _Row(TypedDict):
@@ -137,11 +154,8 @@ def explain_predictions(
     models: Mapping[str, PreTrainedModel],
     blocks: Int[Tensor, "blocks tokens"],
     file: Path,
+    config: PredictionsConfig,
     *,
-    lengths: Sequence[int],
-    count: int,
-    share: float,
-    seed: int,
     described: Mapping[str, Any],
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, Any]]:
@@ -151,10 +165,7 @@ def explain_predictions(
         models: ``dense`` and ``sparse``.
         blocks: of the text.
         file: JSON lines. If it exists, what it has is not searched for again.
-        lengths: tokens of context.
-        count: predictions of each length.
-        share: of the metric that is kept.
-        seed: of the choice and of the searches.
+        config: which predictions, and what is searched for.
         described: what the rows belong to, by name: models, text and settings; the file's first line, with checksums.
         progress: told what is being searched for.
 
@@ -164,7 +175,7 @@ def explain_predictions(
     """
     known = {**described, "fingerprints": _fingerprints(models, blocks)}
     with locked(file):
-        return _explain(models, blocks, file, lengths, count, share, seed, known, progress)
+        return _explain(models, blocks, file, config, known, progress)
 
 
 def _fingerprints(models: Mapping[str, PreTrainedModel], blocks: Int[Tensor, "blocks tokens"]) -> dict[str, str]:
@@ -177,28 +188,25 @@ def _explain(
     models: Mapping[str, PreTrainedModel],
     blocks: Int[Tensor, "blocks tokens"],
     file: Path,
-    lengths: Sequence[int],
-    count: int,
-    share: float,
-    seed: int,
+    config: PredictionsConfig,
     described: Mapping[str, Any],
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     rows = _begun(file, described)
     done = {(row["length"], row["prediction"], row["model"], row["kind"]) for row in rows}
-    for length in sorted(lengths):
+    for length in sorted(config.lengths):
         for name in models:
             models[name].eval()
-        predictions = choose_predictions(models, blocks, length=length, count=count, seed=seed)
+        predictions = choose_predictions(models, blocks, length=length, count=config.count, seed=config.seed)
         for at, prediction in enumerate(predictions):
             for name, model in models.items():
                 for kind in KINDS:
                     if (length, at, name, kind) in done:
                         continue
-                    progress(f"{length} tokens, prediction {at + 1} of {count}, {kind}, {name}")
+                    progress(f"{length} tokens, prediction {at + 1} of {config.count}, {kind}, {name}")
                     row = {
                         "length": length, "prediction": at, "model": name, "kind": kind, "ids": list(prediction.ids),
-                        "target": prediction.target, **_sets(model, prediction, kind, share, seed),
+                        "target": prediction.target, **_sets(model, prediction, kind, config.share, config.seed),
                     }  # fmt: skip
                     with file.open("a", encoding="utf-8") as stream:
                         stream.write(json.dumps(row) + "\n")
