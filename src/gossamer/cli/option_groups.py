@@ -52,8 +52,8 @@ def _flag(setting: Setting) -> str:
     return "--" + setting.name.replace("_", "-")
 
 
-def _names(name: str, choices: Iterable[str]) -> type[Enum]:
-    return Enum(name, {choice: choice for choice in choices}, type=str)  # type: ignore[misc,no-any-return]
+def _names(name: str, choices: Iterable[str]) -> Any:
+    return Enum(name, {choice: choice for choice in choices}, type=str)
 
 
 def _parameter(field: Field[Any], setting: Setting) -> inspect.Parameter:

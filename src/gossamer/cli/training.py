@@ -54,7 +54,6 @@ def sparsify(
     prints every setting. For several GPUs see gossamer launch-file.
     """
     from gossamer.runs.job import post_train
-    from gossamer.runs.record import Run
     from gossamer.training.distributed import exit_on_sigterm, leave_process_group, processes
     from gossamer.training.malloc import keep_freed_memory
 
@@ -66,7 +65,7 @@ def sparsify(
     run = post_train(settings, out, resume=resume, report_to=split_names(report_to), console=console, warn=warn)
     leave_process_group()
     if here.is_main_process:
-        evaluate_and_show(Run(run.folder), Precision(settings.training.precision), 8)
+        evaluate_and_show(run, Precision(run.config().training.precision), 8)
 
 
 @app.command("settings")
@@ -116,6 +115,8 @@ def plan(
     logging.set_verbosity_error()
     chosen = find_preset(preset)
     settings = merge_settings(preset, config, given).in_processes(gpus)
+    if settings.training.precision == "auto":
+        settings = settings.in_precision("bf16")  # which every device that a plan is for multiplies in hardware
     estimate = plan_run(chosen.config, settings)
     console.print(_memory_table(chosen.summary, estimate))
     speed = estimate.tokens_per_second(gpus, gpu_tflops, utilisation)

@@ -22,7 +22,7 @@ from transformers.utils import is_tracing
 
 from gossamer.errors import GossamerError
 from gossamer.models.architectures import attention_modules
-from gossamer.ops import Pairs, attend, fold_seed, make_pairs, noise_of
+from gossamer.ops import AttentionOptions, Pairs, attend, fold_seed, make_pairs, noise_of
 
 IMPLEMENTATION = "gossamer"
 """The name under which the op is registered with transformers."""
@@ -271,17 +271,14 @@ def gated_attention_forward(
     layer = int(module.gate_layer)  # type: ignore[arg-type]
     counted = gates.counts is not None and layer not in gates.counted
     noise = gates.noise[layer].to(query.device) if gates.sampled and gates.noise is not None else None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     result = attend(
         query,
         key,
         value,
         torch.full_like(bias, torch.inf) if gates.forced_open else bias,  # type: ignore[arg-type]
         gates.pairs(attention_mask, query, key, sliding_window),
-        scale=scaling,
-        softcap=softcap,
-        noise=noise,
-        expect=counted,
-        count=counted,
+        AttentionOptions(scale, softcap, noise, expect=counted, counted=counted),
     )
     if gates.counts is not None and counted:
         expected = result.expected_open

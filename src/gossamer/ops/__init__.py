@@ -11,8 +11,10 @@ from torch import Tensor
 
 from gossamer.ops import library, naive
 from gossamer.ops.gates import MAX_POSITIONS, GatedAttentionOutput, OpenLinks, Pairs, fold_seed, make_pairs, noise_of
+from gossamer.ops.options import AttentionOptions
 
 __all__ = [
+    "AttentionOptions",
     "GatedAttentionOutput",
     "Implementation",
     "OpenLinks",
@@ -74,17 +76,14 @@ def gated_attention(
         window: how many last keys a query may read, its own included.
         softcap: c in ``S = c tanh(S / c)`` (Gemma 2).
         sample: sampled gates (training) rather than hard ones (evaluation).
-        seed: of the noise; see :mod:`gossamer.ops.gates` for its formula. Compiled code takes every seed that comes
-            as a tensor (int64, of no dimension) without being compiled again; one on the GPU is not waited for.
+        seed: of the noise (:mod:`gossamer.ops.gates`). With one that is a tensor (int64, no dimension), compiled code
+            is not compiled again, and one on the GPU is not waited for.
         first_row: where in a larger batch these rows begin; they draw the noise that they have there.
         first_real: index of each row's first real token among the keys, from which the noise counts; negative where a
             cache has dropped it. If None, that of ``mask``.
         expect: sum up the expected open links; evaluation that does not need them is faster without.
         count: count the hard open links; the kernels are faster without.
         implementation: None picks ``triton`` on an NVIDIA GPU for head sizes up to 256, ``chunked`` elsewhere.
-
-    Returns:
-        A :class:`GatedAttentionOutput`.
 
     Raises:
         ValueError: on shapes or arguments that do not fit.
@@ -93,10 +92,8 @@ def gated_attention(
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     pairs = _pairs(q, k, gate_bias, causal, mask, lengths, window, first_real)
     noise = noise_of(seed, first_row, q.device) if sample else None
-    return attend(
-        q, k, v, gate_bias, pairs,
-        scale=scale, softcap=softcap, noise=noise, expect=expect, count=count, implementation=implementation,
-    )  # fmt: skip
+    options = AttentionOptions(_scale(scale, q), softcap, noise, expect, count)
+    return attend(q, k, v, gate_bias, pairs, options, implementation)
 
 
 def attend(
@@ -105,30 +102,19 @@ def attend(
     v: Float[Tensor, "batch kv_heads keys d_value"],
     gate_bias: Float[Tensor, " heads"],
     pairs: Pairs,
-    *,
-    scale: float | None,
-    softcap: float | None,
-    noise: Int[Tensor, " 2"] | None,
-    expect: bool,
-    count: bool = True,
+    options: AttentionOptions,
     implementation: Implementation | None = None,
 ) -> GatedAttentionOutput:
     """:func:`gated_attention` of pairs that are made once for all layers, and with the noise as one tensor."""
-    scale = _scale(scale, q)
-    _check_softcap(softcap)
-    if noise is not None and pairs.keys > MAX_POSITIONS:
+    _check_softcap(options.softcap)
+    if options.noise is not None and pairs.keys > MAX_POSITIONS:
         raise ValueError(f"{pairs.keys} keys: sampled gates tell at most {MAX_POSITIONS} positions apart")
     q, k, v = _of_one_dtype(q, k, v)
     name = _implementation(implementation, q, v.shape[-1])
     with torch.autocast(q.device.type, enabled=False):
         if name == "naive":
-            return naive.gated_attention(
-                q, k, v, gate_bias, pairs, scale=scale, softcap=softcap, noise=noise, expect=expect, count=count
-            )
-        return library.attend(
-            q, k, v, gate_bias, pairs,
-            scale=scale, softcap=softcap, noise=noise, expect=expect, count=count, implementation=name,
-        )  # fmt: skip
+            return naive.gated_attention(q, k, v, gate_bias, pairs, options)
+        return library.attend(q, k, v, gate_bias, pairs, options, name)
 
 
 @torch.no_grad()

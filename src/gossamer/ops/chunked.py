@@ -14,12 +14,14 @@ from gossamer.ops.elements import (
     BackwardElements,
     ForwardElements,
     Noise,
+    QueryTerms,
     backward_elements,
     forward_elements,
     run_elements,
     soft_capped,
 )
 from gossamer.ops.gates import OpenLinks, Pairs, empty_rows, noise_keys
+from gossamer.ops.options import AttentionOptions, BackwardInputs
 
 BLOCK = 64
 """Queries worked on at once."""
@@ -144,12 +146,12 @@ class _Block:
         )  # fmt: skip
         return result
 
-    def backward(self, products: Tensor, normaliser: Tensor, delta: Tensor, d_expected: Tensor) -> BackwardElements:
+    def backward(self, products: Tensor, terms: QueryTerms) -> BackwardElements:
         """The backward pass of the block's pairs."""
         call = self.call
         result: BackwardElements = run_elements(
-            backward_elements, call.work, self.logits, products, normaliser, delta, d_expected,
-            call.bias, self.allowed, call.softcap, self.noise,
+            backward_elements, call.work, self.logits, products, terms, call.bias, self.allowed, call.softcap,
+            self.noise,
         )  # fmt: skip
         return result
 
@@ -160,13 +162,10 @@ def forward(
     v: Float[Tensor, "batch kv_heads keys d_value"],
     gate_bias: Float[Tensor, " heads"],
     pairs: Pairs,
-    scale: float,
-    softcap: float | None,
-    noise: Tensor | None,
-    expect: bool,
-    count: bool,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Output, expected and hard open links, log-sum-exp, the last three by query; not differentiable."""
+    scale, softcap, noise, expect, count = options
     call = _Call(q, k, gate_bias, pairs, scale, softcap, noise)
     value = v.to(call.dtype).contiguous()
     output = empty_rows(q, v.shape[-1])
@@ -195,16 +194,13 @@ def backward(
     v: Float[Tensor, "batch kv_heads keys d_value"],
     gate_bias: Float[Tensor, " heads"],
     pairs: Pairs,
-    scale: float,
-    softcap: float | None,
-    noise: Tensor | None,
-    output: Float[Tensor, "batch heads queries d_value"],
-    log_sum_exp: Float[Tensor, "batch heads queries"],
-    d_output: Float[Tensor, "batch heads queries d_value"],
-    d_expected: Float[Tensor, "batch heads queries"] | None,
+    options: AttentionOptions,
+    given: BackwardInputs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias."""
-    call = _Call(q, k, gate_bias, pairs, scale, softcap, noise)
+    output, log_sum_exp, d_output, d_expected = given
+    scale = options.scale
+    call = _Call(q, k, gate_bias, pairs, scale, options.softcap, options.noise)
     value = v.to(call.dtype).contiguous()
     normaliser = torch.where(log_sum_exp.isinf(), torch.inf, log_sum_exp).flatten(0, 1)
     price = torch.zeros_like(normaliser) if d_expected is None else d_expected.flatten(0, 1).to(call.dtype)
@@ -217,7 +213,7 @@ def backward(
         d_out = block.grouped(d_output).to(call.dtype)
         delta = (d_out * block.grouped(output)).sum(-1).view(len(call.bias), -1)
         normalisers, prices = (_packed(x[:, block.rows]) for x in (normaliser, price))
-        elements = block.backward(block.pairwise(d_out, value), normalisers, delta, prices)
+        elements = block.backward(block.pairwise(d_out, value), QueryTerms(normalisers, delta, prices))
         d_bias += elements.d_bias.sum(-1)
         d_logits = block.by_group(elements.d_logits)
         own = block.grouped(q).to(call.dtype)

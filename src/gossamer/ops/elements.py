@@ -150,21 +150,31 @@ class BackwardElements(NamedTuple):
     d_bias: Float[Tensor, "streams rows"]
 
 
+class QueryTerms(NamedTuple):
+    """What the backward pass knows of each query (docs/derivations.md).
+
+    Attributes:
+        normaliser: log-sum-exp of its logits, inf where no key is allowed.
+        delta: dO . O.
+        d_expected: gradient of its expected open links.
+    """
+
+    normaliser: Float[Tensor, "streams rows"]
+    delta: Float[Tensor, "streams rows"]
+    d_expected: Float[Tensor, "streams rows"]
+
+
 def backward_elements(
-    logits: Tensor,
-    products: Tensor,
-    normaliser: Tensor,
-    delta: Tensor,
-    d_expected: Tensor,
-    bias: Tensor,
+    logits: Float[Tensor, "streams rows columns"],
+    products: Float[Tensor, "streams rows columns"],
+    terms: QueryTerms,
+    bias: Float[Tensor, " streams"],
     allowed: Allowed,
     softcap: float | None,
     noise: Noise | None,
 ) -> BackwardElements:
-    """One block backward; ``products`` are dO v^T, ``delta`` is dO . O by query (docs/derivations.md).
-
-    ``bias`` is ``[streams]``; ``normaliser``, ``delta`` and ``d_expected`` are ``[streams, rows]``.
-    """
+    """One block backward; ``products`` are dO v^T."""
+    normaliser, delta, d_expected = terms
     capped = soft_capped(logits, softcap)
     logits = allowed.fill(capped)
     pattern = _exp(logits - normaliser[..., None])

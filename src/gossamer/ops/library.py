@@ -8,10 +8,11 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from gossamer.ops.gates import GatedAttentionOutput, Pairs, empty_rows
+from gossamer.ops.options import AttentionOptions, BackwardInputs
 
 
 def attend(
@@ -20,15 +21,11 @@ def attend(
     v: Float[Tensor, "batch kv_heads keys d_value"],
     gate_bias: Float[Tensor, " heads"],
     pairs: Pairs,
-    *,
-    scale: float,
-    softcap: float | None,
-    noise: Int[Tensor, " 2"] | None,
-    expect: bool,
-    count: bool,
+    options: AttentionOptions,
     implementation: str,
 ) -> GatedAttentionOutput:
     """The same as :func:`gossamer.ops.naive.gated_attention`, by the module of that name."""
+    scale, softcap, noise, expect, count = options
     output, expected, opened, log_sum_exp = _forward(
         q, k, v, gate_bias, pairs.real, pairs.mask, pairs.extents, noise,
         scale, pairs.causal, pairs.window, softcap, expect, count, implementation,
@@ -70,9 +67,8 @@ def _forward(
     """Output, expected and hard open links (empty unless asked for) and log-sum-exp."""
     pairs = _pairs(q, k, causal, window, real, mask, extents)
     module = import_module(f"gossamer.ops.{implementation}")
-    output, expected, opened, log_sum_exp = module.forward(
-        q, k, v, gate_bias, pairs, scale, softcap, noise, expect, count
-    )
+    options = AttentionOptions(scale, softcap, noise, expect, count)
+    output, expected, opened, log_sum_exp = module.forward(q, k, v, gate_bias, pairs, options)
     return (
         output,
         log_sum_exp.new_empty(0) if expected is None else expected,
@@ -118,9 +114,9 @@ def _backward(
     """Gradients of q, k, v and the bias."""
     pairs = _pairs(q, k, causal, window, real, mask, extents)
     module = import_module(f"gossamer.ops.{implementation}")
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = module.backward(
-        q, k, v, gate_bias, pairs, scale, softcap, noise, output, log_sum_exp, d_output, d_expected
-    )
+    options = AttentionOptions(scale, softcap, noise)
+    given = BackwardInputs(output, log_sum_exp, d_output, d_expected)
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = module.backward(q, k, v, gate_bias, pairs, options, given)
     return gradients
 
 

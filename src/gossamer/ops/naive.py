@@ -8,10 +8,11 @@ Every other implementation is tested against this one.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from gossamer.ops.gates import GatedAttentionOutput, OpenLinks, Pairs, noise_keys
+from gossamer.ops.options import AttentionOptions
 from gossamer.ops.weights import attention_logits, attention_weights, per_query_head
 
 
@@ -21,14 +22,10 @@ def gated_attention(
     v: Float[Tensor, "batch kv_heads keys d_value"],
     gate_bias: Float[Tensor, " heads"],
     pairs: Pairs,
-    *,
-    scale: float,
-    softcap: float | None,
-    noise: Int[Tensor, " 2"] | None,
-    expect: bool,
-    count: bool,
+    options: AttentionOptions,
 ) -> GatedAttentionOutput:
-    """Gated attention of the given pairs; sampled where ``noise`` is given. Computed in float32 at least."""
+    """Gated attention of the given pairs, computed in float32 at least."""
+    scale, softcap, noise, expect, count = options
     exact = torch.promote_types(q.dtype, torch.float32)
     value = per_query_head(v.to(exact), q.shape[1])
     gate_logits, pattern, allowed, log_sum_exp = _links(q, k, gate_bias, pairs, scale, softcap)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gossamer.ops import triton_kernels as kernels
 from gossamer.ops.gates import OpenLinks, Pairs, empty_rows
+from gossamer.ops.options import AttentionOptions, BackwardInputs
 
 _FAR = 1e30
 """Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
@@ -172,13 +173,10 @@ def forward(
     v: Float[Tensor, "batch kv_heads keys d_value"],
     gate_bias: Float[Tensor, " heads"],
     pairs: Pairs,
-    scale: float,
-    softcap: float | None,
-    noise: Tensor | None,
-    expect: bool,
-    count: bool,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """The same as :func:`gossamer.ops.chunked.forward`, on the GPU; accumulates in float32."""
+    scale, softcap, noise, expect, count = options
     q, k, v = _dense_rows(q, k, v)
     call = _Call(q, k, gate_bias, pairs, scale, softcap, v)
     output, expected, opened, log_sum_exp = _attend(call, v, noise, expect, count)
@@ -192,13 +190,8 @@ def backward(
     v: Float[Tensor, "batch kv_heads keys d_value"],
     gate_bias: Float[Tensor, " heads"],
     pairs: Pairs,
-    scale: float,
-    softcap: float | None,
-    noise: Tensor | None,
-    output: Float[Tensor, "batch heads queries d_value"],
-    log_sum_exp: Float[Tensor, "batch heads queries"],
-    d_output: Float[Tensor, "batch heads queries d_value"],
-    d_expected: Float[Tensor, "batch heads queries"] | None,
+    options: AttentionOptions,
+    given: BackwardInputs,
     *,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -206,9 +199,11 @@ def backward(
 
     ``fused`` is the backward pass of :mod:`gossamer.ops.triton_fused`.
     """
+    output, log_sum_exp, d_output, d_expected = given
+    scale, noise = options.scale, options.noise
     fused = fused and padded(max(q.shape[-1], v.shape[-1])) <= FUSED_FEATURES
     q, k, v, d_output = _dense_rows(q, k, v, d_output)
-    call = _Call(q, k, gate_bias, pairs, scale, softcap, v, output, d_output)
+    call = _Call(q, k, gate_bias, pairs, scale, options.softcap, v, output, d_output)
     prices = None if d_expected is None else d_expected.float().contiguous()
     features = v.shape[-1]
     flags = {

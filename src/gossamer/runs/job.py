@@ -31,7 +31,9 @@ from gossamer.runs.settings import RunConfig
 from gossamer.training.checkpoints import checkpoints, last_valid_checkpoint
 from gossamer.training.data import BlockDataset
 from gossamer.training.distributed import check_processes, on_main_process, processes, synchronized
+from gossamer.training.precision import fast_precision
 from gossamer.training.progress import StepLog, sampling_shown
+from gossamer.training.settings import Precision
 from gossamer.training.sparsity import SparsityTrainer, Validation
 from gossamer.training.stream import BlockStream
 from gossamer.training.trackers import add_trackers, check_trackers
@@ -75,8 +77,16 @@ def post_train(
         with synchronized():
             if first:
                 stack.enter_context(job.run.locked())
+        if config.training.precision == "auto":
+            job = replace(job, config=config.in_precision(on_main_process(lambda: _precision(job.run, resume))))
         _post_train(job, resume=resume)
     return job.run
+
+
+def _precision(run: Run, resume: bool) -> Precision:
+    """That which the run was begun in, or the one that is fast here."""
+    begun = resume and run.folder.exists()
+    return run.config().training.precision if begun else fast_precision(run_device())
 
 
 def _post_train(job: "Job", *, resume: bool) -> None:

@@ -241,7 +241,7 @@ def _kept(model: PreTrainedModel, run: RunConfig) -> _Kept:
     handles = [layer.register_forward_pre_hook(before) for layer in layers]
     handles.append(layers[-1].register_forward_hook(lambda *_: marks.append(total())))
     ids = torch.zeros(run.training.batch_size, run.seq_len, dtype=torch.long)
-    with torch.autocast("cpu", torch.bfloat16, enabled=run.training.precision == "bf16"), _counted(storages, own):
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.training.precision != "fp32"), _counted(storages, own):
         logits = model(input_ids=ids, use_cache=False).logits
     for handle in handles:
         handle.remove()
@@ -262,7 +262,7 @@ def _moments(
     logits = tokens * vocabulary
     rows = min(POSITIONS, tokens)
     dense = training.constraint.needs_dense
-    half = 2 if training.precision == "bf16" else 4
+    half = 4 if training.precision == "fp32" else 2
     # Trainer makes float32 of the logits of its own model, which with adapters is the dense one as well.
     dense_logits = 4 if training.train == "lora" else half
 

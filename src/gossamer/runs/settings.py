@@ -15,7 +15,7 @@ from gossamer.errors import GossamerError
 from gossamer.fields import Setting, documented, setting
 from gossamer.names import SELF, SMOLLM2
 from gossamer.training.constraints import CONSTRAINTS, Constraint
-from gossamer.training.settings import TrainingConfig
+from gossamer.training.settings import Precision, TrainingConfig
 
 
 @documented
@@ -91,6 +91,10 @@ class RunConfig:
     def in_processes(self, count: int) -> "RunConfig":
         """The same for so many processes that train together."""
         return replace(self, training=replace(self.training, processes=count))
+
+    def in_precision(self, precision: Precision) -> "RunConfig":
+        """The same in that precision."""
+        return replace(self, training=replace(self.training, precision=precision))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "") -> "RunConfig":

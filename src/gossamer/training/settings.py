@@ -8,7 +8,7 @@ from gossamer.training.constraints import Constraint, CrossEntropy
 from gossamer.training.multiplier import MultiplierConfig
 
 TrainedPart = Literal["all", "attention", "lora"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 Weighting = Literal["links", "queries"]
 
 
@@ -80,7 +80,9 @@ class TrainingConfig:
         "Tokens at the start of every block that are given and do not count in the loss.", 0, least=0, most=2**24
     )
     precision: Precision = setting(
-        "Precision of the matrix products; weights and optimiser state stay float32.", "bf16"
+        "Precision of the matrix products; weights and optimiser state stay float32. auto: bf16 where the machine has "
+        "instructions for it, else fp32.",
+        "auto",
     )
     checkpoint_every: int = setting("Steps between checkpoints; 0 for none.", 100, least=0, most=2**40)
     seed: int = setting("Seed of everything random.", 0, least=0, most=2**32 - 1)

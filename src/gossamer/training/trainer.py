@@ -43,6 +43,7 @@ from gossamer.training.checkpoints import checkpoints, write_checksums
 from gossamer.training.constraints import CrossEntropy
 from gossamer.training.distributed import check_processes, collective_error, synchronized
 from gossamer.training.pace import GATE_BETAS
+from gossamer.training.precision import fast_precision
 from gossamer.training.settings import TrainedPart, TrainingConfig
 from gossamer.training.stream import BlockStream
 
@@ -76,6 +77,8 @@ def freeze_except(model: PreTrainedModel, part: TrainedPart) -> None:
 def _arguments(
     config: TrainingConfig, steps: int, folder: Path, blocks: Dataset[dict[str, Tensor]]
 ) -> TrainingArguments:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = fast_precision(device) if config.precision == "auto" else config.precision
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -83,8 +86,8 @@ def _arguments(
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
         max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
+        bf16=precision == "bf16",
+        use_cpu=device.type == "cpu",
         save_strategy="steps" if config.checkpoint_every else "no",
         save_steps=config.checkpoint_every or 500,
         logging_strategy="no",
