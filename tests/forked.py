@@ -6,8 +6,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 import small_disk
 
@@ -33,20 +37,91 @@ def run_command(
     ``kill_at``: it is killed when it is about to change something in that folder for the n-th time; where it does not
     come to that, it says how often it did. ``disk``: what it writes to.
     """
-    line = list(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        process = _CONTEXT.Process(
-            target=_run, args=(line, dict(environment), cwd or Path.cwd(), out, err, kill_at, disk)
-        )
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(line, timeout, out.read_text(), err.read_text())
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess(line, process.exitcode, out.read_text(), err.read_text())
+        started = Command(arguments, environment, Path(folder), cwd, kill_at, disk)
+        return started.ended(timeout)
+
+
+@contextmanager
+def started_command(arguments: Sequence[object], environment: Mapping[str, str]) -> Iterator["Command"]:
+    """The same while it runs; at the end of the block it is killed, unless it has ended by then."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = Command(arguments, environment, Path(folder))
+        try:
+            yield started
+        finally:
+            started.send(signal.SIGKILL)
+            started.process.join()
+
+
+def run_together(
+    arguments: Sequence[object], environment: Mapping[str, str], count: int, *, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """The same in several processes that torchrun would have started, which meet as its own do.
+
+    Nobody ends the others when one of them does: for that, start torchrun itself.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {**environment, "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
+    shared |= {"LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for rank in range(count):
+            (own := Path(folder) / str(rank)).mkdir()
+            started.append(Command(arguments, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, own))
+        ended = [one.ended(timeout) for one in started]
+    codes, out, err = zip(*((one.returncode, one.stdout, one.stderr) for one in ended), strict=True)
+    return subprocess.CompletedProcess(ended[0].args, max(codes, key=abs), "".join(out), "".join(err))
+
+
+class Command:
+    """A command that was started; its output goes to the folder."""
+
+    def __init__(
+        self,
+        arguments: Sequence[object],
+        environment: Mapping[str, str],
+        folder: Path,
+        cwd: Path | None = None,
+        kill_at: tuple[int, Path] | None = None,
+        disk: small_disk.Disk | None = None,
+    ) -> None:
+        self.line, self.out, self.err = list(map(str, arguments)), folder / "out", folder / "err"
+        given = (self.line, dict(environment), cwd or Path.cwd(), self.out, self.err, kill_at, disk)
+        self.process = _CONTEXT.Process(target=_run, args=given)
+        self.process.start()
+
+    @property
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    @property
+    def errors(self) -> str:
+        """What it has written to stderr so far."""
+        return self.err.read_text() if self.err.exists() else ""
+
+    def send(self, number: signal.Signals) -> None:
+        if self.running:
+            assert self.process.pid is not None
+            os.kill(self.process.pid, number)
+
+    def wait_until(self, reached: Callable[[], bool], timeout: float = 120) -> None:
+        """Wait for something that it does while it runs."""
+        deadline = time.monotonic() + timeout
+        while not reached():
+            assert self.running, f"ended too early: {self.errors}"
+            assert time.monotonic() < deadline, "takes too long"
+            time.sleep(0.005)
+        assert self.running, "ended before it could be stopped"
+
+    def ended(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise subprocess.TimeoutExpired(self.line, timeout, self.out.read_text(), self.err.read_text())
+        assert self.process.exitcode is not None
+        return subprocess.CompletedProcess(self.line, self.process.exitcode, self.out.read_text(), self.err.read_text())
 
 
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -86,6 +161,7 @@ def _run(
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = ["gossamer", *line]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
 
     from gossamer.cli import main
 

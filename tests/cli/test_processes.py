@@ -1,4 +1,7 @@
-"""Several processes that train one model, as torchrun and accelerate start them, with gloo between them."""
+"""Several processes that train one model, as torchrun and accelerate start them, with gloo between them.
+
+Where nothing depends on the launcher they are forked from a process that has loaded torch, and meet as torchrun's do.
+"""
 
 import json
 import os
@@ -18,7 +21,7 @@ from safetensors.torch import load_file
 
 import gossamer
 from families import tiny_model
-from forked import run_command
+from forked import run_command, run_together
 from gossamer.training.launch import launch_file
 from settings_files import config
 
@@ -33,6 +36,7 @@ def small(steps: int = 40, **settings: object) -> list[str]:
 
 ONE = [sys.executable, "-m", "gossamer"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gossamer"]
+FORKED = ["two processes that met as those of torchrun do"]
 
 
 def sharded(folder: Path) -> list[str]:
@@ -49,6 +53,8 @@ def sharded(folder: Path) -> list[str]:
 def train(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
     if launcher is ONE:
         return run_command(["sparsify", *arguments], ENVIRONMENT, timeout=120)
+    if launcher is FORKED:
+        return run_together(["sparsify", *arguments], ENVIRONMENT, 2, timeout=120)
     line = [*launcher, "sparsify", *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
 
@@ -68,7 +74,7 @@ def pair(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
     """A run of two processes that nothing interrupted, and its arguments but --out."""
     out = tmp_path_factory.mktemp("pair") / "run"
     arguments = [saved_llama, "--text", text, *small(hard_fraction=0.5), "--batch-size", 4]
-    result = train(TWO, *arguments, "--out", out)
+    result = train(FORKED, *arguments, "--out", out)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Constraint met") == 1
     return out, arguments
@@ -112,7 +118,7 @@ def test_accumulation_over_processes_is_one_large_batch(
     options: list[object], rate: float, saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
     runs = []
-    for launcher, size, accumulation in ((TWO, 2, 2), (ONE, 8, 1)):
+    for launcher, size, accumulation in ((FORKED, 2, 2), (ONE, 8, 1)):
         runs.append(tmp_path / str(len(runs)))
         line = [saved_llama, "--text", text, "--constraint", "kl", "--epsilon", 0.3, "--no-control", *options]
         line += ["--batch-size", size, *small(gradient_accumulation=accumulation, learning_rate=rate)]
@@ -144,10 +150,10 @@ def kill(launcher: list[str], arguments: list[object], out: Path, victim: int) -
 def test_a_stream_goes_on_in_all_processes_after_a_kill(saved_llama: Path, text: Path, tmp_path: Path) -> None:
     arguments = [saved_llama, "--text", text, *small(), "--stream", "--batch-size", 4,
                  "--no-control"]  # fmt: skip
-    result = train(TWO, *arguments, "--out", tmp_path / "whole")
+    result = train(FORKED, *arguments, "--out", tmp_path / "whole")
     assert result.returncode == 0, result.stderr
     kill(TWO, arguments, tmp_path / "killed", 1)
-    result = train(TWO, *arguments, "--out", tmp_path / "killed", "--resume")
+    result = train(FORKED, *arguments, "--out", tmp_path / "killed", "--resume")
     assert result.returncode == 0, result.stderr
     assert difference(tmp_path / "whole", tmp_path / "killed") == 0
 
@@ -198,7 +204,7 @@ def test_shards_train_what_whole_models_train(
 ) -> None:
     """In bfloat16 for twelve steps: after twenty its rounding moves single gates across their threshold."""
     arguments = [saved_llama, "--text", text, *small(**settings), *options, "--batch-size", 4]
-    result = train(TWO, *arguments, "--out", tmp_path / "whole")
+    result = train(FORKED, *arguments, "--out", tmp_path / "whole")
     assert result.returncode == 0, result.stderr
     result = train(sharded(tmp_path), *arguments, "--out", tmp_path / "parts")
     assert result.returncode == 0, result.stderr
@@ -231,7 +237,7 @@ def test_a_sharded_run_of_tied_weights_goes_on_after_a_kill(tokenizer, text: Pat
     tiny_model("gpt2").save_pretrained(model)
     tokenizer.save_pretrained(model)
     arguments = [model, "--text", text, *small(), "--batch-size", 4, "--no-control"]
-    assert train(TWO, *arguments, "--out", tmp_path / "whole").returncode == 0
+    assert train(FORKED, *arguments, "--out", tmp_path / "whole").returncode == 0
     kill(sharded(tmp_path), arguments, tmp_path / "parts", 1)
     result = train(sharded(tmp_path), *arguments, "--out", tmp_path / "parts", "--resume")
     assert result.returncode == 0, result.stderr

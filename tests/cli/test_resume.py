@@ -4,7 +4,7 @@ import json
 import resource
 import signal
 import subprocess
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,12 @@ from command_line import (
     gossamer_command,
     quick,
 )
+from forked import started_command
 from gossamer.training.checkpoints import checkpoint_error, checkpoints
+
+
+def has_lines(log: Path, lines: int) -> bool:
+    return log.exists() and len(log.read_text().splitlines()) >= lines
 
 
 def test_a_run_that_reads_its_text_while_training_goes_on_where_it_was_killed(
@@ -31,19 +36,8 @@ def test_a_run_that_reads_its_text_while_training_goes_on_where_it_was_killed(
     assert result.returncode == 0, result.stderr
     assert "began again" in result.stderr
     for log, lines in (("training.jsonl", 33), ("control.jsonl", 52)):
-        process = subprocess.Popen(
-            [*COMMAND, *map(str, line), str(tmp_path / "killed"), "--resume"],
-            env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        rows = tmp_path / "killed" / log
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if rows.exists() and len(rows.read_text().splitlines()) >= lines:
-                break
-            time.sleep(0.002)
-        assert process.poll() is None, f"{log}: ended before it could be killed"
-        process.kill()
-        process.wait()
+        with started_command([*line, tmp_path / "killed", "--resume"], ENVIRONMENT) as command:
+            command.wait_until(partial(has_lines, tmp_path / "killed" / log, lines))
     result = gossamer_command(*line, tmp_path / "killed", "--resume")
     assert result.returncode == 0, result.stderr
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
@@ -53,18 +47,9 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_the_same(finished: Finish
     whole, out = finished.out, tmp_path / "killed"
     line = ["sparsify", finished.model, "--text", finished.text, "--out", out, *finished.arguments, "--resume"]
     for log, lines in ((None, 0), ("training.jsonl", 7), ("training.jsonl", 33), ("control.jsonl", 21)):
-        process = subprocess.Popen(
-            [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if log is None or ((out / log).exists() and len((out / log).read_text().splitlines()) >= lines):
-                break
-            time.sleep(0.002)
-        assert process.poll() is None, f"{log}: ended before it could be killed: {process.stderr.read().decode()}"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        with started_command(line, ENVIRONMENT) as command:
+            if log is not None:
+                command.wait_until(partial(has_lines, out / log, lines))
     result = gossamer_command(*line)
     assert result.returncode == 0, result.stderr
     assert_same_weights(whole, out)
@@ -82,13 +67,8 @@ def begun(saved_llama: Path, text: Path, tmp_path: Path):
     out = tmp_path / "begun"
     line = ["sparsify", saved_llama, "--text", text, "--out", out, *quick(checkpoint_every=3),
             "--tokens", 4000 * 64]  # fmt: skip
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and len(checkpoints(out / "checkpoints")) < 2:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with started_command(line, ENVIRONMENT) as command:
+        command.wait_until(lambda: len(checkpoints(out / "checkpoints")) >= 2)
     return out, [*line, "--resume"]
 
 
@@ -109,11 +89,9 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(begun, saved
     older, newest = [path for path in checkpoints(out / "checkpoints") if checkpoint_error(path) is None][-2:]
     file = newest / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:1000])
-    process = subprocess.Popen([*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    warning = process.stderr.readline()
-    process.kill()
-    process.communicate()
+    with started_command(line, ENVIRONMENT) as command:
+        command.wait_until(lambda: "\n" in command.errors)
+        warning = command.errors.splitlines()[0]
     assert newest.name in warning
     assert "optimizer.pt has 1,000 of" in warning
     assert older.name in warning
@@ -130,18 +108,9 @@ def test_an_interrupted_run_says_how_to_go_on(
     number: signal.Signals, saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
     line = ["sparsify", saved_llama, "--text", text, "--out", tmp_path / "run", *quick(), "--tokens", 10**7]
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, line)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if run in the background
-    )  # fmt: skip
-    try:
-        for _ in range(1200):
-            if (tmp_path / "run" / "training.jsonl").exists():
-                break
-            time.sleep(0.1)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 2
-    assert errors.strip() == "gossamer: interrupted; go on with --resume"
+    with started_command(line, ENVIRONMENT) as command:
+        command.wait_until((tmp_path / "run" / "training.jsonl").exists)
+        command.send(number)
+        result = command.ended(120)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "gossamer: interrupted; go on with --resume"
