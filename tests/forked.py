@@ -161,6 +161,7 @@ def _run(
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = ["gossamer", *line]
+    multiprocessing.set_start_method(None, force=True)  # else its own workers would come from another such server
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
 
     from gossamer.cli import main
