@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from circuit_cases import batch_of, model_of, near
+from gossamer.circuits import mask_search
 from gossamer.circuits.ablations import ABLATIONS
 from gossamer.circuits.activation_cache import run_with_cache, source_outputs
 from gossamer.circuits.graph import Graph
@@ -30,7 +31,10 @@ def edge_scores(score: Score, model, batch: Batch, ablation: str) -> Tensor:
     ("name", "family"),
     [(name, family) for name in SCORES for family in (["gpt2", "gpt_neox", "gemma2"] if "eap" in name else ["gpt2"])],
 )
-def test_a_score_is_of_units_that_there_are(name: str, family: str, gated: bool) -> None:
+def test_a_score_is_of_units_that_there_are(
+    name: str, family: str, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mask_search, "STEPS", 10)
     model, batch, score = model_of(family, gated), batch_of(2, 4), SCORES[name]
     graph = graph_of(model)
     for ablation in ABLATIONS:

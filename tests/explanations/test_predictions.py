@@ -7,6 +7,7 @@ import torch
 
 import gossamer
 from families import tiny_model
+from gossamer.circuits import mask_search
 from gossamer.circuits.streams import attention_hooks
 from gossamer.errors import GossamerError
 from gossamer.explanations import predictions
@@ -60,6 +61,7 @@ def test_a_measurement_that_was_cut_off_goes_on(
 ) -> None:
     monkeypatch.setattr(predictions, "LIKELY", 0.02)
     monkeypatch.setattr(predictions, "GAIN", 0.5)
+    monkeypatch.setattr(mask_search, "STEPS", 20)
     file = tmp_path / "rows.jsonl"
     rows = measure(models, blocks, file)
     assert len(rows) == 2 * 2 * 2 * 2
