@@ -68,7 +68,7 @@ class TrainingConfig:
     multiplier: MultiplierConfig = setting("How lambda moves.", default_factory=MultiplierConfig, prefix="multiplier_")
     closing_rate: float | None = setting(
         "How far the logarithm of the open fraction may fall over a run that stays one tolerance inside its bound; 10 "
-        "held a bound on the KL with fewer links in two trials (docs/LOG.md). Unset: no limit.",
+        "ended with fewer links in two of three trials under a bound on the KL (docs/LOG.md). Unset: no limit.",
         None,
         least=1e-3,
         most=1e6,
