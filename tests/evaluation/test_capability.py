@@ -16,23 +16,14 @@ from conftest import WORDS
 from families import tiny_model
 from gossamer import GossamerError
 from gossamer.evaluation.capability import TasksConfig, measure_tasks
+from tiny_task import TINY_TASK
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 QUESTIONS, CHOICES, NEW_TOKENS = 12, 3, 4
 
-CHOICE_TASK = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: choice.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{prompt}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-metadata: {version: 1.0}
-"""
+CHOICE_TASK = TINY_TASK.replace("task: tiny", "task: tiny_choice").replace("tiny.jsonl", "choice.jsonl")
+CHOICE_TASK += "metadata: {version: 1.0}\n"
 
 GENERATION_TASK = """
 task: tiny_generation
