@@ -40,7 +40,7 @@ class LinkCounter:
         )
 
     def add(self, counts: dict[int, LinkCounts], queries: int) -> None:
-        """Add the counts that :func:`gossamer.counted_links` yielded for a forward pass over ``queries`` real tokens."""
+        """Add the counts that :func:`gossamer.counted_links` yielded for one pass over ``queries`` real tokens."""
         for layer, count in counts.items():
             self.open_links[layer] += count.open_links.sum((0, 2)).cpu()
             self.allowed_links[layer] += count.allowed_links.sum((0, 2)).cpu()
