@@ -1,1 +1,1 @@
-"""What is measured of a model: losses, KL to the dense model, open links."""
+"""Measurements of a model: losses, KL to the dense model, open links."""

@@ -26,8 +26,8 @@ class LanguageMetrics:
     Attributes:
         losses: next-token cross-entropy of each block, nats.
         kls: KL(dense || model) of the next-token distributions of each block, nats; None without a dense model.
-        tokens: how many predictions the means are over.
-        links: open and allowed links; none of a model without gates.
+        tokens: number of predictions that the means are over.
+        links: open and allowed links; all zero for a model without gates.
     """
 
     losses: Float[Tensor, " blocks"]
@@ -47,10 +47,10 @@ class LanguageMetrics:
 
 
 def standard_error(values: Float[Tensor, " blocks"]) -> float | None:
-    """Of the mean of values that each come from a block of their own; None for fewer than two, which tell of no spread.
+    """Standard error of the mean of per-block values; None for fewer than two values.
 
-    The standard deviation over the blocks, with one degree of freedom less than blocks, by the root of their number. To
-    compare two models on the same blocks, give the differences: most of the spread of the losses is the text's.
+    The sample standard deviation (n - 1 degrees of freedom) divided by sqrt(n). To compare two models on the same
+    blocks, pass the differences: most of the spread of the losses comes from the text.
     """
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
@@ -64,7 +64,7 @@ def standard_error_of_sums(total: float, squares: float, count: int) -> float | 
 
 
 def plus_minus(error: float | None) -> str:
-    """A standard error as it stands behind a value; nothing where there is none."""
+    """Format a standard error for printing after a value; an empty string if there is none."""
     return "" if error is None else f" ± {error:.4f}"
 
 
@@ -73,14 +73,14 @@ def forward_passes(
     batches: Iterable[Int[Tensor, "batch tokens"]],
     measure: Callable[[Float[Tensor, "batch tokens vocab"], Int[Tensor, "batch tokens"]], Measured],
 ) -> list[tuple[Measured, LinkCounter]]:
-    """What ``measure`` makes of the logits and the tokens of each batch, and the links that the batch left open.
+    """Run the model on each batch and return, per batch, the result of ``measure`` and the link counts.
 
-    The model runs without gradient in ``eval()`` mode, in which it is left, with hard gates if it has any.
+    The model runs without gradients, with hard gates if it has any. It is put into ``eval()`` mode and left there.
 
     Args:
-        model: dense or gated; of a dense one no link is counted.
+        model: dense or gated; for a dense model no links are counted.
         batches: token ids, on any device.
-        measure: is called after each forward pass, with both on the model's device.
+        measure: called after each forward pass with the logits and the token ids, both on the model's device.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -108,12 +108,12 @@ def measure_language(
     precision: str = "fp32",
     prompt_tokens: int = 0,
 ) -> LanguageMetrics:
-    """Loss and open links of ``model``, with hard gates if it has any, and its KL from ``dense``.
+    """Measure loss and open links of ``model``, with hard gates if it has any, and its KL from ``dense``.
 
     Args:
-        model: in any mode; measured, and left, in ``eval()``.
+        model: in any mode; it is put into ``eval()`` and left there.
         blocks: token ids.
-        dense: what to compare with.
+        dense: the model to compare with; no KL if None.
         batch_size: blocks in one forward pass.
         precision: ``bf16`` runs the matrix products under autocast.
         prompt_tokens: tokens at the start of each block that are given, not predicted.
@@ -144,7 +144,7 @@ def measure_beside_dense(
     precision: str = "fp32",
     prompt_tokens: int = 0,
 ) -> tuple[LanguageMetrics, LanguageMetrics]:
-    """What :func:`measure_language` measures of ``model`` beside ``dense``, and of ``dense``, in one pass of each."""
+    """:func:`measure_language` of ``model`` (with KL) and of ``dense``, with one forward pass of each per batch."""
 
     def measure(logits: Tensor, batch: Tensor) -> list[tuple[float, float, float]]:
         dense_logits = dense(input_ids=batch, use_cache=False).logits

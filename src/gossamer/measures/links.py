@@ -1,4 +1,4 @@
-"""How many attention links the hard gates leave open: in all, per layer, per head."""
+"""Count the attention links that the hard gates leave open: in total, per layer, per head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class LinkCounter:
 
     @classmethod
     def empty(cls, layers: int, heads: int) -> "LinkCounter":
-        """Nothing counted yet."""
+        """A counter with all counts zero."""
         zeros = torch.zeros(layers, heads, dtype=torch.long)
         return cls(zeros, zeros.clone())
 
     @classmethod
     def total(cls, tallies: Sequence["LinkCounter"]) -> "LinkCounter":
-        """What several tallies of one model count together; at least one."""
+        """Sum of the counters of one model; needs at least one."""
         return cls(
             torch.stack([tally.open_links for tally in tallies]).sum(0),
             torch.stack([tally.allowed_links for tally in tallies]).sum(0),
@@ -40,7 +40,7 @@ class LinkCounter:
         )
 
     def add(self, counts: dict[int, LinkCounts], queries: int) -> None:
-        """Add one forward pass over ``queries`` real tokens, as :func:`gossamer.counted_links` gave it."""
+        """Add the counts that :func:`gossamer.counted_links` yielded for one pass over ``queries`` real tokens."""
         for layer, count in counts.items():
             self.open_links[layer] += count.open_links.sum((0, 2)).cpu()
             self.allowed_links[layer] += count.allowed_links.sum((0, 2)).cpu()
@@ -53,15 +53,15 @@ class LinkCounter:
 
     @property
     def open_fraction_per_layer(self) -> list[float]:
-        """The same for each layer."""
+        """:attr:`open_fraction` of each layer."""
         return (self.open_links.sum(-1) / self.allowed_links.sum(-1)).tolist()
 
     @property
     def open_fraction_per_head(self) -> list[list[float]]:
-        """The same for each head of each layer."""
+        """:attr:`open_fraction` of each head of each layer."""
         return (self.open_links / self.allowed_links).tolist()
 
     @property
     def open_links_per_query(self) -> float:
-        """Open links that a query has in a head, on average over all layers, heads and queries."""
+        """Mean number of open links per query and head, over all layers."""
         return self.open_links.sum().item() / (self.queries * self.open_links.numel())

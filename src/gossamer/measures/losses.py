@@ -1,9 +1,9 @@
-"""The two losses that the constraint can be about, over some positions at a time.
+"""The two losses that can be constrained, computed in chunks of positions.
 
-A vocabulary of 50,000 makes the logits the largest tensor of a training step, and log-softmax in float32 makes several
-more of their size. Here only :data:`POSITIONS` rows are float32 at once, forward and backward; what is kept between the
-two are the logits themselves. The gradient of both losses by the logits is softmax(logits) minus a distribution: the
-next token's, or the dense model's.
+With a vocabulary of 50,000, the logits are the largest tensor of a training step, and log-softmax in float32 allocates
+several more tensors of that size. Here only :data:`POSITIONS` rows are in float32 at once, forward and backward, and
+only the logits are kept for the backward pass. The gradient of both losses with respect to the logits is
+softmax(logits) minus a distribution: the one-hot next token, or the dense model's prediction.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 POSITIONS = 256
-"""Rows of logits worked on at once."""
+"""Rows of logits per chunk."""
 
 _NONE = -100
-"""Target of a position whose next token is not in the block."""
+"""Target of a position without a next token to predict; ignored by the losses."""
 
 
 def cross_entropy(
@@ -25,7 +25,7 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean next-token cross-entropy in nats, over all positions but the last of each row.
 
-    The first ``prompt_tokens`` tokens of each row are given: that they follow one another is not asked for.
+    The first ``prompt_tokens`` tokens of each row are given: predictions of them do not count.
     """
     return _TokenLoss.apply(logits.flatten(0, 1), _next_tokens(input_ids, prompt_tokens), None)
 
@@ -52,7 +52,7 @@ def _next_tokens(input_ids: Tensor, prompt_tokens: int) -> Tensor:
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Cross-entropy with the targets, or KL from ``dense`` where it is given; targets of _NONE do not count."""
+    """Cross-entropy with the targets, or KL from ``dense`` if it is given; targets equal to _NONE are ignored."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:

@@ -1,1 +1,1 @@
-"""Gated models: conversion, saving, loading, and the op behind transformers' attention interface."""
+"""Gated models: conversion, saving, loading, and the op registered with transformers' attention interface."""

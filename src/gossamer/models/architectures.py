@@ -1,4 +1,4 @@
-"""Whether a model can be gated, and where it keeps its attention; families and settings that are refused."""
+"""Check whether a model can be gated, and locate its attention; refuse unsupported families and settings."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ _REFUSED_SETTINGS = ("add_cross_attention", "use_bidirectional_attention")
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """Where the model keeps its attention.
+    """The architecture of a model, after checking that it can be gated.
 
     Raises:
-        GossamerError: naming the family or the setting that cannot be gated right.
+        GossamerError: naming the family or setting that cannot be gated correctly.
     """
     config = model.config
     family = config.model_type
@@ -42,10 +42,10 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 def check_not_offloaded(model: PreTrainedModel) -> None:
-    """Stop at a model some of whose layers accelerate keeps elsewhere between calls: gates could not lie beside them.
+    """Raise if accelerate offloads some layers of the model: gates cannot be placed on the same device as those.
 
     Raises:
-        GossamerError: naming the first such layer.
+        GossamerError: naming the first offloaded layer.
     """
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)

@@ -1,11 +1,11 @@
-"""The gated attention op behind transformers' attention and mask interfaces, and the state of the gates.
+"""The gated attention op for transformers' attention and mask interfaces, and the state of the gates.
 
 Both interfaces are needed: with the attention function alone, transformers builds no causal mask.
 
-The backward pass may run a layer again, to save memory (activation checkpointing), and by then the state of the gates
-may be another one. So each forward pass takes its state along: a hook on the module that holds the layers adds it to
-the keyword arguments, which the layers hand on to the attention function, and which checkpointing keeps for the second
-run. What is recomputed in a way that does not keep them is found out by :class:`_SameGates`.
+With activation checkpointing, the backward pass runs a layer again, and the state of the gates may have changed by
+then. So each forward pass carries its state: a hook on the module that holds the layers adds it to the keyword
+arguments. The layers pass these on to the attention function, and checkpointing keeps them for the recomputation.
+:class:`_SameGates` detects recomputation that does not keep them.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ IMPLEMENTATION = "gossamer"
 
 @dataclass(frozen=True)
 class LinkCounts:
-    """Links of each query of one layer in one forward pass; see :class:`gossamer.GatedAttentionOutput`."""
+    """Link counts of each query in one layer and one forward pass; see :class:`gossamer.GatedAttentionOutput`."""
 
     expected_open: Float[Tensor, "batch heads queries"]
     open_links: Int[Tensor, "batch heads queries"]
@@ -39,19 +39,19 @@ class LinkCounts:
 
 
 class GatePass:
-    """How the gates act in one forward pass, in the layers that are run a second time too.
+    """The gate state of one forward pass, also used when its layers are recomputed.
 
-    It is passed to the layers as an argument. Not a dataclass: FSDP2 copies dataclasses among a layer's arguments, and
-    counts noted in a copy are lost.
+    It is passed to the layers as an argument. It is not a dataclass because FSDP2 copies dataclasses among a layer's
+    arguments, and counts written to a copy are lost.
 
     Args:
-        state: how the gates act when the pass begins.
+        state: the gate state when the pass begins.
 
     Attributes:
-        sampled, noise, forced_open, counts: as in :class:`GateState` when it began.
-        key: a number that tells passes with other gates apart; 0 in compiled code, which is to serve all of them.
-        graded: whether it was to be differentiated.
-        counted: layers whose links were counted; the second run of a layer does not count them again.
+        sampled, noise, forced_open, counts: as in :class:`GateState` when the pass began.
+        key: hash that distinguishes passes with different gates; 0 in compiled code, which must serve all passes.
+        graded: whether gradients were enabled when the pass began.
+        counted: layers whose links were counted; recomputing a layer does not count them again.
     """
 
     def __init__(self, state: "GateState") -> None:
@@ -69,24 +69,25 @@ class GatePass:
         if torch.compiler.is_compiling():
             return _pairs(mask, query, key, window)
         name = (id(mask), query.shape[2], key.shape[2], window, query.device)
-        if name not in self._pairs:  # the mask is kept too, so that its id stays its own
+        if name not in self._pairs:  # keep the mask too, so that its id is not reused
             self._pairs[name] = (mask, _pairs(mask, query, key, window))
         return self._pairs[name][1]
 
 
 @dataclass
 class GateState:
-    """How the gates of one model act at the moment; shared by all its attention modules.
+    """The current state of the gates of one model; shared by all its attention modules.
 
     Attributes:
-        dense_implementation: transformers' attention implementation before the gates were put in.
-        sampled: sample the gates rather than take the hard ones of evaluation.
-        seed: of the noise; each layer has its own index folded into it.
-        first_row: where in the batch of a whole training step the rows of a forward pass begin.
-        noise: ``[layers, 2]``, both of them as the op takes them; a tensor, so that compiled code serves every seed.
-        forced_open: every gate is open, whatever its logit: the dense model's own attention.
-        switched_off: attention goes through the dense model's own implementation, as asked for.
-        counts: link counts by layer, filled where it is not None.
+        dense_implementation: transformers' attention implementation before gates were added.
+        sampled: sample the gates instead of using the hard gates of evaluation.
+        seed: of the noise; each layer folds its index into it.
+        first_row: index of the first row of a forward pass within the batch of a whole training step.
+        noise: ``[layers, 2]``, seed and first row as the op takes them; a tensor, so that compiled code serves every
+            seed.
+        forced_open: every gate is open, whatever its logit; this is the dense model's attention.
+        switched_off: attention deliberately uses the dense model's implementation.
+        counts: link counts by layer, filled if not None.
     """
 
     dense_implementation: str = "eager"
@@ -99,7 +100,7 @@ class GateState:
     counts: dict[int, LinkCounts] | None = field(default=None, repr=False)
 
     def new_pass(self) -> GatePass:
-        """The state for a forward pass that begins now."""
+        """The state for a forward pass that starts now."""
         return GatePass(self)
 
 
@@ -112,10 +113,10 @@ class GatePassHook:
     def __call__(
         self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments with the pass; not for compiled code, which recomputes what it traced.
+        """Add the pass to the arguments; not in compiled code, which recomputes what it traced.
 
         Raises:
-            GossamerError: if the gates would do nothing without a word, or attention weights are asked for.
+            GossamerError: if the gates would silently have no effect, or attention weights are requested.
         """
         implementation = str(module.config._attn_implementation)
         if not implementation.startswith(IMPLEMENTATION) and not self.state.switched_off:
@@ -135,25 +136,24 @@ class GatePassHook:
 
 
 class LayerPassHook:
-    """The forward pre-hook on a layer that does not hand its keyword arguments on: attention finds the pass here.
+    """Forward pre-hook for a layer that does not pass on its keyword arguments: sets the pass on the attention module.
 
     Args:
-        attention: of that layer.
+        attention: the attention module of that layer.
     """
 
     def __init__(self, attention: nn.Module) -> None:
         self.attention = attention
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Also before a layer is run for a second time, then with the arguments of the first."""
+        """Set the pass; also runs before a layer is recomputed, with the arguments of its first run."""
         self.attention.gate_pass = kwargs.get("gate_pass")  # type: ignore[assignment]
 
 
 class _SameGates(torch.autograd.Function):
-    """Identity that finds out, on the way back, whether activations were recomputed under other gates.
+    """Identity that checks, in the backward pass, whether activations were recomputed under other gates.
 
-    A tensor that is saved for the backward pass comes from the second run of a checkpointed layer, ``ctx.key`` from the
-    first.
+    In a checkpointed layer, the saved tensor comes from the recomputation, but ``ctx.key`` from the first run.
     """
 
     @staticmethod
@@ -173,7 +173,7 @@ class _SameGates(torch.autograd.Function):
 
 
 class _NoGradient(torch.autograd.Function):
-    """Identity for expected links whose gradient is lost, so that nobody takes it for zero."""
+    """Identity for expected links without a gradient: raises in the backward pass instead of returning zero."""
 
     @staticmethod
     def forward(ctx: Any, expected: Tensor, _: Tensor) -> Tensor:
@@ -214,11 +214,11 @@ def _set(state: GateState, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def sampled_gates(model: PreTrainedModel, seed: int, first_row: int = 0) -> Iterator[None]:
-    """Within it, gates are sampled with the noise of ``seed``; outside, they are hard.
+    """Sample the gates with the noise of ``seed`` inside the context; outside, they are hard.
 
-    A forward pass keeps its gates: ``backward()`` may be called afterwards, activation checkpointing or not.
-    Forward passes over parts of a batch draw what one over the whole of it would, if each is given the index
-    ``first_row`` at which its part begins.
+    A forward pass keeps its gates: ``backward()`` may be called outside the context, with activation checkpointing or
+    without. Forward passes over parts of a batch draw the same noise as one over the whole batch if each is given the
+    index ``first_row`` of its first row.
     """
     layers = list(attention_modules(model))
     noise = [noise_of(fold_seed(seed, layer), first_row, torch.device("cpu")) for layer in range(len(layers))]
@@ -229,14 +229,14 @@ def sampled_gates(model: PreTrainedModel, seed: int, first_row: int = 0) -> Iter
 
 @contextmanager
 def forced_open(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, every gate is open: the model computes what it would without gates."""
+    """Open every gate inside the context: the model computes the same as without gates."""
     with _set(gate_state(model), forced_open=True):
         yield
 
 
 @contextmanager
 def counted_links(model: PreTrainedModel) -> Iterator[dict[int, LinkCounts]]:
-    """Within it, each forward pass leaves its link counts in the yielded dict, by layer."""
+    """Write the link counts of each forward pass inside the context to the yielded dict, by layer."""
     counts: dict[int, LinkCounts] = {}
     with _set(gate_state(model), counts=counts):
         yield counts
@@ -256,10 +256,10 @@ def gated_attention_forward(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "batch queries heads d_value"], None]:
-    """transformers' attention function: gates, counts, and the output as transformers lays it out.
+    """Attention function for transformers: apply gates, record counts, return the output in transformers' layout.
 
-    ``attention_mask`` is what :func:`padding_mask` gives. Attention dropout is not applied: the gates' own noise
-    takes its place, and the loss has to be comparable with the dense model's.
+    ``attention_mask`` is the result of :func:`padding_mask`. Attention dropout is not applied: the noise of the gates
+    takes its place, and the loss must be comparable with the dense model's.
     """
     if s_aux is not None:
         raise GossamerError("attention sinks (s_aux) cannot be gated")
@@ -296,7 +296,7 @@ def gated_attention_forward(
 
 
 def _pairs(mask: Tensor | None, query: Tensor, key: Tensor, window: int | None) -> Pairs:
-    """The allowed pairs: causal and within the window, besides what :func:`padding_mask` says; or by a mask in full."""
+    """The allowed pairs: causal, within the window and real by :func:`padding_mask`; or those of a full mask."""
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     full = mask is not None and mask.ndim == 4
     first_real = None
@@ -335,11 +335,11 @@ def padding_mask(
     config: PreTrainedConfig | None = None,
     **kwargs: Any,
 ) -> Bool[Tensor, "batch tokens"] | Bool[Tensor, "batch 1 queries keys"] | None:
-    """transformers' mask function for the op: which tokens are real, those that a cache has dropped included.
+    """Mask function for transformers: which tokens are real, including those that a cache has dropped.
 
-    Causality is the op's own affair, and so is the window, of which the attention function hears from its layer, as
-    flash attention does. None: every token is real. Where more than that decides which pairs are allowed, and where
-    a static cache has room after the last query: :func:`gated_mask`.
+    The op handles causality and the window itself; as with flash attention, the layer passes the window to the
+    attention function. None means that every token is real. If other rules restrict the allowed pairs, or if a static
+    cache has room after the last query, the result is that of :func:`gated_mask`.
     """
     tokens = kv_offset + kv_length
     windowed = local_size is None or (
@@ -368,10 +368,10 @@ def gated_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Bool[Tensor, "batch 1 queries keys"] | None:
-    """Which pairs are allowed, in full: sdpa's boolean mask, with no allowed pairs for padding queries.
+    """The full mask of allowed pairs: sdpa's boolean mask, with no allowed pairs for padding queries.
 
-    None stands for a plain causal mask whose last query stands at the last key. sdpa's own reading of None
-    differs where a static cache has room after the last query, so there the mask is made in full.
+    None means a plain causal mask whose last query is aligned with the last key. sdpa interprets None differently if a
+    static cache has room after the last query, so in that case the full mask is built.
     """
     mask = sdpa_mask(
         batch_size,
@@ -388,6 +388,6 @@ def gated_mask(
     return mask & real[:, None, :, None]
 
 
-# When this module is imported, so that a gated model that was pickled elsewhere finds it.
+# Register on import, so that unpickling a gated model finds the implementation.
 AttentionInterface.register(IMPLEMENTATION, gated_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, padding_mask)

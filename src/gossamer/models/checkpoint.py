@@ -1,14 +1,14 @@
-"""Save and load gated models, and find dense ones by name.
+"""Save and load gated models.
 
 A saved model is a directory:
 
-    config.json             model_type "gossamer", so that no plain transformers class takes it for a dense one
-    base_config.json        the dense model's own config
+    config.json             model_type "gossamer", so that no transformers class loads it as a dense model
+    base_config.json        the dense model's config
     gossamer*.safetensors   all weights and the gate biases
     tokenizer files, generation_config.json, README.md (the model card)
 
-Plain ``AutoModelForCausalLM.from_pretrained`` stops at the unknown model type, and a model class called by
-name stops because there is no ``model.safetensors``.
+``AutoModelForCausalLM.from_pretrained`` fails on the unknown model type, and a specific model class fails because
+there is no ``model.safetensors``.
 """
 
 import json
@@ -43,10 +43,10 @@ from gossamer.names import HUB_IDS, SMOLLM2_SPARSE
 AGAIN = "save the model anew with gossamer.save"
 
 FORMAT = 1
-"""Version of the directory's layout."""
+"""Version of the directory layout."""
 
 WRAPPER = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
-"""What data parallelism and torch.compile put into the names of weights."""
+"""Prefixes that data parallelism and torch.compile add to weight names."""
 
 _CARD = """
 # A sparse-attention model made with gossamer
@@ -68,17 +68,17 @@ def save(
     *,
     replace: bool = True,
 ) -> None:
-    """Write a gated model to a directory that :func:`load` reads back to the same logits.
+    """Write a gated model to a directory; :func:`load` restores it with the same logits.
 
     Args:
-        model: a gated model, as it is or within what torch.compile or data parallelism made of it.
+        model: a gated model, possibly wrapped by torch.compile or data parallelism.
         path: the directory.
         tokenizer: saved along if given.
-        replace: a directory that exists, whole or not at all; else it stays.
+        replace: replace an existing directory atomically; if False, an existing directory is an error.
 
     Raises:
-        GossamerError: if the model has no gates, has adapters or has layers that are offloaded, or the directory cannot
-            be written, or exists and is not to be replaced.
+        GossamerError: if the model has no gates, has adapters, or has offloaded layers; if the directory cannot be
+            written, or exists and ``replace`` is False.
     """
     model = unwrapped(model)
     if has_adapters(model):
@@ -91,7 +91,7 @@ def save(
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model within what torch.compile or data parallelism made of it."""
+    """The model inside the wrappers of torch.compile and data parallelism."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     return model if inner is model else unwrapped(inner)
 
@@ -104,7 +104,7 @@ def write_model(
 ) -> None:
     """Write the files of :func:`save` into an existing folder.
 
-    ``state_dict`` are all weights in full, where the model's own are in parts in several processes.
+    ``state_dict`` holds the full weights if those of the model are sharded over several processes.
     """
     if not is_gated(model):
         raise GossamerError("this model has no gates; save a dense model with save_pretrained")
@@ -130,7 +130,7 @@ def write_model(
 
 
 def front_matter(library: str, base: str, **more: list[str]) -> str:
-    """The head of a model card, YAML between dashes; it names the dense model where that is not one of this machine."""
+    """YAML front matter of a model card; names the dense model unless that is unknown or a local directory."""
     facts: dict[str, Any] = {"library_name": library}
     if base != "unknown" and not is_local_model(base):
         facts["base_model"] = HUB_IDS.get(base, base)
@@ -138,17 +138,17 @@ def front_matter(library: str, base: str, **more: list[str]) -> str:
 
 
 def is_local_model(name: str) -> bool:
-    """Whether the name of a model is that of a directory of this machine."""
+    """Whether a model name is a local path."""
     return name.startswith(("/", ".", "~")) or os.path.isdir(name)
 
 
 def unwrapped_name(name: str) -> str:
-    """The name of a weight without the prefixes that torch.compile and data parallelism leave."""
+    """The name of a weight without the prefixes that torch.compile and data parallelism add."""
     return WRAPPER.sub("", name)
 
 
 def _own_storage(tensor: torch.Tensor) -> torch.Tensor:
-    # What was gathered from several processes may be a view of a padded buffer, which safetensors refuses.
+    # A tensor gathered from several processes may be a view of a padded buffer, which safetensors refuses.
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
@@ -159,27 +159,27 @@ def load(
     device: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load a gated model that :func:`save` wrote, gates and all, in ``eval()`` mode.
+    """Load a gated model that :func:`save` wrote, including its gates, in ``eval()`` mode.
 
     Args:
         path: the directory; the id of a repository on the Hub, ``org/name``; or ``smollm2-sparse``, the model that
-            comes with gossamer. Where it holds adapters, they are merged into the dense model that they name.
+            comes with gossamer. If it holds adapters, they are merged into the dense model that they name.
         dtype: of the weights; as saved if None.
         device: where to put them.
         revision: branch, tag or commit on the Hub; the main branch if None.
 
     Raises:
-        GossamerError: if there is no such directory or repository, or it is not a whole gossamer model.
+        GossamerError: if there is no such directory or repository, or it does not hold a complete gossamer model.
     """
     if str(path) == SMOLLM2_SPARSE and not os.path.exists(path):
-        from gossamer.models.shipped import load_shipped  # whose files are read by what imports this module
+        from gossamer.models.shipped import load_shipped  # imports this module indirectly
 
         return load_shipped(SMOLLM2_SPARSE)[0].to(device, dtype)
     folder = found_folder(path, revision)
     if is_run(folder):
         raise GossamerError(f"{folder} is a run, not a saved model; its sparse model is in {folder / 'model'}")
     if (folder / "adapter_config.json").exists():
-        from gossamer.models.lora_files import load_adapter  # likewise
+        from gossamer.models.lora_files import load_adapter  # imports this module
 
         return load_adapter(folder).to(device, dtype)
     outer = _read_json(folder / "config.json", folder)
@@ -204,7 +204,7 @@ def load(
 def _dense_model(
     folder: Path, config: PreTrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """The model below the gates."""
+    """The dense model that the gates are added to."""
     saved = next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
     with reading(folder, AGAIN), quiet_loading():
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -218,7 +218,7 @@ def _dense_model(
 
 
 def base_config(folder: Path) -> PreTrainedConfig:
-    """The dense model's own config, as a saved gated model has it.
+    """The dense model's config, from the directory of a saved gated model.
 
     Raises:
         GossamerError: if it is missing or damaged.
@@ -233,7 +233,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a saved gated model by name.
 
     Raises:
-        GossamerError: if a file is missing or cut short.
+        GossamerError: if a file is missing or truncated.
     """
     index = folder / "gossamer.safetensors.index.json"
     names = ["gossamer.safetensors"]
@@ -265,16 +265,16 @@ def _read_json(file: Path, folder: Path) -> dict[str, Any]:
 
 
 def saved_base(folder: Path) -> str:
-    """The name of the dense model that a saved gated model was made from; ``unknown`` where it was not known."""
+    """The name of the dense model that a saved gated model was made from; ``unknown`` if it was not known."""
     return str(_read_json(folder / "config.json", folder).get("base", "unknown"))
 
 
 def is_saved_model(folder: Path) -> bool:
-    """Whether the directory is one that :func:`save` wrote."""
+    """Whether :func:`save` wrote the directory."""
     file = folder / "config.json"
     return file.exists() and _read_json(file, folder).get("model_type") == MODEL_TYPE
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the directory is that of a run, which has its models in directories of their own."""
+    """Whether the directory is that of a run, which keeps its models in subdirectories."""
     return (folder / "blocks.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Dense model -> gated model and back."""
+"""Convert a dense model to a gated model and back."""
 
 import copy
 import os
@@ -17,16 +17,16 @@ from gossamer.models.structure import hands_arguments_on
 
 
 def is_gated(model: PreTrainedModel) -> bool:
-    """Whether the model has gates; not within :func:`gossamer.as_dense`."""
+    """Whether the model has gates; False within :func:`gossamer.as_dense`."""
     states = (getattr(module, "gate_state", None) for module in model.modules())
     state = next((each for each in states if isinstance(each, GateState)), None)
     return state is not None and not state.switched_off
 
 
 class SavePretrained:
-    """transformers' ``save_pretrained`` of a gated model: what :func:`gossamer.save` writes, beside what is there.
+    """``save_pretrained`` of a gated model: writes the files of :func:`gossamer.save`, and keeps files already there.
 
-    transformers' own would write a directory that loads as a dense model without a word.
+    transformers' method would write a directory that silently loads as a dense model.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -38,14 +38,14 @@ class SavePretrained:
         """Write the files of :func:`gossamer.save` into a directory.
 
         Args:
-            save_directory: made if there is none.
-            state_dict: all weights, where the model's own are in parts in several processes.
-            options: of transformers; none of them is known but those that change nothing here.
+            save_directory: created if it does not exist.
+            state_dict: the full weights, if those of the model are sharded over several processes.
+            options: of transformers; only those that have no effect here are accepted.
 
         Raises:
-            GossamerError: at other options.
+            GossamerError: on other options.
         """
-        from gossamer.models.checkpoint import write_model  # which imports this module
+        from gossamer.models.checkpoint import write_model  # imports this module
 
         if unknown := sorted(name for name, value in options.items() if name not in _IGNORED and value):
             raise GossamerError(f"save_pretrained of a gated model knows no {unknown[0]}; see gossamer.save")
@@ -63,23 +63,23 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 
 
 def add_gates(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool = False) -> PreTrainedModel:
-    """A gated copy of a dense causal language model: a hard on/off gate on every attention link.
+    """Make a gated copy of a dense causal language model, with a hard on/off gate on every attention link.
 
-    This only puts the gates in; ``gossamer sparsify`` on the command line and
-    :func:`gossamer.runs.job.post_train` also train them.
+    This only adds the gates; ``gossamer sparsify`` on the command line and :func:`gossamer.runs.job.post_train` also
+    train them.
 
     Args:
-        model: of a family in :data:`gossamer.models.architectures.PROVEN`, or of another that has its parts under the
-            names that those use; then it is run on a few tokens, with gates and without.
-        gate_bias: initial b of every head in G = S + b; 0 is the paper's form, large values start open.
+        model: of a family in :data:`gossamer.models.architectures.PROVEN`, or of another family with the same module
+            names; the latter is run on a few tokens with and without gates, as a check.
+        gate_bias: initial b of every head in G = S + b; 0 as in the paper, large values start with open gates.
         inplace: gate the model itself instead of a copy.
 
     Returns:
-        The gated model. Gates are hard in ``eval()`` and ``train()`` alike, unless
-        :func:`gossamer.sampled_gates` says otherwise.
+        The gated model. Gates are hard in both ``eval()`` and ``train()`` mode, except within
+        :func:`gossamer.sampled_gates`.
 
     Raises:
-        GossamerError: for families and settings that cannot be gated right, before anything is changed.
+        GossamerError: for families and settings that cannot be gated correctly; the model is then left without gates.
     """
     if is_gated(model):
         raise GossamerError("this model has gates already; gossamer.remove_gates(model) takes them off")
@@ -113,7 +113,7 @@ def add_gates(model: PreTrainedModel, *, gate_bias: float = 0.0, inplace: bool =
 
 
 def remove_gates(model: PreTrainedModel, *, inplace: bool = False) -> PreTrainedModel:
-    """A copy of a gated model without its gates: the same weights under ordinary dense attention.
+    """Make a copy of a gated model without its gates: the same weights with ordinary dense attention.
 
     Raises:
         GossamerError: if the model has no gates.

@@ -1,4 +1,4 @@
-"""Whether a model is the one that it was: a checksum of all its weights."""
+"""A checksum of all weights of a model, to recognise the model again."""
 
 import zlib
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """The CRC-32 of every weight, whatever it is called and on whichever device it lies, put together to one."""
+    """CRC-32 over the CRC-32s of all weights, as 8 hex digits; independent of weight names and devices."""
     seen, sums = set(), []
     for tensor in model.state_dict().values():
         if tensor.data_ptr() not in seen:  # tied weights count once

@@ -1,4 +1,4 @@
-"""A model that is looked at, not trained."""
+"""Run a model for analysis, without training it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model is in ``eval()`` mode and its weights want no gradients; afterwards as before."""
+    """Put the model into ``eval()`` mode and turn off gradients of its weights; restore both on exit."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Models with gates, and adapters, pushed to the Hugging Face Hub through its client."""
+"""Push gated models and adapters to the Hugging Face Hub through its client."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,18 +23,18 @@ def push_to_hub(
     private: bool | None = None,
     message: str = MESSAGE,
 ) -> str:
-    """Push a model with gates to the Hub, or its adapters and gates if it has adapters, with a model card.
+    """Push a gated model to the Hub, or only its adapters and gates if it has adapters, with a model card.
 
     Args:
-        model: gated; with adapters that are not merged, those and the gates alone are pushed.
-        repository: its id, ``org/name``; made if there is none. Files of the same names are replaced.
+        model: gated; if it has adapters that are not merged, only those and the gates are pushed.
+        repository: its id, ``org/name``; created if it does not exist. Files of the same names are replaced.
         tokenizer: pushed along with a whole model.
         license: identifier for the model card, ``apache-2.0`` for example; the card names none if None.
-        private: of a repository that is made; the account's default if None.
-        message: of the commit.
+        private: whether a new repository is private; the account's default if None.
+        message: commit message.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
         GossamerError: if the model has no gates; if the Hub cannot be reached or refuses.
@@ -60,7 +60,7 @@ def push_folder(
     """Push a directory that :func:`gossamer.save` or :func:`gossamer.save_adapter` wrote, as :func:`push_to_hub` does.
 
     Args:
-        card: takes the place of the model card in the directory.
+        card: replaces the model card in the directory.
 
     Raises:
         GossamerError: if the Hub cannot be reached or refuses.

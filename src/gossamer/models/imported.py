@@ -1,7 +1,7 @@
-"""GPT-2 checkpoints in nanoGPT's or TransformerLens' layout -> gated GPT-2, as the paper's authors released theirs.
+"""Import GPT-2 checkpoints in nanoGPT's or TransformerLens' layout, as released by the paper's authors, as gated GPT-2.
 
-Both layouts hold the weights of one architecture under other names and in other shapes (d: width, V: vocabulary rows,
-P: positions, H: heads):
+Both layouts hold the weights of the same architecture under different names and in different shapes (d: width,
+V: vocabulary rows, P: positions, H: heads):
 
     transformers (Conv1D: [in, out])   nanoGPT (Linear: [out, in])      TransformerLens
     wte.weight [V, d]                  transformer.wte.weight           embed.W_E
@@ -31,10 +31,10 @@ from gossamer.models.checkpoint import unwrapped_name
 from gossamer.models.convert import add_gates
 
 Activation = Literal["gelu_new", "gelu"]
-"""``gelu_new`` is GPT-2's own, by tanh; ``gelu`` is exact, as in nanoGPT's ``nn.GELU()``."""
+"""``gelu_new`` is GPT-2's tanh approximation; ``gelu`` is exact, as in nanoGPT's ``nn.GELU()``."""
 
 _HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
-"""Of the published sizes of GPT-2, by width."""
+"""Number of heads of the published GPT-2 sizes, by width."""
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _NANOGPT_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
@@ -48,17 +48,17 @@ def import_checkpoint(
     activation: Activation = "gelu_new",
     vocab_size: int | None = None,
 ) -> PreTrainedModel:
-    """A gated GPT-2 with gate bias 0 from a checkpoint in nanoGPT's or TransformerLens' layout, in ``eval()`` mode.
+    """Load a nanoGPT or TransformerLens checkpoint as a gated GPT-2 with gate bias 0, in ``eval()`` mode.
 
-    The file is what ``torch.save`` wrote: a state dict, or a dict that has one under ``model``, ``state_dict`` or
-    ``model_state_dict``. Prefixes that ``torch.compile`` and data parallelism leave are taken off.
+    The file was written by ``torch.save``. It holds a state dict, or a dict with one under ``model``, ``state_dict`` or
+    ``model_state_dict``. Prefixes from ``torch.compile`` and data parallelism are removed.
 
     Args:
         file: the checkpoint; read with ``weights_only=True``.
-        heads: attention heads. Where None, ``model_args`` in the file says it, or TransformerLens' shapes, or the
-            width of a published GPT-2.
-        activation: of the MLPs; no layout says which.
-        vocab_size: keep that many rows of the vocabulary, to drop padding rows (50,304 -> 50,257); None keeps all.
+        heads: number of attention heads. If None, taken from ``model_args`` in the file, from TransformerLens' shapes,
+            or from the width if it is that of a published GPT-2.
+        activation: of the MLPs; neither layout records it.
+        vocab_size: keep this many rows of the vocabulary, to drop padding rows (50,304 -> 50,257); None keeps all.
 
     Raises:
         GossamerError: naming the file, or the key that is missing, unexpected or of the wrong shape.
@@ -101,7 +101,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _unwrapped(outer: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The state dict by its own names, and nanoGPT's model_args if they are there."""
+    """The state dict without wrapper prefixes in its names, and nanoGPT's model_args if present."""
     arguments = outer.get("model_args")
     inner = next((outer[name] for name in _WRAPPERS if isinstance(outer.get(name), Mapping)), outer)
     tensors: dict[str, Tensor] = {}
@@ -117,21 +117,21 @@ def _unwrapped(outer: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor],
 
 @dataclass
 class _Source:
-    """The tensors of a checkpoint, each taken by name with the shape that it must have."""
+    """The tensors of a checkpoint, each taken by name and required shape."""
 
     path: Path
     tensors: dict[str, Tensor]
     read: set[str] = field(default_factory=set)
 
     def layers(self, pattern: str) -> int:
-        """How many layers the names speak of."""
+        """Number of layers, from the weight names."""
         found = {int(match[1]) for name in self.tensors if (match := re.match(pattern, name))}
         if found != set(range(len(found))) or not found:
             raise GossamerError(f"{self.path} has the layers {sorted(found)}, not one after another from 0")
         return len(found)
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor in float32; None in the shape stands for any size."""
+        """The tensor in float32; None in the shape accepts any size."""
         if name not in self.tensors:
             raise GossamerError(f"{self.path} lacks {name}{self.why_missing(name)}")
         tensor = self.tensors[name]
@@ -145,16 +145,16 @@ class _Source:
         return tensor.float()
 
     def why_missing(self, name: str) -> str:
-        """What is known of a checkpoint without that tensor."""
+        """A hint for the error message on why the tensor is missing; may be empty."""
         folded = re.search(r"(ln\d|ln_final)\.[wb]$", name) and not any(".ln1.w" in key for key in self.tensors)
         return "; its layer norms were folded: save the model with fold_ln=False" if folded else ""
 
     def skip(self, buffers: re.Pattern[str]) -> None:
-        """Take note of buffers that are no weights."""
+        """Mark buffers that are not weights as read."""
         self.read.update(name for name in self.tensors if buffers.fullmatch(name))
 
     def refuse_unread(self) -> None:
-        """Stop at a tensor that has no place."""
+        """Raise if a tensor has not been read."""
         if left := sorted(set(self.tensors) - self.read):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise GossamerError(f"{self.path}: {left[0]}{more} has no place in a GPT-2")
@@ -164,7 +164,7 @@ def _nanogpt(source: _Source, layers: int, heads: int | None) -> tuple[dict[str,
     source.skip(_NANOGPT_BUFFER)
     wte = source.take("transformer.wte.weight", None, None)
     rows, width = wte.shape
-    # nanoGPT's bias=False leaves out every bias; one that is missing among others is a fault.
+    # nanoGPT's bias=False drops every bias; if only some biases are missing, that is an error.
     biased = any(name.endswith(".bias") and name not in source.read for name in source.tensors)
 
     def bias(name: str, size: int) -> Tensor:
@@ -220,7 +220,7 @@ def _transformer_lens(source: _Source, layers: int, heads: int | None) -> tuple[
     for layer in range(layers):
         here, at = f"blocks.{layer}", f"transformer.h.{layer}"
         take: Callable[..., Tensor] = lambda name, *shape, here=here: source.take(f"{here}.{name}", *shape)  # noqa: E731
-        # [heads, width, size] -> [width, heads * size], and the three side by side.
+        # [heads, width, size] -> [width, heads * size], then q, k and v concatenated.
         qkv = [take(f"attn.W_{part}", found, width, size).transpose(0, 1).flatten(1) for part in "QKV"]
         weights |= {
             f"{at}.attn.c_attn.weight": torch.cat(qkv, dim=1),

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on the linear maps of a model's layers, through peft.
 
-All other weights stay as they were, so a gated model with adapters still holds the dense model it was made from:
+All other weights are frozen, so a gated model with adapters still contains the dense model it was made from; see
 :func:`as_dense`.
 """
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Whether adapters sit on the model's weights."""
+    """Whether the model has adapters."""
     return hasattr(model, "peft_config")
 
 
 def adapter_targets(model: PreTrainedModel, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """The linear maps that adapters go on, by the end of their path within a layer.
+    """The linear maps to put adapters on, as suffixes of their paths within a layer.
 
     Args:
         model: of a supported family, without adapters.
-        names: such ends, ``q_proj`` or ``mlp.up_proj``; each stands for all maps whose path in a layer ends so. The
-            attention projections of the family if there are none.
+        names: suffixes such as ``q_proj`` or ``mlp.up_proj``; each selects all maps whose path within a layer ends with
+            it. If empty, the attention projections of the family.
 
     Raises:
-        GossamerError: naming the first of ``names`` that is no linear map in any layer, and those there are.
+        GossamerError: naming the first of ``names`` that matches no linear map in any layer, and the available maps.
     """
     architecture = architecture_of(model)
     if not names:
-        # With the attention's own name: GPT-2 calls a map of its MLP c_proj too.
+        # Include the attention module's name: GPT-2's MLP also has a map called c_proj.
         return tuple(f"{architecture.attention}.{projection}" for projection in architecture.projections)
     paths = _linear_maps(model)
     for name in names:
@@ -53,7 +53,7 @@ def adapter_targets(model: PreTrainedModel, names: Sequence[str] = ()) -> tuple[
 
 
 def _linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linear maps in the layers by their path within one, each once."""
+    """The linear maps in the layers by their path within a layer; one module per path."""
     return {
         path: module
         for layer in model.get_submodule(architecture_of(model).layers)
@@ -65,19 +65,19 @@ def _linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
 def add_adapters(
     model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str] = (), seed: int = 0
 ) -> None:
-    """Put trainable adapters on linear maps of all layers, in place; every other weight but the gates' is frozen.
+    """Put trainable adapters on linear maps of all layers, in place; freeze all other weights except the gates.
 
-    They change nothing at first: the second of their two factors is 0.
+    The adapters start as the zero map: the second of their two factors is 0.
 
     Args:
         model: dense or gated, without adapters.
         rank: of the product of the two factors.
-        alpha: the product counts alpha / rank times.
+        alpha: the product is scaled by alpha / rank.
         targets: which maps, as for :func:`adapter_targets`.
-        seed: of the first factors.
+        seed: for the initialisation of the first factors.
 
     Raises:
-        GossamerError: if peft is not installed, or a target is in no layer.
+        GossamerError: if peft is not installed, if the model has adapters already, or if a target is in no layer.
     """
     try:
         from peft import LoraConfig
@@ -93,13 +93,13 @@ def add_adapters(
         target_modules=list(adapter_targets(model, targets)),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in _linear_maps(model).values()),
     )
-    with torch.random.fork_rng(devices=[]):  # peft makes adapters on the CPU, wherever the model is
+    with torch.random.fork_rng(devices=[]):  # peft creates adapters on the CPU, wherever the model is
         torch.default_generator.manual_seed(seed)
         inject_adapters(model, config)
 
 
 def inject_adapters(model: PreTrainedModel, config: "LoraConfig") -> None:
-    """Put the adapters that peft's configuration describes on a model, in place, trainable beside the gates."""
+    """Put the adapters of a peft configuration on a model, in place; adapters and gates are trainable."""
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(config, model)
@@ -108,10 +108,10 @@ def inject_adapters(model: PreTrainedModel, config: "LoraConfig") -> None:
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add the adapters into the weights they sit on and take them off, in place.
+    """Merge the adapters into the weights and remove them, in place.
 
     Raises:
-        GossamerError: if the model has none.
+        GossamerError: if the model has no adapters.
     """
     if not has_adapters(model):
         raise GossamerError("this model has no adapters to merge")
@@ -133,11 +133,10 @@ def _adapted(model: PreTrainedModel) -> "dict[str, BaseTunerLayer]":
 
 @contextmanager
 def as_dense(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Within it, a gated model is without gates and adapters and in ``eval()`` mode; afterwards as it was.
+    """Disable the gates and adapters of a gated model and put it into ``eval()`` mode; restore all on exit.
 
-    What it computes there is, bit for bit, what the dense model computes that it was made from, as long as only
-    adapters and gates were trained: attention goes through the implementation that the dense model had. Nothing is
-    copied.
+    If only adapters and gates were trained, the model inside the context is bit-for-bit the dense model it was made
+    from: attention uses the dense model's implementation. Nothing is copied.
 
     Yields:
         The model.

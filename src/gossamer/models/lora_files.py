@@ -1,11 +1,11 @@
-"""What LoRA trained of a gated model, in a directory of its own, without the dense model below it.
+"""Save and load the LoRA adapters and gates of a gated model, without the dense model's weights.
 
     adapter_config.json, adapter_model.safetensors   the adapters as peft writes and loads them
-    gossamer_gates.safetensors                       the gate biases; what the dense model has to look like
+    gossamer_gates.safetensors                       the gate biases, and a description of the dense model
     README.md                                        the model card
 
-The dense model is known again by its family, the shapes of all its weights, and :data:`SAMPLES` values of each. So a
-model of the same shapes but other weights, on which the adapters would mean nothing, is refused too.
+The description of the dense model is its family, the shapes of all its weights, and :data:`SAMPLES` values of each. So
+loading also refuses a model with the same shapes but different weights, for which the adapters were not trained.
 """
 
 import copy
@@ -41,11 +41,11 @@ FORMAT = 1
 """Version of ``gossamer_gates.safetensors``."""
 
 SAMPLES = 4
-"""Values kept of each weight of the dense model, evenly spaced."""
+"""Number of evenly spaced values stored for each weight of the dense model."""
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of peft's names in a file
+_PREFIX = "base_model.model."  # prefix of weight names in peft's files
 
 _CARD = """
 # LoRA adapters and attention gates made with gossamer
@@ -59,13 +59,13 @@ Plain peft loads the adapters too, but not the gates; without them the model has
 
 
 def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-    """Write adapters and gates of a gated model, without the weights below, for :func:`load_adapter`.
+    """Write the adapters and gates of a gated model, without the dense weights, for :func:`load_adapter`.
 
     Args:
-        model: gated, with adapters on it that are not merged.
-        path: the directory; one that exists is replaced, whole or not at all.
-        dtype: of the adapters in the file, ``torch.bfloat16`` for half the size; as they are if None. What they are
-            rounded by may open or close gates: measure the model that is loaded.
+        model: gated, with adapters that are not merged.
+        path: the directory; an existing one is replaced atomically.
+        dtype: of the adapters in the file, for example ``torch.bfloat16`` for half the size; unchanged if None.
+            Rounding may open or close gates, so measure the model after loading it.
 
     Raises:
         GossamerError: if the model has no gates or no adapters, or the directory cannot be written.
@@ -84,7 +84,7 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str], *, dtype:
         base = config.base_model_name_or_path = SMOLLM2
     elif os.path.isdir(base):
         base = config.base_model_name_or_path = os.path.abspath(base)
-    # Not "auto": that asks the Hub for the dense model's configuration.
+    # "auto" would query the Hub for the dense model's configuration.
     adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = _base_weights(model)
     described = {
@@ -106,15 +106,15 @@ def save_adapter(model: PreTrainedModel, path: str | os.PathLike[str], *, dtype:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the directory is one that :func:`save_adapter` wrote."""
+    """Whether :func:`save_adapter` wrote the directory."""
     return (folder / GATES).exists()
 
 
 def adapter_base(path: str | os.PathLike[str]) -> str:
-    """The name of the dense model that adapters say they were trained on.
+    """The name of the dense model recorded in the adapters' configuration.
 
     Raises:
-        GossamerError: if there are no adapters, or they name no model.
+        GossamerError: if there are no adapters, or their configuration names no model.
     """
     config, _ = _read_adapters(found_folder(path))
     if not config.base_model_name_or_path:
@@ -133,20 +133,20 @@ def load_adapter(
     inplace: bool = False,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """The gated model of which :func:`save_adapter` wrote adapters and gates, in ``eval()`` mode.
+    """Load a gated model from the adapters and gates that :func:`save_adapter` wrote, in ``eval()`` mode.
 
     Args:
         path: the directory, or the id of a repository on the Hub, ``org/name``.
-        base: the dense model it was made from, or its name or directory as for
+        base: the dense model that the adapters were trained on, or its name or directory as for
             :func:`gossamer.models.pretrained.load_dense`; the one that the adapters name if None.
-        merge: add the adapters into the weights, which gives exactly the model that a run saves; else they stay
-            adapters and can be trained further.
-        inplace: change ``base`` itself instead of a copy, where it is a model.
+        merge: merge the adapters into the weights, which gives exactly the model that a run saves; if False, they
+            remain adapters and can be trained further.
+        inplace: change ``base`` itself instead of a copy, if it is a model.
         revision: branch, tag or commit on the Hub; the main branch if None.
 
     Raises:
-        GossamerError: if there is no such directory or repository or it is not whole; if ``base`` is of another family
-            or other shapes, or has other weights than those the adapters were trained on.
+        GossamerError: if the directory or repository does not exist or is incomplete; if the family, shapes or weights
+            of ``base`` differ from those of the model that the adapters were trained on.
     """
     folder = found_folder(path, revision)
     described, gates = _read_gates(folder)
@@ -173,7 +173,7 @@ def load_adapter(
 
 
 def _base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights of the dense model below gates and adapters, by their names in it."""
+    """The weights of the underlying dense model, by their names there."""
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
@@ -182,10 +182,10 @@ def _base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def samples(weights: dict[str, Tensor]) -> Tensor:
-    """Values of each weight, ``[weights, SAMPLES]``, float32: the first, the last, and those evenly between."""
+    """Evenly spaced values of each weight, first and last included, ``[weights, SAMPLES]``, float32."""
     rows = []
     for weight in weights.values():
-        # Not linspace: in float32 it passes the end of a large weight.
+        # linspace in float32 can exceed the last index of a large weight.
         places = torch.arange(SAMPLES, device=weight.device) * (weight.numel() - 1) // (SAMPLES - 1)
         rows.append(weight.detach().flatten()[places].float().cpu())
     return torch.stack(rows)
@@ -214,7 +214,7 @@ def _check_base(model: PreTrainedModel, name: str, folder: Path, described: dict
     if more := sorted(set(shapes) - set(described["base_shapes"])):
         raise GossamerError(f"{folder} was trained on a model without {more[0]}, which {name} has")
     ordered = {key: weights[key] for key in described["base_shapes"]}
-    # Wide enough for a base that went through bfloat16 on one of the two sides.
+    # Tolerates a base model that was rounded to bfloat16 on one of the two sides.
     same = torch.isclose(samples(ordered), known, rtol=2**-7, atol=1e-6).all(dim=1)
     if not same.all():
         key = list(ordered)[int(same.int().argmin())]
@@ -250,7 +250,7 @@ def _read_gates(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 class _Described(TypedDict):
-    """What the dense model has to look like."""
+    """Description of the dense model in the metadata of the gates file."""
 
     base_model_type: str
     heads: int
@@ -258,7 +258,7 @@ class _Described(TypedDict):
 
 
 class _AdapterConfig(TypedDict):
-    """What gossamer sets in peft's configuration."""
+    """Fields that gossamer requires in peft's configuration."""
 
     peft_type: str
     r: int
@@ -273,8 +273,8 @@ _SET = (
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "fan_in_fan_out",
     "inference_mode", "peft_version", "revision",
 )  # fmt: skip
-"""Of peft's settings, those that gossamer sets; others than peft's defaults would be other adapters, and some of them
-are regular expressions, which may take for ever."""
+"""The peft settings that gossamer sets. All others must have peft's defaults: other values would mean other adapters,
+and some are regular expressions, whose matching may never end."""
 
 
 def _check_config(config: dict[str, Any], folder: Path) -> None:

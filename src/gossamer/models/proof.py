@@ -1,7 +1,7 @@
-"""Whether gates are right in a model of a family that nobody has tested: it is run on a few tokens.
+"""Check gates in a model of an untested family by running it on a few tokens.
 
-With all gates open the model has to compute what it did without them, in a batch with padding; with hard gates it has
-to compute the same from a cache as without one; and every layer has to have gates that act.
+With all gates open, the model must compute the same as without gates, on a batch with padding. With hard gates, it
+must compute the same with a KV cache as without one. The gates must act in every layer.
 """
 
 import inspect
@@ -20,13 +20,13 @@ _TOKENS, _PADDING, _CACHED = 8, 3, 5
 
 
 def run_from_cache(model: PreTrainedModel, ids: Int[Tensor, "batch tokens"], first: Any) -> Tensor:
-    """The logits of further tokens, from the cache that a first pass returned; transformers is renaming it."""
+    """Logits of further tokens, given the KV cache of a first pass; transformers is renaming the cache argument."""
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return cast(Tensor, model(input_ids=ids, use_cache=True, **{name: first[name]}).logits)
 
 
 class GateProof:
-    """What a dense model computes, to be compared with what it computes with gates.
+    """Logits of a dense model on a few tokens, to compare with its logits after gates are added.
 
     Args:
         model: dense, of a supported structure.
@@ -51,7 +51,7 @@ class GateProof:
         return logits[self.mask.bool()]
 
     def check(self, model: PreTrainedModel) -> None:
-        """Compare the same model with its gates.
+        """Compare with the same model after gates were added.
 
         Raises:
             GossamerError: naming the family and what differs.
@@ -60,7 +60,7 @@ class GateProof:
             self._check(model)
         except GossamerError:
             raise
-        except Exception as error:  # whatever the family's own code makes of gates
+        except Exception as error:  # the family's code may raise anything
             reason = str(error).strip().splitlines() or [""]
             raise GossamerError(f"{model.config.model_type} does not run with gates: {reason[0]}") from error
 
@@ -81,7 +81,7 @@ class GateProof:
             rest = run_from_cache(model, self.ids[:, _CACHED:], first)
         finally:
             model.train(training)
-        # In half precision a gate near its threshold may open in one of the two.
+        # In half precision, a gate near its threshold may be open in one run and closed in the other.
         if whole.dtype in (torch.float32, torch.float64) and not self._near(rest, whole[:, _CACHED:]):
             raise GossamerError(f"{family} computes something else from a cache; {cannot}")
 

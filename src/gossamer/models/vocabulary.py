@@ -1,7 +1,7 @@
-"""Whether a model has embeddings for the tokens that its tokenizer makes.
+"""Check that a model has embeddings for the tokens of its tokenizer.
 
-A model may well have more of them than its tokenizer has tokens: rows are padded to a round number. The reverse comes
-of tokens that were added to a tokenizer alone. They do no harm as long as none of them occurs.
+A model may have more embeddings than its tokenizer has tokens, because rows are padded to a round number. It has fewer
+if tokens were added only to the tokenizer. That does no harm as long as none of those tokens occurs.
 """
 
 from jaxtyping import Int
@@ -14,7 +14,7 @@ _REMEDY = "give the tokenizer that the model was trained with, or save the model
 
 
 def embeddings(model: PreTrainedModel) -> int:
-    """How many tokens the model knows, read and predicted."""
+    """Number of tokens that the model can both read and predict."""
     maps = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(len(each.weight) for each in maps if each is not None)
 
@@ -22,16 +22,16 @@ def embeddings(model: PreTrainedModel) -> int:
 def require_embeddings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, "..."], name: str
 ) -> None:
-    """Stop at a token that the model does not know.
+    """Raise if the model has no embedding for one of the tokens.
 
     Args:
-        model: that will be given the tokens.
-        tokenizer: that they come from.
-        ids: of the tokens, of any shape.
-        name: what they are the tokens of.
+        model: the model that will read the tokens.
+        tokenizer: the tokenizer that produced them.
+        ids: token ids, of any shape.
+        name: what was tokenized, for the error message.
 
     Raises:
-        GossamerError: naming the token and how many tokens tokenizer and model know.
+        GossamerError: naming the token, and the number of tokens of tokenizer and model.
     """
     known = embeddings(model)
     unknown = ids[ids >= known]
@@ -44,10 +44,10 @@ def require_embeddings(
 
 
 def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Stop at a tokenizer with tokens that the model does not know, where any of them may occur.
+    """Raise if the tokenizer has tokens without an embedding in the model; for text in which any token may occur.
 
     Raises:
-        GossamerError: naming how many tokens tokenizer and model know.
+        GossamerError: naming the number of tokens of tokenizer and model.
     """
     known = embeddings(model)
     if (largest := max(tokenizer.get_vocab().values())) >= known:

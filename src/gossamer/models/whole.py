@@ -1,7 +1,7 @@
-"""Whether a model that was loaded is whole: all weights there, none too many, of the right shapes, and it runs.
+"""Check that a loaded model is complete: no missing or unexpected weights, the right shapes, and it runs.
 
-transformers fills what is missing with random values, leaves out what is too much, and finds values in a config that
-fit nothing only when the model runs.
+transformers initialises missing weights randomly, drops unexpected ones, and notices inconsistent config values only
+when the model runs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ from gossamer.inputs import check_tensors, reading
 from gossamer.models.architectures import PROVEN
 
 OPTIONS: Mapping[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Of ``from_pretrained``, for :func:`check_whole`."""
+"""Options of ``from_pretrained`` that :func:`check_whole` needs."""
 
 _SHOWN = 3
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' own report of what is wrong, which is said here in one line."""
+    """Silence transformers' loading report; :func:`check_whole` reports faults in one line."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.get_logger("transformers.modeling_utils").setLevel(logging.CRITICAL)
@@ -36,12 +36,12 @@ def quiet_loading() -> Iterator[None]:
 
 
 def check_whole(model: PreTrainedModel, found: Mapping[str, Any], name: str) -> None:
-    """Stop at a model that is not whole.
+    """Raise if a model is incomplete.
 
     Args:
-        model: as loaded with :data:`OPTIONS`, dense.
-        found: what ``from_pretrained`` gave beside it.
-        name: what the user calls it.
+        model: a dense model loaded with :data:`OPTIONS`.
+        found: the loading info that ``from_pretrained`` returned with it.
+        name: the name to use in error messages.
 
     Raises:
         GossamerError: naming the weights, or what is wrong with the config.
@@ -65,7 +65,7 @@ def check_whole(model: PreTrainedModel, found: Mapping[str, Any], name: str) -> 
 
 @torch.no_grad()
 def _check_runs(model: PreTrainedModel) -> None:
-    # Two tokens: from one there is nothing to attend to but itself.
+    # Two tokens, because a single one can attend only to itself.
     longest = getattr(model.config, "max_position_embeddings", None)
     longest = 2 if longest is None else longest
     if longest < 1:

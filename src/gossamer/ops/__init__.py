@@ -1,4 +1,4 @@
-"""Gated attention: one door, :func:`gated_attention`, and the implementations behind it."""
+"""Gated attention: the entry point :func:`gated_attention` and its implementations."""
 
 from functools import cache
 from importlib import import_module
@@ -26,14 +26,14 @@ __all__ = [
 ]
 
 Implementation = Literal["naive", "chunked", "triton", "triton_fused"]
-"""``naive`` is the definition; the others take memory linear in the length. ``triton_fused`` takes fewer operations for
-the backward pass than ``triton``, and its gradients of q differ in the last bits from run to run."""
+"""``naive`` is the reference; the others use memory linear in the length. ``triton_fused`` needs fewer operations for
+the backward pass than ``triton``, but its gradients of q differ in the last bits from run to run."""
 
 OLDEST_CAPABILITY = (8, 0)
-"""Compute capability of the oldest NVIDIA GPUs that the Triton kernels are written for (Ampere)."""
+"""Compute capability of the oldest NVIDIA GPUs that the Triton kernels support (Ampere)."""
 
 MAX_FEATURES = 256
-"""Largest head size that the Triton kernels take."""
+"""Largest head size that the Triton kernels support."""
 
 
 def gated_attention(
@@ -59,34 +59,34 @@ def gated_attention(
     """Attention with a hard on/off gate on every link (arXiv 2512.05865): out_i = sum_j A_ij P_ij v_j.
 
     ``S = scale * q k^T`` (soft-capped), ``P = softmax(S)`` over the allowed keys, ``G = S + gate_bias``;
-    ``A = 1[G > 0]``, or ``1[G + n > 0]`` with logistic noise n when ``sample``. The result is not
-    renormalised: closed links contribute nothing, a row with every gate closed is zero. The gradient of A
-    is that of sigma(G + n) (straight-through).
+    ``A = 1[G > 0]``, or ``1[G + n > 0]`` with logistic noise n if ``sample``. The result is not
+    renormalised: closed links contribute nothing, and a row with every gate closed is zero. The gradient of A
+    is that of sigma(G + n), or of sigma(G) for hard gates (straight-through).
 
     Args:
-        q: queries, position encoding applied. The last query stands at the last key.
-        k, v: keys and values; ``heads`` is a multiple of ``kv_heads`` (grouped queries), and gates belong
-            to query heads.
+        q: queries, position encoding applied. The last query is aligned with the last key.
+        k, v: keys and values; ``heads`` is a multiple of ``kv_heads`` (grouped queries), and each query head has its
+            own gates.
         gate_bias: b per query head; ``inf`` forces a head's gates open, ``-inf`` shut.
         scale: of the logits, positive; 1/sqrt(d_head) if None.
         causal: forbid keys after the query.
         mask: True where allowed; either ``[batch, keys]`` for padding or ``[batch, 1, queries, keys]``.
-            ``causal`` and ``window`` hold besides.
-        lengths: real tokens of each row when padding is on the right; instead of ``mask``.
-        window: how many last keys a query may read, its own included.
+            ``causal`` and ``window`` apply in addition.
+        lengths: number of real tokens in each row if padding is on the right; instead of ``mask``.
+        window: number of last keys that a query may read, including its own position.
         softcap: c in ``S = c tanh(S / c)`` (Gemma 2).
-        sample: sampled gates (training) rather than hard ones (evaluation).
-        seed: of the noise (:mod:`gossamer.ops.gates`). With one that is a tensor (int64, no dimension), compiled code
-            is not compiled again, and one on the GPU is not waited for.
-        first_row: where in a larger batch these rows begin; they draw the noise that they have there.
-        first_real: index of each row's first real token among the keys, from which the noise counts; negative where a
-            cache has dropped it. If None, that of ``mask``.
-        expect: sum up the expected open links; evaluation that does not need them is faster without.
+        sample: use sampled gates (training) instead of hard ones (evaluation).
+        seed: of the noise (:mod:`gossamer.ops.gates`). A tensor (int64, no dimensions) avoids recompilation of compiled
+            code for each seed and, if it is on the GPU, synchronisation.
+        first_row: index of the first of these rows in a larger batch; they draw the noise that they have there.
+        first_real: index of each row's first real token among the keys, from which the noise counts; negative if a
+            cache has dropped it. If None, taken from ``mask`` or ``lengths``.
+        expect: compute the expected open links; evaluation that does not need them is faster without.
         count: count the hard open links; the kernels are faster without.
-        implementation: None picks ``triton`` on an NVIDIA GPU for head sizes up to 256, ``chunked`` elsewhere.
+        implementation: None picks ``triton`` on a supported NVIDIA GPU for head sizes up to 256, else ``chunked``.
 
     Raises:
-        ValueError: on shapes or arguments that do not fit.
+        ValueError: on invalid or mismatched shapes or arguments.
     """
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
@@ -105,7 +105,7 @@ def attend(
     options: AttentionOptions,
     implementation: Implementation | None = None,
 ) -> GatedAttentionOutput:
-    """:func:`gated_attention` of pairs that are made once for all layers, and with the noise as one tensor."""
+    """:func:`gated_attention` with precomputed pairs, shared by all layers, and with the noise as one tensor."""
     _check_softcap(options.softcap)
     if options.noise is not None and pairs.keys > MAX_POSITIONS:
         raise ValueError(f"{pairs.keys} keys: sampled gates tell at most {MAX_POSITIONS} positions apart")
@@ -131,12 +131,13 @@ def open_links(
     softcap: float | None = None,
     implementation: Implementation | None = None,
 ) -> OpenLinks:
-    """The links that the hard gates leave open, with their attention weights, without forming queries x keys.
+    """The links that the hard gates leave open, with their attention weights, without a queries x keys matrix.
 
-    Arguments as those of :func:`gated_attention`. The same input gives the same bits.
+    The arguments are those of :func:`gated_attention`. The same input gives the same bits. Only ``naive`` builds the
+    full matrix.
 
     Raises:
-        ValueError: on shapes or arguments that do not fit; on more than 65,536 keys.
+        ValueError: on invalid or mismatched shapes or arguments; on more than 65,536 keys.
     """
     pairs = _pairs(q, k, gate_bias, causal, mask, lengths, window)
     _check_softcap(softcap)
@@ -188,7 +189,10 @@ def _pairs(
 
 
 def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
-    """Queries, keys and values as they are; under autocast in its dtype if theirs differ, as torch's own attention."""
+    """Return the tensors unchanged if their dtypes agree; else cast to the autocast dtype, as torch's attention does.
+
+    Outside autocast, different dtypes raise ValueError.
+    """
     dtypes = {x.dtype for x in tensors}
     device = tensors[0].device.type
     if len(dtypes) > 1 and torch.is_autocast_enabled(device):
@@ -213,14 +217,14 @@ def _check_softcap(softcap: float | None) -> None:
 
 @cache
 def _triton_runs(device: torch.device) -> bool:
-    """Whether the kernels run there: tensor cores with bfloat16 came with compute capability 8.0."""
+    """Whether the kernels run on the device; tensor cores support bfloat16 from compute capability 8.0 on."""
     if find_spec("triton") is None or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
 def _implementation(implementation: Implementation | None, q: Tensor, value_size: int = 0) -> Implementation:
-    """The implementation asked for, or the one that fits. The definition does empty batches."""
+    """The requested implementation, or the default for the inputs; ``naive`` for empty batches."""
     if implementation not in (None, *get_args(Implementation)):
         raise ValueError(f"implementation {implementation!r} is none of {', '.join(get_args(Implementation))}")
     if q.shape[0] == 0:

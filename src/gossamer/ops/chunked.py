@@ -1,8 +1,8 @@
-"""Gated attention over blocks of queries: memory linear in the length, the backward pass recomputes.
+"""Gated attention over blocks of queries: memory linear in the length, with recomputation in the backward pass.
 
-Matrix products in blocks of :data:`BLOCK` queries by all the keys that they reach; what happens to each pair in
-between is in :mod:`gossamer.ops.elements`. The gradients are those of docs/derivations.md. Works on any device;
-accumulates in float32 at least. Grouped queries are rows of one product, so keys and values are not expanded.
+The matrix products are between blocks of :data:`BLOCK` queries and all the keys that they reach; the elementwise part
+in between is in :mod:`gossamer.ops.elements`. The gradients are those of docs/derivations.md. Works on any device and
+accumulates in float32 or wider. Grouped queries are rows of one product, so keys and values are not expanded.
 """
 
 import torch
@@ -24,10 +24,10 @@ from gossamer.ops.gates import OpenLinks, Pairs, empty_rows, noise_keys
 from gossamer.ops.options import AttentionOptions, BackwardInputs
 
 BLOCK = 64
-"""Queries worked on at once."""
+"""Number of queries in a block."""
 
 _FAR = 1e30
-"""Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
+"""Replaces an infinite bias: larger than any logit, but finite, to avoid inf - inf."""
 
 
 def open_links(
@@ -57,7 +57,7 @@ def open_links(
 
 
 class _Call:
-    """What all blocks of one call share. A stream is one head of one sequence."""
+    """State shared by all blocks of one call. A stream is one head of one sequence."""
 
     def __init__(
         self,
@@ -82,16 +82,16 @@ class _Call:
 
     @property
     def work(self) -> int:
-        """Pairs in all."""
+        """Total number of pairs."""
         return self.batch * self.heads * self.queries * self.pairs.keys
 
     def by_stream(self, x: Tensor) -> Tensor:
-        """[batch, ...] as [streams, ...], the same for all heads."""
+        """[batch, ...] repeated to [streams, ...], the same for all heads."""
         return x.repeat_interleave(self.heads, dim=0)
 
 
 def _packed(x: Tensor) -> Tensor:
-    """The same with strides that tell nothing of where it was cut from: compiled code depends on them."""
+    """A contiguous version, whose strides do not depend on the tensor it was sliced from: strides cause recompiles."""
     return x.reshape(-1).view(x.shape)
 
 
@@ -133,7 +133,7 @@ class _Block:
         return x.view(self.call.batch, self.call.heads, -1, x.shape[-1])
 
     def pairwise(self, x: Tensor, y: Tensor, factor: float = 1.0) -> Tensor:
-        """``factor`` times the products of rows x and the block's keys or values of y, [streams, rows, columns]."""
+        """``factor`` times the products of rows x with the block's keys or values in y, [streams, rows, columns]."""
         x, y = x.flatten(0, 1), y[:, :, self.columns].flatten(0, 1)
         products = torch.baddbmm(x.new_empty(()), x, y.mT, beta=0, alpha=factor)
         return products.view(self.call.batch * self.call.heads, -1, products.shape[-1])
@@ -164,7 +164,7 @@ def forward(
     pairs: Pairs,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Output, expected and hard open links, log-sum-exp, the last three by query; not differentiable."""
+    """Output, expected and hard open links, and log-sum-exp, the last three by query; not differentiable."""
     scale, softcap, noise, expect, count = options
     call = _Call(q, k, gate_bias, pairs, scale, softcap, noise)
     value = v.to(call.dtype).contiguous()
@@ -205,7 +205,7 @@ def backward(
     normaliser = torch.where(log_sum_exp.isinf(), torch.inf, log_sum_exp).flatten(0, 1)
     price = torch.zeros_like(normaliser) if d_expected is None else d_expected.flatten(0, 1).to(call.dtype)
     dq, dk, dv = (empty_rows(x, x.shape[-1]) for x in (q, k, v))
-    # Transposed, [batch * kv_heads, features, keys]: that product is faster by a third than its transpose.
+    # Transposed, [batch * kv_heads, features, keys]: this product is a third faster than its transpose.
     d_key, d_value = (torch.zeros(x.mT.flatten(0, 1).shape, dtype=call.dtype, device=x.device) for x in (k, v))
     d_bias = torch.zeros_like(call.bias)
     for start in range(0, call.queries, BLOCK):

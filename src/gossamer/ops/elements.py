@@ -1,15 +1,15 @@
-"""What gated attention does to each pair of a block of queries, between the matrix products; compiled if possible.
+"""Elementwise part of gated attention on a block of queries, between the matrix products; compiled if possible.
 
-Two functions, one a direction, that read the logits of a block once and leave what the products after them need.
-``torch.compile`` makes one C++ loop of each. That takes some seconds in the first call (less in later processes:
-torch caches the code) and a C++ compiler, so small inputs, and machines without a compiler, run the same functions
-op by op.
+There are two functions, one for each direction. Each reads the logits of a block once and returns the inputs of the
+matrix products that follow. ``torch.compile`` turns each function into one C++ loop. Compilation takes some seconds on
+the first call (less in later processes, because torch caches the code) and needs a C++ compiler. Small inputs, and
+machines without a compiler, run the same functions op by op.
 
-A stream is one head of one sequence; streams, and not batch and heads, are the first dimension of everything here, so
-that all of it is one loop nest.
+A stream is one head of one sequence. Streams, not batch and heads, are the first dimension of all tensors here, so
+that each function compiles to a single loop nest.
 
 From p = sigma(G) and the uniform number u, A = 1[u > 1 - p] and the soft gate is
-g = sigma(G + n) = p u / (p u + (1 - p)(1 - u)): neither a logarithm nor a second exponential.
+g = sigma(G + n) = p u / (p u + (1 - p)(1 - u)), which needs neither a logarithm nor a second exponential.
 """
 
 import logging
@@ -26,15 +26,15 @@ from torch.fx.experimental import _config as fx_config
 from gossamer.ops.gates import uniforms_of_words
 
 COMPILED_FROM = 1 << 20
-"""Pairs in a call from which on compiling pays."""
+"""Number of pairs in a call from which compilation pays off."""
 
 
 class Allowed(NamedTuple):
-    """Which pairs of a block are allowed; what is None does not restrict.
+    """The allowed pairs of a block; fields that are None do not restrict them.
 
     Attributes:
-        queries, keys: ``[rows]`` and ``[columns]``, int32, where they stand; given if causality or window restrict.
-        window: how many last keys a query may read.
+        queries, keys: ``[rows]`` and ``[columns]``, int32, their positions; read for causality and window.
+        window: number of last keys that a query may read.
         causal: whether keys after the query are forbidden.
         real_queries, real_keys: ``[streams, rows]`` and ``[streams, columns]``, the tokens that are not padding.
         mask: ``[streams, rows, columns]``, True where allowed.
@@ -49,7 +49,7 @@ class Allowed(NamedTuple):
     mask: Bool[Tensor, "streams rows columns"] | None
 
     def fill(self, logits: Tensor) -> Tensor:
-        """The logits with -inf where a pair is not allowed."""
+        """The logits, with -inf for pairs that are not allowed."""
         closed = float("-inf")
         if self.causal:
             logits = logits.masked_fill(self.keys > self.queries[:, None], closed)
@@ -64,7 +64,7 @@ class Allowed(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """The parts of the noise of a block; see :mod:`gossamer.ops.gates`.
+    """The inputs of the noise of a block; see :mod:`gossamer.ops.gates`.
 
     Attributes:
         keys: ``[2, streams]``.
@@ -82,13 +82,13 @@ class Noise(NamedTuple):
 
 
 class ForwardElements(NamedTuple):
-    """What :func:`forward_elements` leaves of a block.
+    """Result of :func:`forward_elements` for a block.
 
     Attributes:
         weights: exp(S - top) where the gate is open, else 0.
-        top: largest allowed logit of each query; 0 where there is none.
+        top: largest allowed logit of each query; 0 if no key is allowed.
         total: sum of exp(S - top) over the allowed keys, closed gates included.
-        opened: allowed keys with G > 0.
+        opened: number of allowed keys with G > 0.
         expected: sum of sigma(G), or None.
     """
 
@@ -100,12 +100,12 @@ class ForwardElements(NamedTuple):
 
 
 def _exp(x: Tensor) -> Tensor:
-    """exp as a power of two: inductor writes the results of ``exp`` and ``sigmoid`` that are used twice to memory."""
+    """exp by ``exp2``: inductor writes results of ``exp`` and ``sigmoid`` to memory if they are used twice."""
     return torch.exp2(x * math.log2(math.e))
 
 
 def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """softcap * tanh(logits / softcap); the logits themselves without a cap."""
+    """softcap * tanh(logits / softcap); the logits unchanged if there is no cap."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
@@ -117,7 +117,7 @@ def forward_elements(
     noise: Noise | None,
     expect: bool,
 ) -> ForwardElements:
-    """One block forward; ``logits`` are q k^T times the scale, ``bias`` is finite and ``[streams]``."""
+    """Forward pass of one block; ``logits`` are q k^T times the scale, ``bias`` is ``[streams]`` and finite."""
     logits = allowed.fill(soft_capped(logits, softcap))
     top = logits.amax(-1)
     top = torch.where(top == float("-inf"), 0.0, top)
@@ -137,12 +137,12 @@ def forward_elements(
 
 
 class BackwardElements(NamedTuple):
-    """What :func:`backward_elements` leaves of a block.
+    """Result of :func:`backward_elements` for a block.
 
     Attributes:
         weights: A P.
-        d_logits: gradient of q k^T times the scale.
-        d_bias: gradient of the bias, by query.
+        d_logits: gradient with respect to q k^T times the scale.
+        d_bias: gradient with respect to the bias, by query.
     """
 
     weights: Float[Tensor, "streams rows columns"]
@@ -151,12 +151,12 @@ class BackwardElements(NamedTuple):
 
 
 class QueryTerms(NamedTuple):
-    """What the backward pass knows of each query (docs/derivations.md).
+    """Per-query inputs of the backward pass (docs/derivations.md).
 
     Attributes:
-        normaliser: log-sum-exp of its logits, inf where no key is allowed.
+        normaliser: log-sum-exp of the query's logits, inf if no key is allowed.
         delta: dO . O.
-        d_expected: gradient of its expected open links.
+        d_expected: gradient of the loss with respect to the query's expected open links.
     """
 
     normaliser: Float[Tensor, "streams rows"]
@@ -173,7 +173,7 @@ def backward_elements(
     softcap: float | None,
     noise: Noise | None,
 ) -> BackwardElements:
-    """One block backward; ``products`` are dO v^T."""
+    """Backward pass of one block; ``products`` are dO v^T."""
     normaliser, delta, d_expected = terms
     capped = soft_capped(logits, softcap)
     logits = allowed.fill(capped)
@@ -197,7 +197,7 @@ def backward_elements(
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Without the thresholds inductor writes intermediate results of a block to memory and reads them again.
+    # Without these thresholds, inductor writes intermediate results of a block to memory and reads them back.
     options: dict[str, Any] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 10_000}
     return torch.compile(function, dynamic=True, options=options)
 
@@ -206,13 +206,13 @@ _failed = False
 
 
 def run_elements(function: Callable[..., Any], pairs: int, *arguments: Any) -> Any:
-    """Call one of the functions above, compiled if the call it belongs to has enough pairs."""
+    """Call one of the functions above, compiled if the whole attention call has at least COMPILED_FROM ``pairs``."""
     global _failed
     if pairs < COMPILED_FROM or _failed or torch.compiler.is_compiling():
         return function(*arguments)
     try:
-        # Each combination of mask, softcap and noise is a compiled variant of its own; two sizes that happen to be
-        # equal are not to make another one.
+        # Each combination of mask, softcap and noise is compiled separately; two sizes that happen to be equal must
+        # not cause a further variant.
         with torch._dynamo.config.patch(recompile_limit=64), fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return _compiled(function)(*arguments)
     except (torch._dynamo.exc.BackendCompilerFailed, OSError) as error:

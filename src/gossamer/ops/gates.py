@@ -1,7 +1,7 @@
-"""The gates of gated attention: counter-based noise, the pairs that are allowed, the result record.
+"""Shared parts of gated attention: counter-based noise, the allowed pairs, and the result types.
 
-The noise of a pair is a pure function of ``(seed, batch, head, i, j)``, all arithmetic in
-unsigned 32-bit integers that wrap, ``>>`` logical::
+The noise of a pair is a pure function of ``(seed, batch, head, i, j)``. All arithmetic is on
+unsigned 32-bit integers that wrap, and ``>>`` is a logical shift::
 
     mix(x)       : x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
     absorb(h, w) : mix((h ^ w) + 0x9e3779b9)
@@ -14,13 +14,13 @@ unsigned 32-bit integers that wrap, ``>>`` logical::
     u  = ((x >> 9) + 1/2) / 2^23
 
 Every step from ``i << 16 | j`` to ``x`` is a bijection of the 32-bit integers, so within one
-(seed, batch, head) no value of ``x`` comes twice in 2^32 pairs. ``u`` has 24 significant bits and is
+(seed, batch, head) no value of ``x`` repeats over 2^32 pairs. ``u`` has 24 significant bits, is
 exact in float32, and lies in [2^-24, 1 - 2^-24]. The multipliers are those of the `lowbias32` finaliser
 (C. Wellons, "hash-prospector", public domain).
 
-``batch`` counts the rows of the whole batch of a training step, over its forward passes and processes: a part of it
-draws the noise that its rows have in the whole. ``i`` and ``j`` count from the row's first real token, so neither
-padding (left or right) nor truncating a sequence changes the noise of the pairs that stay.
+``batch`` is the row index in the whole batch of a training step, across its forward passes and processes, so a part of
+the batch draws the same noise as its rows do in the whole. ``i`` and ``j`` count from the row's first real token, so
+neither padding (left or right) nor truncating a sequence changes the noise of the remaining pairs.
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 MAX_POSITIONS = 1 << 16
-"""Positions that the noise can tell apart: ``i`` and ``j`` have 16 bits each."""
+"""Number of positions that the noise can distinguish: ``i`` and ``j`` have 16 bits each."""
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x7FEB352D
@@ -41,16 +41,16 @@ _GOLDEN = 0x9E3779B9
 
 @dataclass(frozen=True)
 class GatedAttentionOutput:
-    """What :func:`gossamer.gated_attention` returns.
+    """Result of :func:`gossamer.gated_attention`.
 
     Attributes:
         output: ``[batch, heads, queries, d_head]``, in the dtype of the queries.
         expected_open: ``[batch, heads, queries]``, float; the sum of sigma(G) over the allowed keys of each query.
-            Differentiable. None if it was not asked for.
-        open_links: ``[batch, heads, queries]``, int64; allowed keys with G > 0, the gates of evaluation, even
-            when the output was made with sampled ones. None if they were not asked for.
-        allowed_links: ``[batch, heads, queries]``, int64; keys that causality, padding and window allow.
-        log_sum_exp: ``[batch, heads, queries]``, float32 at least; log of the softmax's denominator, closed gates
+            Differentiable. None if not requested.
+        open_links: ``[batch, heads, queries]``, int64; number of allowed keys with G > 0, the hard gates of evaluation,
+            even if the output used sampled gates. None if not requested.
+        allowed_links: ``[batch, heads, queries]``, int64; number of keys that causality, padding and window allow.
+        log_sum_exp: ``[batch, heads, queries]``, float32 or wider; log of the softmax denominator, closed gates
             included, so that P = exp(S - log_sum_exp). -inf for a query without allowed keys. Not differentiable.
     """
 
@@ -63,11 +63,12 @@ class GatedAttentionOutput:
 
 @dataclass(frozen=True)
 class OpenLinks:
-    """What :func:`gossamer.open_links` returns: the open links in coordinates, sorted by batch, head, query, key.
+    """Result of :func:`gossamer.open_links`: the open links in coordinate form, sorted by batch, head, query, key.
 
     Attributes:
-        counts: ``[batch, heads]``, int64; open links of each head.
-        pairs: ``[links]``, int32; ``query << 16 | key``, the bits unsigned. Indices into the queries and the keys.
+        counts: ``[batch, heads]``, int64; number of open links of each head.
+        pairs: ``[links]``, int32 with the bits of the unsigned word ``query << 16 | key``; indices into queries and
+            keys.
         weights: ``[links]``, float32; the attention weight P of each link, not renormalised.
     """
 
@@ -116,7 +117,7 @@ def _absorb(state: _Word, word: _Word) -> _Word:
 
 
 def fold_seed(seed: int, *words: int) -> int:
-    """A 64-bit seed made of ``seed`` and counters (step, layer, ...); other counters, other seed."""
+    """Derive a 64-bit seed from ``seed`` and counters (step, layer, ...); different counters give different seeds."""
     low, high = seed & _WORD, seed >> 32 & _WORD
     for word in words:
         low = _absorb(_absorb(low, high), word & _WORD)
@@ -125,7 +126,7 @@ def fold_seed(seed: int, *words: int) -> int:
 
 
 def noise_of(seed: int | Tensor, first_row: int | Tensor, device: torch.device) -> Int[Tensor, " 2"]:
-    """What the noise of a call depends on: the seed, its 64 bits as a signed number, and the first row of the batch."""
+    """The parameters of the noise as one tensor: the seed, its 64 bits as a signed number, and the first batch row."""
     return torch.cat([_word(x, device) for x in (seed, first_row)])
 
 
@@ -138,12 +139,12 @@ def _word(x: int | Tensor, device: torch.device) -> Tensor:
 def noise_keys(noise: Int[Tensor, " 2"], batch: int, heads: int) -> Int[Tensor, "2 batch heads"]:
     """The keys k0 and k1 of every (batch, head), as int32 with the bits of the unsigned words.
 
-    torch has no arithmetic on unsigned 32-bit integers; words are kept in int64 here.
+    torch has no arithmetic on unsigned 32-bit integers, so the words are computed in int64.
 
     Args:
-        noise: the seed and the first row, as ``noise_of`` gives them.
-        batch: rows, counted from the first row in ``noise``.
-        heads: query heads.
+        noise: the seed and the first row, from ``noise_of``.
+        batch: number of rows, starting at the first row in ``noise``.
+        heads: number of query heads.
     """
     device = noise.device
     seed, first_row = noise[0], noise[1]
@@ -158,13 +159,13 @@ def pair_uniforms(
     queries: Int[Tensor, "batch queries"],
     key_positions: Int[Tensor, "batch keys"],
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """The uniform numbers u of all given pairs, float32, by the formula at the head of this file.
+    """The uniform numbers u of all given pairs, float32, by the formula in the module docstring.
 
     Args:
         keys: from :func:`noise_keys`.
         queries: position i of each query, counted from the row's first real token.
-        key_positions: position j of each key, counted likewise. Pairs with a negative position are padding;
-            their value is defined by the same formula but means nothing.
+        key_positions: position j of each key, counted the same way. Pairs with a negative position are padding;
+            the same formula defines their value, but it has no meaning.
     """
     words = (queries[:, :, None] << 16 | key_positions[:, None, :] & 0xFFFF).to(torch.int32)
     return uniforms_of_words(words[:, None], keys)
@@ -189,19 +190,19 @@ def uniforms_of_words(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which (query, key) pairs are allowed, and where queries and keys stand.
+    """The allowed (query, key) pairs, and the positions of queries and keys.
 
     Attributes:
-        batch, queries, keys: how many there are. The last query stands at the last key, so with a cache of earlier
-            keys query i stands at key ``i + keys - queries``.
-        causal: keys after the query are not allowed.
-        window: only the last ``window`` keys, the query's own included, are allowed.
-        real: ``[batch, keys]``, the tokens that are not padding, or None where all are real. Padding queries get
-            no allowed pairs, so that they are neither computed nor counted.
-        mask: ``[batch, 1, queries, keys]``, further pairs that are not allowed, or None.
+        batch, queries, keys: sizes. The last query is aligned with the last key, so with a cache of earlier keys, query
+            i is at key ``i + keys - queries``.
+        causal: forbid keys after the query.
+        window: allow only the last ``window`` keys, including the query's position.
+        real: ``[batch, keys]``, True for tokens that are not padding, or None if all are real. Padding queries get no
+            allowed pairs, so they are neither computed nor counted.
+        mask: ``[batch, 1, queries, keys]``, True where allowed, a further restriction; or None.
         extents: ``[batch, 4]``, int32, by row: index of the first real token, from which the noise counts (negative
-            where the keys begin after it); first and one past the last real key; 1 if all between them are real.
-            None where the row's first token is its first key, and all are real.
+            if the keys begin after it); first and one past the last real key; 1 if all between them are real.
+            None if every row's first token is its first key, and all are real.
         device: of the queries.
     """
 
@@ -220,16 +221,16 @@ class Pairs:
 
     @property
     def offset(self) -> int:
-        """Index of the key at which the first query stands."""
+        """Index of the key at the position of the first query."""
         return self.keys - self.queries
 
     def places(self) -> Int[Tensor, "batch_or_1 keys"]:
-        """Where each key stands, counted from its row's first real token, int32."""
+        """Position of each key, counted from its row's first real token, int32."""
         places = torch.arange(self.keys, dtype=torch.int32, device=self.device)[None]
         return places if self.extents is None else places - self.extents[:, :1]
 
     def key_range(self, start: int, stop: int) -> tuple[int, int]:
-        """The keys that queries ``start`` to ``stop`` can reach by causality and window, padding and mask aside."""
+        """Range of keys that causality and window allow queries ``start`` to ``stop``; ignores padding and mask."""
         first, last = 0, self.keys
         if self.causal:
             last = min(last, stop + self.offset)
@@ -251,7 +252,7 @@ class Pairs:
         return allowed if self.mask is None else allowed & self.mask[:, :, rows, columns]
 
     def _allowed_counts(self) -> Int[Tensor, "batch_or_1 queries"]:
-        """Without a mask in memory linear in the length."""
+        """Number of allowed keys per query; without a mask, in memory linear in the length."""
         if self.mask is not None:
             return self.allowed(slice(0, self.queries), slice(0, self.keys)).sum((-1, -3))
         i = torch.arange(self.offset, self.keys, device=self.device)
@@ -263,7 +264,7 @@ class Pairs:
         return (before[:, stop] - before[:, start]) * self.real[:, i]
 
     def allowed_links(self, heads: int) -> Int[Tensor, "batch heads queries"]:
-        """How many keys each query is allowed; counted once, whatever calls there are."""
+        """Number of keys that each query is allowed; computed once and cached."""
         if not self._counts:
             self._counts.append(self._allowed_counts())
         return self._counts[0][:, None].expand(self.batch, heads, -1)
@@ -288,7 +289,7 @@ def make_pairs(
     device: torch.device,
     first_real: Int[Tensor, " batch"] | None = None,
 ) -> Pairs:
-    """Bring padding lengths, a padding mask or a full mask into the one form that implementations read."""
+    """Convert padding lengths, a padding mask or a full mask to the common form that implementations read."""
     real = None
     if lengths is not None:
         real = torch.arange(keys, device=device) < lengths[:, None]
@@ -320,6 +321,6 @@ def _extents(
 def empty_rows(
     like: Float[Tensor, "batch heads tokens _"], features: int
 ) -> Float[Tensor, "batch heads tokens features"]:
-    """A tensor not set yet, laid out as the projections around attention have it."""
+    """An uninitialised tensor, ``[batch, heads, tokens, features]``, in the memory layout of attention projections."""
     batch, heads, tokens, _ = like.shape
     return like.new_empty(batch, tokens, heads, features).transpose(1, 2)

@@ -1,7 +1,7 @@
-"""The fast implementations as operators of torch: ``gossamer::gated_attention`` and its backward pass.
+"""The fast implementations as PyTorch custom operators: ``gossamer::gated_attention`` and its backward pass.
 
-torch sees them as wholes: it knows shapes, dtypes and strides of their results without running them, and their
-gradients, so that ``torch.compile`` takes them into its graphs. The backward pass has no derivative of its own.
+The operators are opaque to PyTorch. Fake implementations give the shapes, dtypes and strides of their results, and
+gradients are registered, so ``torch.compile`` includes them in its graphs. There is no second derivative.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ def attend(
     options: AttentionOptions,
     implementation: str,
 ) -> GatedAttentionOutput:
-    """The same as :func:`gossamer.ops.naive.gated_attention`, by the module of that name."""
+    """The same as :func:`gossamer.ops.naive.gated_attention`, by the module named ``implementation``."""
     scale, softcap, noise, expect, count = options
     output, expected, opened, log_sum_exp = _forward(
         q, k, v, gate_bias, pairs.real, pairs.mask, pairs.extents, noise,
@@ -64,7 +64,7 @@ def _forward(
     count: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, expected and hard open links (empty unless asked for) and log-sum-exp."""
+    """Output, expected and hard open links (empty unless requested), and log-sum-exp."""
     pairs = _pairs(q, k, causal, window, real, mask, extents)
     module = import_module(f"gossamer.ops.{implementation}")
     options = AttentionOptions(scale, softcap, noise, expect, count)
@@ -130,8 +130,8 @@ def _(
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     *tensors, noise, scale, causal, window, softcap, expect, _, implementation = inputs
-    # As many tensors with sampled gates as with hard ones: a run under other gates is told by what it computes, and
-    # torch's activation checkpointing would stop at the number.
+    # Save the same number of tensors for sampled and hard gates. Otherwise, activation checkpointing would fail on the
+    # number of tensors before the check for recomputation under other gates could raise its error.
     saved_noise = tensors[0].new_empty(2, dtype=torch.int64) if noise is None else noise
     ctx.save_for_backward(*tensors, saved_noise, output[0], output[3])
     ctx.settings = (scale, causal, window, softcap, implementation)

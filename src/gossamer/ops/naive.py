@@ -1,7 +1,7 @@
-"""Gated attention by its definition, in plain PyTorch; memory grows with the square of the length.
+"""Reference implementation of gated attention in plain PyTorch; memory is quadratic in the length.
 
     S = scale q k^T,  soft-capped        P = softmax of S over the allowed keys        G = S + b
-    A = 1[G + n > 0] when sampled, 1[G > 0] when not;  gradient that of sigma(G + n)
+    A = 1[G + n > 0] if sampled, else 1[G > 0];  its gradient is that of sigma(G + n), or sigma(G)
     output = (A * P) v                   expected open links = sum of sigma(G)
 
 Every other implementation is tested against this one.
@@ -24,7 +24,7 @@ def gated_attention(
     pairs: Pairs,
     options: AttentionOptions,
 ) -> GatedAttentionOutput:
-    """Gated attention of the given pairs, computed in float32 at least."""
+    """Gated attention over the given pairs, computed in float32 or wider."""
     scale, softcap, noise, expect, count = options
     exact = torch.promote_types(q.dtype, torch.float32)
     value = per_query_head(v.to(exact), q.shape[1])
@@ -64,7 +64,7 @@ def open_links(
 def _links(
     q: Tensor, k: Tensor, gate_bias: Tensor, pairs: Pairs, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """G, P and which pairs are allowed, each ``[batch, heads, queries, keys]``, and the log of P's denominator."""
+    """G, P and the allowed pairs, each ``[batch, heads, queries, keys]``, and the log of P's denominator."""
     exact = torch.promote_types(q.dtype, torch.float32)
     key = per_query_head(k.to(exact), q.shape[1])
     allowed = pairs.allowed(slice(0, pairs.queries), slice(0, pairs.keys))

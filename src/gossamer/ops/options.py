@@ -1,4 +1,4 @@
-"""What an implementation of gated attention is handed besides queries, keys, values, gate biases and pairs."""
+"""Arguments of the gated attention implementations besides queries, keys, values, gate biases and pairs."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class AttentionOptions(NamedTuple):
-    """How attention is computed; see :func:`gossamer.gated_attention`.
+    """Options of the attention computation; see :func:`gossamer.gated_attention`.
 
     Attributes:
         scale: of the logits.
         softcap: c in ``S = c tanh(S / c)``, or None.
-        noise: seed and first row of sampled gates; None for hard gates.
-        expect: sum up the expected open links.
+        noise: seed and first row for sampled gates; None for hard gates.
+        expect: compute the expected open links.
         counted: count the hard open links.
     """
 
@@ -25,12 +25,12 @@ class AttentionOptions(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """What the backward pass is handed besides.
+    """Additional inputs of the backward pass.
 
     Attributes:
-        output, log_sum_exp: of the forward pass.
-        d_output: gradient of the output.
-        d_expected: gradient of the expected open links, by query, or None.
+        output, log_sum_exp: results of the forward pass.
+        d_output: gradient with respect to the output.
+        d_expected: gradient with respect to the expected open links, by query, or None.
     """
 
     output: Float[Tensor, "batch heads queries d_value"]

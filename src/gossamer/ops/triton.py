@@ -1,14 +1,14 @@
-"""Gated attention on NVIDIA GPUs: Triton kernels in the manner of FlashAttention-2 (arXiv 2307.08691).
+"""Gated attention on NVIDIA GPUs: Triton kernels in the style of FlashAttention-2 (arXiv 2307.08691).
 
-forward   one program a block of queries: online softmax over the tiles of keys; a closed link's weight is left out
-          of the product with v but not of the normaliser. Sums sigma(G) and counts G > 0 per query on the way.
-dq        one program a block of queries: recomputes the tiles, leaves dq and the block's part of the bias gradient.
-dk, dv    one program a block of keys and key/value head: goes through its query heads and their queries.
-links     the forward kernel without values counts; a second kernel writes each query's links from its own start.
+forward   one program per block of queries: online softmax over the tiles of keys; the weight of a closed link is left
+          out of the product with v but not of the normaliser. Also sums sigma(G) and counts G > 0 per query.
+dq        one program per block of queries: recomputes the tiles, writes dq and the block's part of the bias gradient.
+dk, dv    one program per block of keys and key/value head: loops over its query heads and their queries.
+links     the forward kernel, without values, counts; a second kernel writes each query's links from its start offset.
 
-So every number is written by one program, once: no atomics, no read-modify-write, the same bits in every run
-(:mod:`gossamer.ops.triton_fused` gives that up). The gradients are those of docs/derivations.md. Tiles whose pairs are
-all allowed are not masked, and tiles without any are not visited. The kernels are in
+Every output is written once, by one program: no atomics, no read-modify-write, the same bits in every run
+(:mod:`gossamer.ops.triton_fused` gives this up). The gradients are those of docs/derivations.md. Tiles whose pairs are
+all allowed skip the mask, and tiles without allowed pairs are not visited, except with a full mask. The kernels are in
 :mod:`gossamer.ops.triton_kernels`.
 """
 
@@ -27,17 +27,17 @@ from gossamer.ops.gates import OpenLinks, Pairs, empty_rows
 from gossamer.ops.options import AttentionOptions, BackwardInputs
 
 _FAR = 1e30
-"""Stands for an infinite bias: beyond every logit, and finite, so that no infinity is taken from another."""
+"""Replaces an infinite bias: larger than any logit, but finite, to avoid inf - inf."""
 
 FUSED_FEATURES = 64
-"""Largest head size of the fused backward pass; above, its kernel spills."""
+"""Largest head size for the fused backward pass; above it, the kernel spills registers."""
 
 Kernel = Literal["forward", "query_gradients", "key_value_gradients", "fused_gradients", "write_links"]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Tile of ``M`` queries by ``N`` keys, warps a program, and stages of the software pipeline."""
+    """Tile of ``M`` queries by ``N`` keys, warps per program, and stages of the software pipeline."""
 
     M: int
     N: int
@@ -45,18 +45,18 @@ class Launch:
     num_stages: int
 
     def options(self) -> dict[str, int | bool]:
-        """As the kernels take them. Fused multiply-add is asked for because Triton's default changes in 3.10."""
+        """Keyword arguments of a launch. Fused multiply-add is explicit because Triton 3.10 changes the default."""
         return {**asdict(self), "enable_fp_fusion": True}
 
 
 def launch(kernel: Kernel, features: int, element_size: int, queries: int, narrow: bool = False) -> Launch:
-    """Tile sizes that spill no registers on sm_80 and sm_90 (tests/ops/test_triton.py).
+    """Choose tile sizes that spill no registers on sm_80 and sm_90 (tests/ops/test_triton.py).
 
     Args:
         features: head size, rounded up to a power of two.
-        element_size: bytes of an element of q, k and v.
-        queries: how many there are; few (generation) get a small tile.
-        narrow: padding, a mask, a window or a soft cap, which take registers besides.
+        element_size: bytes per element of q, k and v.
+        queries: number of queries; few (generation) get a small tile.
+        narrow: whether there is padding, a mask, a window or a soft cap, which need additional registers.
     """
     if element_size > 2:
         rows = 32 if features > 128 or kernel in ("key_value_gradients", "fused_gradients") else 64
@@ -78,7 +78,7 @@ def launch(kernel: Kernel, features: int, element_size: int, queries: int, narro
 
 
 class _Call:
-    """The arguments that all kernels share, for one call; ``others`` are the tensors that they read besides."""
+    """The arguments of one call that all kernels share; ``others`` are further tensors that the kernels read."""
 
     def __init__(
         self,
@@ -109,8 +109,8 @@ class _Call:
             "HAS_EXTENTS": self.extents is not None,
             "HAS_REAL": self.real is not None,
             "HAS_MASK": self.mask is not None,
-            # float32 on tensor cores: three products of tf32 are as exact. allow_tf32 raises once somebody has used the
-            # newer setting, which follows the older one.
+            # float32 on tensor cores: three tf32 products are as exact. Reading allow_tf32 raises after the newer
+            # setting has been used; the newer setting follows the older one.
             "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
         }
 
@@ -119,22 +119,22 @@ class _Call:
         return launch(kernel, padded(max(self.d, value_size)), self.q.element_size(), self.queries, narrow)
 
     def by_query(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A number for each query of each head, not set."""
+        """An uninitialised tensor with one number for each query of each head."""
         return self.q.new_empty(self.batch, self.heads, self.queries, dtype=dtype)
 
 
 def padded(features: int) -> int:
-    """The head size that the kernels work with: the next power of two, 16 at least."""
+    """The head size that the kernels use: the next power of two, at least 16."""
     return max(16, triton.next_power_of_2(features))
 
 
 def _dense_rows(*tensors: Tensor) -> list[Tensor]:
-    """With features side by side, and rows so near each other that 32 bits count the elements of a tile."""
+    """Make features contiguous, and row strides small enough for 32-bit offsets within a tile."""
     return [x if x.stride(-1) == 1 and x.stride(-2) < 1 << 23 else x.contiguous() for x in tensors]
 
 
 def _reach(x: Tensor) -> int:
-    """Elements from the first row of a head to the last, in the tensor or in one like it by :func:`empty_rows`."""
+    """Elements spanned by the rows of a head, in the tensor or one laid out by :func:`empty_rows`, if that is more."""
     return x.shape[-2] * max(x.stride(-2), x.shape[1] * x.shape[-1])
 
 
@@ -143,14 +143,14 @@ def _strides(*tensors: Tensor) -> Sequence[int]:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device, which need not be that of the tensors."""
+    """Make the device of the tensors the current one, on which kernels are launched."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _attend(
     call: _Call, v: Tensor | None, noise: Tensor | None, expect: bool, count: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Output, expected and hard open links, log-sum-exp, the last three by query."""
+    """Output, expected and hard open links, and log-sum-exp, the last three by query."""
     output = None if v is None else empty_rows(call.q, v.shape[-1])
     opened, log_sum_exp = call.by_query(torch.int64) if count else None, call.by_query()
     expected = call.by_query() if expect else None
@@ -197,7 +197,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same as :func:`gossamer.ops.chunked.backward`, on the GPU.
 
-    ``fused`` is the backward pass of :mod:`gossamer.ops.triton_fused`.
+    ``fused`` selects the backward pass of :mod:`gossamer.ops.triton_fused`.
     """
     output, log_sum_exp, d_output, d_expected = given
     scale, noise = options.scale, options.noise
@@ -211,7 +211,7 @@ def backward(
         "PRICED": prices is not None, "RESCALE": q.dtype == torch.float16,
     }  # fmt: skip
     dk, dv = (empty_rows(x, x.shape[-1]) for x in (k, v))
-    # By query, from the first kernel for the second.
+    # Per-query terms that the first kernel computes for the second.
     terms = [call.by_query() for _ in range(3)] + [None if prices is None else call.by_query()]
     shared = (call.bias, noise, call.real, call.extents, call.mask)
     sizes = call.launch("query_gradients", features)

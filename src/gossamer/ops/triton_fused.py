@@ -1,8 +1,8 @@
-"""The Triton kernels with one kernel for all gradients: five matrix products a tile instead of seven.
+"""Triton implementation with one kernel for all gradients: five matrix products per tile instead of seven.
 
-dq is summed up by atomic additions in float32, in whatever order the programs come: runs differ in the last bits.
-Heads larger than :data:`gossamer.ops.triton.FUSED_FEATURES` have the two kernels of :mod:`gossamer.ops.triton`, from
-which all else is too.
+dq is accumulated by atomic additions in float32, in no fixed order, so runs differ in the last bits. Heads larger than
+:data:`gossamer.ops.triton.FUSED_FEATURES` use the two backward kernels of :mod:`gossamer.ops.triton`. The forward pass
+and ``open_links`` are also those of that module.
 """
 
 from functools import partial

@@ -1,10 +1,10 @@
-"""The kernels behind :mod:`gossamer.ops.triton`, which holds their launches and the method as a whole.
+"""The kernels of :mod:`gossamer.ops.triton`, which launches them and describes the method.
 
-Names: ``raw`` are logits before the factor that takes them to base 2 (the scale is in the factor, or, where there is
-a soft cap, already in ``raw``); ``odds`` is exp(-G), so sigma(G) = 1 / (1 + odds); ``words`` are the parts of the
-noise's pair word. Shapes of tiles: [M, N] is queries by keys, [N, M] in :func:`key_value_gradients`.
+Names: ``raw`` are logits before the factor that converts them to base 2 (the scale is in the factor or, with a soft
+cap, already in ``raw``); ``odds`` is exp(-G), so sigma(G) = 1 / (1 + odds); ``words`` are the query and key parts of
+the pair word of the noise. Tiles have shape [M, N], queries by keys, but [N, M] in :func:`key_value_gradients`.
 
-A pair that is not allowed gets raw = -inf, hence weight 0, odds inf, gate 0 and gradient 0 without further ado.
+A pair that is not allowed has raw = -inf, so its weight is 0, odds inf, gate 0 and gradient 0 without special cases.
 """
 
 import math
@@ -49,11 +49,11 @@ def _soft_capped(products, scale, softcap):
 
 @triton.jit
 def _noise(query_words, key_words, k1):
-    """(1 + u - 2^-24) / 2 with u by the formula of gates.py: exact, in [1/2, 1)."""
+    """(1 + u - 2^-24) / 2, with u by the formula in gates.py; exact, in [1/2, 1)."""
     x = (query_words ^ key_words) * 0x7FEB352D + k1
     x ^= x >> 15
     x *= 0x846CA68B
-    # The formula's last two shifts at once; the top 23 bits become a float's mantissa.
+    # The last two shifts of the formula in one step; the top 23 bits become the mantissa of a float.
     return ((x >> 9) ^ (x >> 25) | 0x3F000000).to(tl.float32, bitcast=True)
 
 
@@ -65,7 +65,7 @@ def _closing(height):
 
 @triton.jit
 def _opens(noise, probability):
-    """1[u > 1 - probability]. In units of 2^-24, rounding 1 - probability / 2 to nearest makes > of it >=."""
+    """1[u > 1 - probability]. In units of 2^-24, rounding 1 - probability / 2 to nearest turns > into >=."""
     return noise >= 1 - 0.5 * probability
 
 
@@ -81,7 +81,7 @@ def _absorb(state, word):
 
 @triton.jit
 def _noise_keys(NOISE, batch, head):
-    """k0 and k1 of one head of one row, by the formula of gates.py; NOISE holds the seed and the first row."""
+    """k0 and k1 of one head of one row, by the formula in gates.py; NOISE holds the seed and the first row."""
     seed, first_row = tl.load(NOISE), tl.load(NOISE + 1)
     state = tl.full([], 0, tl.uint32)
     state = _absorb(state, seed.to(tl.uint32))
@@ -93,7 +93,7 @@ def _noise_keys(NOISE, batch, head):
 
 @triton.jit
 def _query_words(query_places, k0):
-    """The formula's x ^ (x >> 16) but for the key's word, which is shifted out: x = (i << 16) ^ k0 here."""
+    """x ^ (x >> 16) of the formula for x = (i << 16) ^ k0; the key word is XORed in later, as its shift is 0."""
     return (query_places * 0x10001).to(tl.uint32, bitcast=True) ^ (k0 ^ (k0 >> 16))
 
 
@@ -104,7 +104,7 @@ def _key_words(key_places):
 
 @triton.jit
 def _tile(POINTER, first, stride, lines, features, FAR: tl.constexpr):
-    """Pointers to a tile; FAR where the row ``first`` may lie beyond what 32 bits count."""
+    """Pointers to a tile; FAR if the offset of row ``first`` may exceed 32 bits."""
     if FAR:
         return POINTER + (tl.full([], 0, tl.int64) + first) * stride + lines[:, None] * stride + features[None, :]
     else:
@@ -116,7 +116,7 @@ def _load(
     POINTER, first, stride, lines, features, count,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, FAR: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """A tile, zero where features are padding and, if BOUNDED, from line ``count`` on."""
+    """Load a tile, with zeros for padding features and, if BOUNDED, for lines from ``count`` on."""
     pointers = _tile(POINTER, first, stride, lines, features, FAR)
     if BOUNDED:
         return tl.load(pointers, mask=(first + lines < count)[:, None] & (features < WIDTH)[None, :], other=0.0)
@@ -131,7 +131,7 @@ def _allowed(
     i, j, offset, keys, window, REAL, MASK, mask_row, mask_key, queries,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs of queries i and keys j, broadcast against each other, are allowed."""
+    """The allowed pairs of queries i and keys j, broadcast against each other."""
     inside = (i < queries) & (j < keys)
     allowed = inside
     if CAUSAL:
@@ -148,7 +148,7 @@ def _allowed(
 
 @triton.jit
 def _extents(EXTENTS, batch, keys, HAS_EXTENTS: tl.constexpr):
-    """Of the row: where the noise counts from, first and one past the last real key, whether all between are real."""
+    """For the batch row: origin of the noise, first and one past the last real key, whether all between are real."""
     origin, start, stop, whole = 0, 0, keys, 1
     if HAS_EXTENTS:
         EXTENTS += 4 * batch
@@ -162,9 +162,9 @@ def _key_range(
     first, last, offset, keys, window, real_start, real_stop, whole,
     N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Keys that the queries first .. last - 1 can reach: (low, whole_low, whole_high, high).
+    """Key range of the queries first .. last - 1: (low, whole_low, whole_high, high).
 
-    Tiles of N keys are visited from low to high; those from whole_low to whole_high need no mask.
+    Tiles of N keys are visited from low to high; tiles from whole_low to whole_high need no mask.
     """
     low, high = real_start, real_stop
     whole_low, whole_high = real_start, real_stop
@@ -196,8 +196,8 @@ def forward(
     FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
     EXPECT: tl.constexpr, COUNT: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output, base-2 normaliser, and per query the expected and the hard open links, of M queries of one head."""
-    # The longest rows first: they are the last blocks.
+    """Output, log-sum-exp, and expected and hard open links per query, for M queries of one head."""
+    # Start with the last blocks, which have the longest rows.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     offset = keys - queries
@@ -227,13 +227,13 @@ def forward(
     top = tl.full([M], -_INFINITY, tl.float32)
     total = tl.zeros([M], tl.float32)
     expected = tl.zeros([M], tl.float32)
-    opened = tl.zeros([M], tl.float32)  # exact up to 2^24; adding floats takes an instruction less
+    opened = tl.zeros([M], tl.float32)  # exact up to 2^24; adding floats takes one instruction fewer
     low, whole_low, whole_high, high = _key_range(
         first, tl.minimum(first + M, queries), offset, keys, window, real_start, real_stop, whole,
         N, CAUSAL, WINDOW, HAS_REAL, HAS_MASK,
     )  # fmt: skip
-    # Tiles without a mask come first. There sigma(G) is w / (w + c), as long as the weights w of open gates are in
-    # float32's range; whether they were is known after the last of them. If not, all go with those that have a mask.
+    # Tiles without a mask come first. There sigma(G) is w / (w + c), provided that the weights w of open gates are in
+    # the range of float32. That is known only after the last such tile; if not, all are redone with the masked tiles.
     if EXPECT or SAMPLE:
         whole_high = tl.where(bias > _HIGHEST, whole_low, whole_high)
     for phase in tl.static_range(0, 3 if WINDOW or HAS_REAL else 2):
@@ -310,7 +310,7 @@ def forward(
 
 @triton.jit
 def _normaliser(POINTERS, inside):
-    """Base-2 logarithms of the softmax's denominators; infinite where nothing is allowed, so that P is 0."""
+    """Base-2 logarithms of the softmax denominators; inf if no key is allowed, so that P is 0."""
     log_sum_exp = tl.load(POINTERS, mask=inside, other=-_INFINITY)
     return tl.where(log_sum_exp == -_INFINITY, _INFINITY, log_sum_exp * _LOG2_E)
 
@@ -320,10 +320,10 @@ def _terms(
     d_out, output, LOG_SUM_EXP, D_EXPECTED, DELTA, NORMALISER, CLOSING, PRICE, HIGHEST, lines, inside, bias, block,
     PRICED: tl.constexpr,
 ):  # fmt: skip
-    """What the backward pass wants of each query of a block, computed and stored.
+    """Compute and store the per-query terms of the backward pass for a block.
 
-    delta = dO . O; the base-2 normaliser; the closing term; dE and price = dE times closing; and, one for the block,
-    how far the log-sum-exp of any of its queries lies above the gates' threshold, those without allowed keys aside.
+    delta = dO . O; the base-2 normaliser; the closing term; dE and price = dE times closing. Also one value for the
+    block: the largest log-sum-exp above the gate threshold among its queries that have allowed keys, in base 2.
     """
     delta = tl.sum(d_out.to(tl.float32) * output.to(tl.float32), 1)
     tl.store(DELTA + lines, delta, mask=inside)
@@ -347,7 +347,7 @@ def query_terms(
     o_batch, o_head, o_row, do_batch, do_head, do_row, heads, queries,
     DV: tl.constexpr, PDV: tl.constexpr, M: tl.constexpr, FAR: tl.constexpr, PRICED: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`query_gradients` leaves for :func:`key_value_gradients`, where that does without it."""
+    """The terms that :func:`query_gradients` stores for :func:`key_value_gradients`, for the fused backward pass."""
     first = tl.program_id(0) * M
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tile_rows, features = tl.arange(0, M), tl.arange(0, PDV)
@@ -368,10 +368,10 @@ def _logit_gradients(
     raw, products, query_words, key_words, k1, normaliser, closing, delta, price, factor, threshold,
     SAMPLE: tl.constexpr, PRICED: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile: the open gates, the weights P, the gradients of the gate logits and of the logits.
+    """For one tile: the open gates, the weights P, and the gradients of the gate logits and of the logits.
 
-    ``products`` are dO v^T; ``normaliser``, ``closing``, ``delta`` and ``price``, dE times closing, broadcast along
-    the keys. With c for closing, sigma(G) = P / (P + c), and its slope is P c / (P + c)^2.
+    ``products`` are dO v^T; ``normaliser``, ``closing``, ``delta`` and ``price`` (dE times closing) are broadcast along
+    the keys. With c for closing, sigma(G) = P / (P + c), and its derivative is P c / (P + c)^2.
     """
     pattern = _exp2(raw * factor - normaliser)
     if PRICED or not SAMPLE:
@@ -397,7 +397,7 @@ def _exact_logit_gradients(
     raw, products, query_words, key_words, k1, normaliser, delta, factor, bias, threshold, d_expected,
     SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """The same where P of an open gate may underflow: an exponential more."""
+    """:func:`_logit_gradients` for cases where P of an open gate may underflow; needs one more exponential."""
     pattern = _exp2(raw * factor - normaliser)
     odds = _exp2(-raw * factor - bias)
     probability = _reciprocal(1 + odds)
@@ -415,10 +415,10 @@ def _exact_logit_gradients(
 
 @triton.jit
 def _added(total, gradients, rows, RESCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """total + gradients @ rows. Each line of the gradients is brought near 1 first where float16 would lose it."""
+    """total + gradients @ rows. With RESCALE, each line of the gradients is scaled to about 1 first, for float16."""
     if RESCALE:
         largest = tl.max(tl.abs(gradients), 1)
-        # A power of two, so that nothing is rounded; 0 and what lies near it stay as they are.
+        # A power of two, so that nothing is rounded; lines that are (almost) 0 are not scaled.
         power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         power = tl.where((power > 1e-30) & (power < 1e30), power, 1.0)[:, None]
         return total + power * tl.dot((gradients / power).to(rows.dtype), rows, input_precision=PRECISION)
@@ -438,7 +438,7 @@ def query_gradients(
     FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr, SAMPLE: tl.constexpr,
     PRICED: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of M queries of one head, their part of the bias gradient, and what the other kernel wants of each query."""
+    """dq of M queries of one head, their part of the bias gradient, and the per-query terms for the other kernel."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     first = block * M
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -542,8 +542,8 @@ def key_value_gradients(
 ):  # fmt: skip
     """dk and dv of N keys of one key/value head, summed over its query heads. Tiles are [N, M].
 
-    FUSED adds these keys' part of dq / scale to D_Q, float32 and zero at first, in whatever order programs come, and
-    leaves their part of the bias gradient.
+    FUSED atomically adds these keys' part of dq / scale to D_Q (float32, initially zero), in no fixed order, and stores
+    their part of the bias gradient.
     """
     first = tl.program_id(0) * N
     last = tl.minimum(first + N, keys)
@@ -566,7 +566,7 @@ def key_value_gradients(
         MASK += batch * mask_batch
     key_words = _key_words(columns - origin)
 
-    # Queries that reach these keys, and among them, in whole tiles, those that reach all of them.
+    # Queries that reach any of these keys and, within them, the whole tiles of queries that reach all of these keys.
     low, high = tl.maximum(real_start - offset, 0), real_stop - offset
     whole_low, whole_high = low, queries
     if CAUSAL:
@@ -576,7 +576,7 @@ def key_value_gradients(
         high = tl.minimum(high, last - 1 + window - offset)
         whole_high = tl.minimum(whole_high, first + window - offset)
     low = low // M * M
-    high = tl.maximum(high, low)  # no query may reach these keys; // rounds towards zero below it
+    high = tl.maximum(high, low)  # possibly no query reaches these keys; // rounds negative numbers towards zero
     if HAS_MASK:
         whole_low, whole_high = low, low
     else:
@@ -674,7 +674,7 @@ def key_value_gradients(
                         inside_tile = (rows < queries)[:, None] & (features < D)[None, :]
                         tl.atomic_add(target, part, mask=inside_tile, sem="relaxed")
         if FUSED:
-            # Keys past the end have a zero vector and their own gates.
+            # Keys past the end were loaded as zeros; their gates must not count.
             total = tl.sum(tl.sum(tl.where((columns < keys)[:, None], d_bias, 0.0), 1), 0)
             tl.store(D_BIAS + (batch * heads + head) * tl.num_programs(0) + tl.program_id(0), total)
 
@@ -698,7 +698,7 @@ def write_links(
     FAR: tl.constexpr, HAS_EXTENTS: tl.constexpr, HAS_REAL: tl.constexpr, HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The open links of M queries of one head, each query's from its own start, in the order of the keys."""
+    """Write the open links of M queries of one head, from each query's start offset, in the order of the keys."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     offset = keys - queries

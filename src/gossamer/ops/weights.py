@@ -1,4 +1,4 @@
-"""Attention weights by their definition: what every plain, quadratic computation of them shares.
+"""Attention weights by their definition, shared by all plain, quadratic computations.
 
 S = softcap(scale q k^T)        P = softmax of S over the allowed keys; 0 where none is allowed
 """
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def per_query_head(x: Float[Tensor, "batch kv_heads *rest"], heads: int) -> Float[Tensor, "batch heads *rest"]:
-    """Keys or values of grouped heads, once for each query head."""
+    """Repeat grouped keys or values, once for each query head."""
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def causal_pairs(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
-    """The pairs that causality allows; the last query stands at the last key."""
+    """The pairs that causality allows; the last query is aligned with the last key."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
@@ -24,7 +24,7 @@ def attention_logits(
     scale: float,
     softcap: float | None,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """S; keys are given once for each query head."""
+    """The logits S; the keys are already repeated for each query head."""
     logits = q @ k.mT * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -32,6 +32,6 @@ def attention_logits(
 def attention_weights(
     logits: Float[Tensor, "batch heads queries keys"], allowed: Bool[Tensor, "..."]
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """P; ``allowed`` is broadcast to the logits."""
+    """The attention weights P; ``allowed`` is broadcast to the logits."""
     weights = torch.softmax(logits.masked_fill(~allowed, -torch.inf), dim=-1)
     return torch.where(allowed, weights, 0.0)
