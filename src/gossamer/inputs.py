@@ -1,8 +1,8 @@
 """Reading and checking files: every error is one line that names the file, the fault and the remedy.
 
 Records are JSON or JSON lines and are checked against a type, a ``TypedDict``, or a list or dict of these. Weights are
-safetensors files, or files written by ``torch.save``, which are read without running any code in them. The names and
-shapes of safetensors weights are checked, and that all values are finite.
+safetensors files, or files written by ``torch.save``, which are read without running any code in them. Tensors are
+checked for their names, their shapes and values that are not finite.
 """
 
 import json
