@@ -1,8 +1,8 @@
 """Two-digit addition as text, one token per character: all 10,000 sums such as ``37+58=095``, split by a seed.
 
 Every pair of operands occurs once, so carries have their natural frequency: 45 % into the tens, 49.5 % into the
-hundreds. Operands have two digits and answers three, zero-padded and most significant digit first, so that every sum has
-nine tokens and each digit has a fixed position.
+hundreds. Operands have two digits and answers three, zero-padded and most significant digit first, so that every sum
+has nine tokens and each digit has a fixed position.
 """
 
 from dataclasses import dataclass

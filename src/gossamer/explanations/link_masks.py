@@ -25,7 +25,7 @@ from gossamer.errors import GossamerError
 from gossamer.explanations.prediction import Prediction
 
 SMALLEST_DIFFERENCE = 1e-3
-"""In nats, between the metric with all links and with none. If the difference is smaller, there is nothing to explain."""
+"""In nats, between the metric with all links and with none; below it there is nothing to explain."""
 
 _TOKENS_AT_ONCE = 1_024
 """Maximum of rows times tokens in one forward pass without gradients."""

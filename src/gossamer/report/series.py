@@ -37,7 +37,7 @@ class Chart:
 
 
 def training_charts(records: Records) -> list[Chart]:
-    """Charts of the constraint with its bound, open fraction and multiplier by step; none without ``training.jsonl``."""
+    """Charts of the constraint and its bound, open fraction and multiplier by step; none without ``training.jsonl``."""
     rows = records.training
     if not rows:
         return []
