@@ -1,8 +1,8 @@
-"""gossamer: makes a trained transformer's attention sparse enough to read.
+"""gossamer: make a trained transformer's attention sparse enough to read.
 
-``add_gates`` puts gates on every attention link, ``remove_gates`` takes them off, ``save`` and ``load`` keep them,
-``save_adapter`` and ``load_adapter`` keep what LoRA trained, ``push_to_hub`` shares either, ``explain`` finds the links
-that carry a prediction, ``gated_attention`` is the op itself. The ``gossamer`` command does the whole job.
+``add_gates`` adds a gate to every attention link and ``remove_gates`` removes the gates. ``save`` and ``load`` store
+gated models, ``save_adapter`` and ``load_adapter`` store LoRA adapters, and ``push_to_hub`` uploads either. ``explain``
+finds the links that carry a prediction. ``gated_attention`` is the op itself. The ``gossamer`` command does all of it.
 """
 
 import sys
@@ -77,10 +77,10 @@ _MODULES = {
 
 
 class _Public:
-    """A public name, imported when it is first used: torch and transformers take seconds to load.
+    """A public name, imported on first use because torch and transformers take seconds to load.
 
-    A descriptor of the package's own class, not the package's ``__getattr__``: nnsight gives every object an attribute
-    ``save``, and with it nobody would ask for ``__getattr__``.
+    This is a descriptor on the package's class instead of a module ``__getattr__``: nnsight gives every object an
+    attribute ``save``, so ``__getattr__`` would never be called for it.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line, for the script ``gossamer`` and for launchers of several processes: ``python -m gossamer``."""
+"""Entry point of the ``gossamer`` script, and of ``python -m gossamer`` for multi-process launchers."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from gossamer.interrupts import EXIT_CODE, interrupts
 
 
 def main() -> None:
-    """Run the command line; whatever is imported for it can be interrupted."""
+    """Run the command line; its imports can be interrupted too."""
     with interrupts() as signals:
         try:
             from gossamer.cli import main as command_line
@@ -21,7 +21,7 @@ def main() -> None:
             print("gossamer: interrupted", file=sys.stderr, flush=True)
             sys.exit(EXIT_CODE)
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):  # what ends now shall not be disturbed
+            for number in (signal.SIGINT, signal.SIGTERM):  # do not interrupt the shutdown
                 signal.signal(number, signal.SIG_IGN)
 
 

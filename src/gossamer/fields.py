@@ -1,4 +1,4 @@
-"""Settings as fields of dataclasses: each says what it means and which values it takes, once for all who ask."""
+"""Settings as dataclass fields: each defines its meaning and accepted values in one place."""
 
 import math
 import types
@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 _T = TypeVar("_T")
 
 LARGEST_SEED = 2**32 - 1
-"""That every library takes which draws something here."""
+"""The largest seed that all libraries used here accept."""
 
 
 def setting(
@@ -21,21 +21,21 @@ def setting(
     default_factory: Callable[[], Any] | Any = MISSING,
     **facts: Any,
 ) -> Any:
-    """A field that a user can set.
+    """Make a dataclass field that users can set.
 
     Args:
-        help: what it means, in a sentence.
-        default: its value if nothing is said; there is none if left out.
-        least, most: the smallest and the largest number that it takes.
-        default_factory: makes the default, where that is an object of its own.
-        facts: whatever else a reader of the field needs to know, for its metadata.
+        help: its meaning, in one sentence.
+        default: the default value; without it, the field has none.
+        least, most: the smallest and the largest accepted number.
+        default_factory: creates the default where every instance needs a new object.
+        facts: further entries for the field's metadata.
     """
     known = {"help": help, "least": least, "most": most, **facts}
     return field(default=default, default_factory=default_factory, metadata=known)
 
 
 def documented(kind: type[_T]) -> type[_T]:
-    """The dataclass with the help of its fields in its docstring."""
+    """Add the help of its fields to a dataclass's docstring."""
     lines = [f"    {one.name}: {one.metadata['help']}" for one in fields(kind) if "help" in one.metadata]  # type: ignore[arg-type]
     kind.__doc__ = "\n".join([(kind.__doc__ or "").rstrip(), "", "Attributes:", *lines])
     return kind
@@ -43,16 +43,16 @@ def documented(kind: type[_T]) -> type[_T]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A field under the name that users have for it.
+    """A field as users see it.
 
     Attributes:
-        name: in files; on the command line with dashes.
+        name: as written in files; the command line uses dashes.
         type: of its value.
-        help: what it means.
-        default: its value if nothing is said; ``MISSING`` if it has to be said.
-        least, most: the smallest and the largest number that it takes.
-        kinds: names of the constraints that it is a setting of; none: it is one of every run.
-        recorded: whether it is only written down, not set.
+        help: its meaning.
+        default: the default value; ``MISSING`` if the setting is required.
+        least, most: the smallest and the largest accepted number.
+        kinds: names of the constraints that have this setting; empty if every run has it.
+        recorded: whether it is only recorded and cannot be set.
     """
 
     name: str
@@ -66,13 +66,13 @@ class Setting:
 
     @classmethod
     def of(cls, one: Field[Any], type: Any, *, prefix: str = "", kinds: tuple[str, ...] = ()) -> "Setting":
-        """The setting that a field made by :func:`setting` is."""
+        """Make the setting of a field that :func:`setting` made."""
         facts = {key: one.metadata[key] for key in ("help", "least", "most", "recorded") if key in one.metadata}
         return cls(prefix + one.name, type, default=one.default, kinds=kinds, **facts)
 
     @property
     def optional(self) -> bool:
-        """Whether it takes null."""
+        """Whether it accepts null."""
         return type(None) in get_args(self.type)
 
     @property
@@ -84,12 +84,12 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it takes, where only some are right."""
+        """The accepted words if its type is a Literal, else an empty tuple."""
         return get_args(self.plain_type) if get_origin(self.plain_type) is Literal else ()
 
     @property
     def wanted(self) -> str:
-        """What it takes, in words."""
+        """A description of the accepted values, for messages."""
         kind = self.plain_type
         if self.choices:
             words = "one of " + ", ".join(self.choices)
@@ -103,10 +103,10 @@ class Setting:
         return words + (", or null" if self.optional else "")
 
     def read(self, value: Any) -> Any:
-        """The value as the dataclass has it; numbers and lists may be given as texts.
+        """Convert a value to the field's type; numbers and lists may be given as strings.
 
         Raises:
-            ValueError: if the setting does not take it.
+            ValueError: if the setting does not accept the value.
         """
         kind = self.plain_type
         if value is None and self.optional:
@@ -130,7 +130,7 @@ def _written(bound: float) -> str:
 
 
 def _number(value: Any, kind: type) -> int | float:
-    """A finite number of that kind. A text is read as one: YAML takes 1e-4, which lacks a dot, for a text."""
+    """Convert to a finite number. Strings are accepted because YAML reads 1e-4, which has no dot, as a string."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(value)
     if kind is int and isinstance(value, str) and "e" not in value.lower():

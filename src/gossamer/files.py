@@ -1,7 +1,7 @@
-"""Files and directories that appear whole or not at all: written beside their place, flushed to disk, then renamed.
+"""Atomic writes of files and directories: written beside the target, flushed to disk, then renamed.
 
-What a killed process left beside a place goes when the place is written again. Only names of the pattern that is made
-here are removed, and only under the lock of the place (:mod:`gossamer.locks`).
+What a killed process left beside a target is removed the next time the target is written. Only names that match the
+pattern used here are removed, and only under the target's lock (:mod:`gossamer.locks`).
 """
 
 import ctypes
@@ -28,15 +28,15 @@ _AT_FDCWD = -100
 
 @contextmanager
 def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A fresh directory beside ``target`` that takes its place when the block ends well, and else vanishes.
+    """A new directory beside ``target`` that becomes ``target`` if the block succeeds, and is removed otherwise.
 
     Args:
-        target: the place.
-        replace: put it in the place of what is there; else what appeared there meanwhile stays.
+        target: the directory to write.
+        replace: replace an existing target; otherwise a target that has appeared meanwhile is kept.
 
     Raises:
-        GossamerError: if it cannot be written: no room, no permission; if another process is writing it; if something
-            is there that is not to be replaced.
+        GossamerError: if it cannot be written (no space, no permission); if another process is writing it; if the
+            target exists and ``replace`` is False.
     """
     try:
         with locked(target):
@@ -58,7 +58,7 @@ def atomic_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def _put_in_place(staging: Path, target: Path, replace: bool) -> None:
     if not os.path.lexists(target):
         try:
-            os.rename(staging, target)  # which replaces no directory with anything in it
+            os.rename(staging, target)  # never replaces a directory that is not empty
             return
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
@@ -73,26 +73,26 @@ def _put_in_place(staging: Path, target: Path, replace: bool) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let two directories trade places at once; False where that cannot be done."""
+    """Swap two directories atomically; return False where that is not possible."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and not rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _EXCHANGE)
 
 
 def _beside(target: Path, kind: str = "partial") -> Path:
-    """A name beside ``target`` that nothing has, with the same suffix."""
+    """An unused name beside ``target``, with the same suffix."""
     return target.parent / f".{target.name}.{secrets.token_hex(6)}.{kind}{target.suffix}"
 
 
 def remove_staging(target: Path) -> None:
-    """Remove what a killed process left beside ``target`` while it wrote it; to be called under the place's lock.
+    """Remove what a killed process left beside ``target``; call this under the target's lock.
 
-    What it was about to replace comes back, if nothing has taken its place yet.
+    A target that the process had moved aside is restored if nothing has replaced it yet.
     """
     _remove_matching(target.parent, target.name)
 
 
 def remove_staging_in(folder: Path) -> None:
-    """The same for everything in a directory; to be called under its lock."""
+    """Do the same for everything in a directory; call this under the directory's lock."""
     _remove_matching(folder, None)
 
 
@@ -111,7 +111,7 @@ def _remove_matching(folder: Path, name: str | None) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or a directory with all that is in it, if it is there."""
+    """Remove a file, or a directory and its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -119,7 +119,7 @@ def _remove(path: Path) -> None:
 
 
 def set_modes(folder: Path) -> None:
-    """Give all files in a folder the mode that umask and folder give a new file: safetensors makes its own 0600."""
+    """Give all files in a folder the mode of a newly created file there; safetensors creates its files as 0600."""
     probe = _beside(folder / "mode")
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -130,7 +130,7 @@ def set_modes(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or a directory with all that is in it, onto the disk."""
+    """Flush a file, or a directory and its contents, to disk."""
     if path.is_dir():
         for entry in path.iterdir():
             if not entry.is_symlink():
@@ -139,7 +139,7 @@ def flush(path: Path) -> None:
 
 
 def flush_entry(path: Path) -> None:
-    """Bring the name of a file or directory onto the disk, as it stands in the directory above."""
+    """Flush the directory entry of a file or directory to disk."""
     _flush_one(path.parent)
 
 
@@ -152,7 +152,7 @@ def _flush_one(path: Path) -> None:
 
 
 def _named(target: Path, error: OSError | SafetensorError) -> Exception:
-    """The error with the place, if it is one of what is written; one of reading another file stays as it is."""
+    """Turn an error of writing ``target`` into one that names it; return errors of reading other files unchanged."""
     file = error.filename if isinstance(error, OSError) else None
     beside = os.path.join(os.path.abspath(target.parent), f".{target.name}.")
     if isinstance(file, str) and not os.path.abspath(file).startswith((os.path.abspath(target), beside)):
@@ -172,13 +172,13 @@ def file_checksum(file: Path) -> int:
 
 
 def same_file(a: object, b: object) -> bool:
-    """Whether two paths lead to the same file or directory."""
+    """Whether two paths exist and are the same file or directory."""
     return isinstance(a, str) and isinstance(b, str) and all(map(os.path.exists, (a, b))) and os.path.samefile(a, b)
 
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """The name of a file beside ``target`` that takes its place when the block ends well, and else vanishes.
+    """A file name beside ``target`` that becomes ``target`` if the block succeeds, and is removed otherwise.
 
     Raises:
         GossamerError: if it cannot be written.
@@ -186,7 +186,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     try:
         if not target.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        if target.exists() and not target.is_file():  # a directory; a device, which a rename would do away with
+        if target.exists() and not target.is_file():  # a directory, or a device, which a rename would replace
             raise OSError(errno.EINVAL, "it is there and is no file")
         with locked(target, wait=True):
             remove_staging(target)
@@ -195,7 +195,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             mode = staging.stat().st_mode & 0o777
             try:
                 yield staging
-                if staging.stat().st_mode & 0o777 != mode:  # what wrote it made a file of its own
+                if staging.stat().st_mode & 0o777 != mode:  # the writer has replaced the file
                     staging.chmod(mode)
                 flush(staging)
                 os.replace(staging, target)
@@ -211,7 +211,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 def atomic_write_text(target: Path, text: str) -> None:
-    """Write a file, replacing one that exists, whole or not at all.
+    """Write a text file atomically, replacing an existing one.
 
     Raises:
         GossamerError: if it cannot be written.

@@ -1,8 +1,8 @@
-"""Files that are read: whatever is wrong with one is a line that names the file, what is wrong, and the remedy.
+"""Reading and checking files: every error is one line that names the file, the fault and the remedy.
 
-Records are JSON, as a whole or a line each, and are checked against a description of what has to be in them: a type, a
-``TypedDict``, a list or dict of such. Weights are safetensors, or what ``torch.save`` wrote, read without running
-anything in it, and are checked for their names, shapes and kinds, and for values that are no numbers.
+Records are JSON or JSON lines and are checked against a type, a ``TypedDict``, or a list or dict of these. Weights are
+safetensors files, or files written by ``torch.save``, which are read without running any code in them. Tensors are
+checked for their names, their shapes and values that are not finite.
 """
 
 import json
@@ -24,18 +24,19 @@ from gossamer.errors import GossamerError
 _T = TypeVar("_T")
 
 Shape = tuple[int | None, ...]
-"""Of a tensor; None stands for any size."""
+"""Shape of a tensor; None allows any size."""
 
 
 @contextmanager
 def reading(what: object, remedy: str = "") -> Iterator[None]:
-    """Turn whatever goes wrong while something is read into a GossamerError: what was read is at fault.
+    """Turn any error while something is read into a GossamerError that blames what was read.
 
-    Within the block stands nothing but what depends on what is read: other libraries raise errors of dozens of kinds.
+    Other libraries raise dozens of exception types, so all are caught. Put nothing into the block that does not depend
+    on what is read.
 
     Args:
-        what: the file, or whatever else the user calls it.
-        remedy: what to do about it.
+        what: the file, or the user's name for what is read.
+        remedy: what the user can do about it.
     """
     try:
         yield
@@ -48,7 +49,7 @@ def reading(what: object, remedy: str = "") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line for somebody who does not know where it comes from."""
+    """The reason for an error, in one line for a reader who does not know where it was raised."""
     said = " ".join(str(error).split())
     if isinstance(error, OSError):
         return error.strerror or said or type(error).__name__
@@ -68,7 +69,7 @@ def reason(error: BaseException) -> str:
 
 
 def read_text(file: Path, remedy: str = "") -> str:
-    """A file of UTF-8 text, without the byte-order mark that some editors put before it.
+    """Read a UTF-8 text file, without the byte-order mark that some editors write.
 
     Raises:
         GossamerError: if it cannot be read.
@@ -78,13 +79,13 @@ def read_text(file: Path, remedy: str = "") -> str:
 
 
 def read_json(file: Path, kind: type[_T] | Any = dict, *, remedy: str = "", nan: bool = False) -> _T:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Args:
         file: the file.
-        kind: what it has to hold: see :func:`check`.
-        remedy: what to do where it does not.
-        nan: whether numbers that are none (NaN, Infinity) may be in it, which JSON does not have.
+        kind: the expected type: see :func:`check`.
+        remedy: what the user can do if the file is invalid.
+        nan: whether to parse NaN and Infinity, which JSON does not have.
 
     Raises:
         GossamerError: naming the file and what is wrong with it.
@@ -93,7 +94,7 @@ def read_json(file: Path, kind: type[_T] | Any = dict, *, remedy: str = "", nan:
 
 
 def parse_json(text: str, kind: type[_T] | Any = dict, *, place: object, remedy: str = "", nan: bool = False) -> _T:
-    """What a text says in JSON: see :func:`read_json`."""
+    """Parse a JSON text: see :func:`read_json`."""
     with reading(place, remedy):
         found = json.loads(text, parse_constant=float if nan else _no_number)
         check(found, kind)
@@ -101,18 +102,18 @@ def parse_json(text: str, kind: type[_T] | Any = dict, *, place: object, remedy:
 
 
 def read_json_lines(file: Path, kind: type[_T] | Any = dict, *, remedy: str = "", cut_off: bool = False) -> list[_T]:
-    """What the lines of a file say in JSON; blank ones are passed over.
+    """Read a file of JSON lines, skipping blank ones.
 
     Args:
         file: the file.
-        kind: what each line has to hold: see :func:`check`.
-        remedy: what to do where one does not.
-        cut_off: pass over a last line that does not end: a kill cut it off.
+        kind: the expected type of each line: see :func:`check`.
+        remedy: what the user can do if a line is invalid.
+        cut_off: skip a last line without a newline, which a killed process left incomplete.
 
     Raises:
         GossamerError: naming the file, the line and what is wrong with it.
     """
-    # Not splitlines(): U+2028, U+0085 and others end no line of JSON.
+    # Not splitlines(), which also splits at U+2028, U+0085 and others: these do not end a JSON line.
     lines = read_text(file, remedy).split("\n")
     if cut_off:
         lines = lines[:-1]
@@ -128,16 +129,16 @@ def _no_number(name: str) -> float:
 
 
 def check(value: Any, kind: Any, place: str = "") -> None:
-    """Stop at a value that is not as described.
+    """Check that a value has the described type.
 
     Args:
-        value: what was read.
-        kind: ``float`` takes whole numbers too, ``Any`` everything; ``list[...]``, ``dict[str, ...]``, unions, Literals
-            and TypedDicts, of which keys that are not named may be there.
-        place: where the value stands.
+        value: the value that was read.
+        kind: a type, ``list[...]``, ``dict[str, ...]``, a union, Literal or TypedDict. ``float`` also accepts whole
+            numbers, ``Any`` accepts everything, and a TypedDict accepts additional keys.
+        place: path of the value in the file.
 
     Raises:
-        ValueError: naming the place, what is there and what should be.
+        ValueError: naming the place, the value found and the type expected.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -206,12 +207,12 @@ def _wrong(value: Any, wanted: str, place: str) -> ValueError:
 
 
 def read_tensors(file: Path, shapes: Mapping[str, Shape] | None = None, *, remedy: str = "") -> "dict[str, Tensor]":  # type: ignore[name-defined]
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Args:
         file: the file.
-        shapes: of the tensors that have to be there, and no others; None for whichever there are.
-        remedy: what to do where it is damaged.
+        shapes: of exactly the tensors that the file must have; None accepts any tensors.
+        remedy: what the user can do if the file is damaged.
 
     Raises:
         GossamerError: naming the file, the tensor and what is wrong with it.
@@ -228,7 +229,7 @@ def check_tensors(
     tensors: "Mapping[str, Tensor]",  # type: ignore[name-defined]
     shapes: Mapping[str, Shape] | None = None,
 ) -> None:
-    """Stop at tensors that are missing or too many, of another shape, or have values that are no numbers.
+    """Check that no tensor is missing, unexpected, of another shape, or has values that are not finite.
 
     Raises:
         ValueError: naming the tensor.
@@ -248,7 +249,7 @@ def check_tensors(
 
 
 def read_pickle(file: Path, *, remedy: str = "") -> Any:
-    """What ``torch.save`` wrote: tensors and plain values. Nothing in the file is run.
+    """Read the tensors and plain values of a file written by ``torch.save``. No code in the file is run.
 
     Raises:
         GossamerError: naming the file and whether it is damaged, something else, or holds code.
@@ -257,14 +258,14 @@ def read_pickle(file: Path, *, remedy: str = "") -> Any:
 
     with reading(file, remedy):
         if not file.is_file():
-            file.read_bytes()  # which says why it cannot be read
+            file.read_bytes()  # raises the reason why it cannot be read
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # of a dozen kinds, none of which says what is wrong with the file
+        except Exception as error:  # of many types, none of which says what is wrong with the file
             raise ValueError(_why_not_loaded(file)) from error
 
 
@@ -290,7 +291,7 @@ def _why_not_loaded(file: Path) -> str:
 
 
 def _names_in(pickled: bytes) -> Iterator[str]:
-    """What a pickle wants to have imported, without importing it."""
+    """The names that a pickle imports, found without importing them."""
     texts: list[str] = []
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in ("GLOBAL", "INST"):

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM end a command alike, at any moment: what is half written goes, and one line is said.
+"""Ctrl-C and SIGTERM end a command in the same way at any moment: partial output is removed and one line is printed.
 
-The first signal raises KeyboardInterrupt in the main thread, the second ends the process at once. While a module is
-imported, Python and others catch that exception here and there: the one who asks :meth:`Interrupts.arrived` knows.
+The first signal raises KeyboardInterrupt in the main thread; the second ends the process at once. During imports,
+Python and some libraries swallow that exception, so check :meth:`Interrupts.arrived`.
 """
 
 import os
@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 EXIT_CODE = 2
-"""Of a command that was interrupted."""
+"""Exit code of an interrupted command."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Whether a signal has come."""
+    """The signal handlers of a process, and whether a signal has arrived."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -27,12 +27,12 @@ class Interrupts:
 
     @property
     def arrived(self) -> bool:
-        """Whether the command is to end."""
+        """Whether a signal has arrived, so that the command has to end."""
         return self.count > 0
 
     def handle(self, number: int, frame: Any) -> None:
-        """Take a signal."""
-        if os.getpid() != self.process:  # a worker that was forked: it dies of it, as it would have without this
+        """Handle a signal."""
+        if os.getpid() != self.process:  # a forked worker: the signal ends it, as it would without this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -42,7 +42,7 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def swallowed(self, unraisable: Any) -> None:
-        """Send the signal again where Python could not raise its exception, as in a callback of an import."""
+        """Send SIGINT again where Python could not raise KeyboardInterrupt, for example in an import callback."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt) and os.getpid() == self.process:
             self.count = 0
             os.kill(os.getpid(), signal.SIGINT)
@@ -55,7 +55,7 @@ _at_work: list[Interrupts] = []
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Within the block, Ctrl-C and SIGTERM are handled as this module says; blocks may lie in each other."""
+    """Handle Ctrl-C and SIGTERM within the block as the module docstring describes; blocks may be nested."""
     if _at_work or threading.current_thread() is not threading.main_thread():
         yield _at_work[-1] if _at_work else Interrupts()
         return
@@ -63,7 +63,7 @@ def interrupts() -> Iterator[Interrupts]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     hook = sys.unraisablehook
     for number in _SIGNALS:
-        if before[number] is not signal.SIG_IGN:  # as in the background of a shell
+        if before[number] is not signal.SIG_IGN:  # a shell ignores SIGINT in background jobs
             signal.signal(number, here.handle)
     sys.unraisablehook = here.swallowed
     _at_work.append(here)

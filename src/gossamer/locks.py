@@ -1,7 +1,7 @@
-"""One writer at a time for each place: a lock that ends with the process that holds it, however that ends.
+"""Locks that allow one writer at a time per path, and are released when the process ends, however it ends.
 
-The lock is one of the operating system on an empty file beside the place, or in it where nothing can be written beside
-it. Locks of this kind are not handed on to forked processes: a worker that outlives its parent holds nothing.
+A lock is an operating-system lock on an empty file beside the path, or inside it if the parent directory is not
+writable. Forked processes do not inherit these locks: a worker that outlives its parent holds none.
 """
 
 import errno
@@ -17,24 +17,25 @@ from gossamer.errors import GossamerError, cannot_write
 _SUFFIX = ".gossamer-lock"
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems without locks say: there, nothing is locked."""
+"""Errors of file systems that do not support locks; nothing is locked there."""
 
 _held: dict[Path, int] = {}
-"""The places that this process holds, and the thread that took each."""
+"""The paths that this process has locked, and the thread that locked each."""
 
 
 @contextmanager
 def locked(target: Path, *, wait: bool = False) -> Iterator[None]:
-    """Within the block, no other process is within such a block for the same place, or for a directory above it.
+    """Hold the lock of a path within the block; no other process can hold it at the same time.
 
-    Directories above ``target`` are made, and go again if nothing was put into them.
+    If this process already holds the path or a directory above it, no further lock is taken. Missing directories above
+    ``target`` are created, and removed again if they are empty at the end.
 
     Args:
-        target: a file or directory, there or not.
-        wait: for another process to be through, where that takes no long time; else refuse.
+        target: a file or directory, which need not exist.
+        wait: wait for the process that holds the lock instead of raising; for locks that are held only briefly.
 
     Raises:
-        GossamerError: if another process, or another thread, is at work there; if the place cannot be written.
+        GossamerError: if another process or thread holds the lock and ``wait`` is False; if the path cannot be written.
     """
     place = Path(os.path.realpath(target))
     owner = next((_held[above] for above in (place, *place.parents) if above in _held), None)
@@ -78,7 +79,7 @@ def _acquire(file: Path, target: Path, wait: bool) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        # The process that held it may have removed the file in between.
+        # The previous holder may have removed the file in the meantime.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 return descriptor
@@ -94,7 +95,7 @@ def _remove(file: Path, descriptor: int) -> None:
 
 @contextmanager
 def _directories_above(place: Path) -> Iterator[None]:
-    """Those that are made within it go again if they are empty at its end."""
+    """Remove the directories above a path that were missing before the block, if they are empty at its end."""
     missing = [above for above in place.parents if not above.exists()]
     try:
         yield

@@ -1,9 +1,9 @@
-"""Tables for terminals of any width: texts fold, numbers are never cut nor broken.
+"""Tables for terminals of any width: text wraps, numbers are never truncated or broken.
 
-as wide as they are            if that fits
-columns of numbers whole,      if that fits; a column is one of numbers if it is justified to the right
-texts folded in what is left
-row below row, a cell a line   else
+natural width                  if it fits
+full width for number columns, if that fits; right-justified columns are number columns
+text wrapped in the rest
+stacked rows, a cell per line  otherwise
 """
 
 import copy
@@ -21,14 +21,14 @@ from rich.text import Text
 _NUMBER = re.compile(r"[^\w\s]*\d[\d.,:_/]*(e[-+]?\d+)?[^\w\s]*", re.ASCII)
 
 _WORD = 12
-"""Letters of a longer word that stay together where columns are narrow."""
+"""Number of letters of a longer word that stay together in narrow columns."""
 
 
 class Table(table.Table):
-    """A table of rich that fits the terminal without cutting a number."""
+    """A rich table that fits the terminal without truncating a number."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """As wide as it is, or with texts folded, or row below row."""
+        """Render at natural width, with wrapped text, or as stacked rows."""
         spans = [self._span(console, column) for column in self.columns]
         padding = sum(self._get_padding_width(place) for place in range(len(spans)))
         room = options.max_width - self._extra_width - padding
@@ -46,7 +46,7 @@ class Table(table.Table):
             yield from self._stacked(console)
 
     def _span(self, console: Console, column: Column) -> tuple[int, int]:
-        """The least width of a column in which no number breaks, and the width that it would have."""
+        """The smallest width of a column at which no number breaks, and its natural width."""
         lines = [line for cell in column.cells for line in _text(console, cell).plain.splitlines()]
         header = _text(console, column.header).plain if self.show_header else ""
         words = [word for line in lines for word in line.split()]
@@ -76,7 +76,7 @@ def _text(console: Console, cell: Any) -> Text:
 
 
 def _shared(spans: Sequence[tuple[int, int]], numbers: Sequence[bool], room: int) -> list[int]:
-    """Widths of columns: each the least it needs; then first those of numbers share what is left, then the others."""
+    """Column widths: the minimum for each; number columns then share the remaining room first, then the others."""
     widths = [least for least, _ in spans]
     rest = room - sum(widths)
     for kind in (True, False):

@@ -1,11 +1,11 @@
-"""The command line: one verb a job. Faults of the user end in one line and exit code 2."""
+"""The command line: one verb per task. User errors end with one line and exit code 2."""
 
 import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
-# The order in which --help names the commands.
+# The order of the commands in --help.
 from gossamer.cli import pictures, training, evaluation, circuits, explain, hub  # noqa: F401
 from gossamer.cli.common import app
 from gossamer.cli.faults import check_encoding, line_of, usage_line
@@ -15,15 +15,15 @@ from gossamer.interrupts import EXIT_CODE, Interrupts, interrupts
 
 
 _INTERRUPTED = 130
-"""The exit code that typer makes of Ctrl-C."""
+"""The exit code that typer returns for Ctrl-C."""
 
 
 def main() -> None:
-    """Run the command line; one line to stderr and exit code 2 for what the user can mend.
+    """Run the command line; errors that the user can fix end with one line on stderr and exit code 2.
 
-    Of several processes the first one speaks; faults that are not the user's have their traceback from any. Characters
-    that the output cannot hold are written in others. Where nobody reads the output any more, as after ``| head -1``,
-    the command ends without a word and with exit code 141, as one that SIGPIPE ended.
+    With several processes, only the first prints; any process prints the traceback of an error that is not the user's.
+    Characters that the output encoding lacks are replaced. If the reader of the output has gone, as after ``| head -1``,
+    the command ends silently with exit code 141, as if ended by SIGPIPE.
     """
     write_plain_characters()
     with interrupts() as signals, watched_output() as reader_gone:
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _run(signals: Interrupts, reader_gone: Callable[[], bool]) -> int:
-    """Run the command, and say what ended it; the exit code."""
+    """Run the command, print what ended it, and return the exit code."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         with nullcontext() if first else silence():
@@ -51,7 +51,7 @@ def _run(signals: Interrupts, reader_gone: Callable[[], bool]) -> int:
             _say(one_line(error))
         leave_process_group()
         return EXIT_CODE
-    except SystemExit as stopped:  # typer and rich end so where a pipe is broken, whichever it is
+    except SystemExit as stopped:  # typer and rich exit like this for any broken pipe
         pipe = broken_pipe(stopped)
         if pipe is None or reader_gone():
             raise
@@ -64,12 +64,12 @@ def _run(signals: Interrupts, reader_gone: Callable[[], bool]) -> int:
         return code
     if first and line:
         _say(line)
-    unwritten()  # else the interpreter fails at it once more
+    unwritten()  # otherwise the interpreter fails to flush it again at exit
     return EXIT_CODE
 
 
 def _line_of(error: Exception, signals: Interrupts) -> str:
-    """What to tell of an error that ended the command; nothing where typer prints the help instead."""
+    """The line to print for an error that ended the command; empty where the help is shown instead."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()  # type: ignore[attr-defined]
         return ""

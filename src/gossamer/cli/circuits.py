@@ -1,4 +1,4 @@
-"""task, circuits, export, evaluate-circuit: what a model can do, and which of its units do it."""
+"""The commands task, circuits, export and evaluate-circuit: what a model can do, and which of its units do it."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -31,7 +31,7 @@ class ModelChoice(str, Enum):
 
 @dataclass(frozen=True)
 class ChoiceOptions:
-    """How a circuit is chosen by the scores in its file."""
+    """How to choose a circuit by the scores in its file."""
 
     edges: int | None = setting(
         "Keep this many edges with the largest absolute scores, instead of the file's choice.", None, least=1
@@ -123,7 +123,7 @@ def circuits(
 
 
 def _root(model: str) -> Path:
-    """The directory of a run, which its circuits go to."""
+    """The directory of a run, to which its circuits are written."""
     if not (Path(model) / "blocks.safetensors").exists():
         raise GossamerError(f"{model} is not a run; for circuits of another sparse model, give a directory as --out")
     return Path(model)
@@ -206,7 +206,7 @@ def evaluate_circuit(
 
 
 def _circuit_in(file: Path, choice: ChoiceOptions) -> "Circuit":  # type: ignore[name-defined]
-    """The circuit of a file, or the best of what the file has scores of."""
+    """Read the circuit of a file, or choose one by the scores in the file."""
     from gossamer.circuits.circuit_files import Level, choose, read_circuit
 
     found = read_circuit(file)

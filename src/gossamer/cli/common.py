@@ -1,4 +1,4 @@
-"""What the commands share: the app, the terminal, names of choices, and models by what a user calls them."""
+"""Code shared by the commands: the app, the console, choices, and loading models by the names that users give."""
 
 from enum import Enum
 from pathlib import Path
@@ -28,17 +28,17 @@ class Precision(str, Enum):
 
 
 def warn(line: str) -> None:
-    """Say a line on stderr that does not end the command."""
+    """Print a warning to stderr."""
     Console(stderr=True).print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names with commas between."""
+    """Split comma-separated names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def key_value_table(title: str, facts: dict[str, object]) -> Table:
-    """Facts by name, a line each."""
+    """A table of facts by name, one per line."""
     table = Table(title=escape(title), show_header=False)
     for key, value in facts.items():
         table.add_row(key, escape(str(value)))
@@ -46,7 +46,7 @@ def key_value_table(title: str, facts: dict[str, object]) -> Table:
 
 
 def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
-    """The model and tokenizer of a run, a saved sparse model, an adapter, either on the Hub, or a dense model."""
+    """Load model and tokenizer of a run, a saved sparse model or adapter (local or on the Hub), or a dense model."""
     from transformers.utils import logging
 
     from gossamer.models.checkpoint import is_saved_model, load
@@ -75,7 +75,7 @@ def load_model_and_tokenizer(target: str) -> "tuple[PreTrainedModel, PreTrainedT
 def load_dense_and_sparse(
     model: str, dense: str | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]":  # type: ignore[name-defined]
-    """A sparse model, the dense one that it was made from or that is named, and their tokenizer."""
+    """Load the named or recorded dense model of a sparse model, the sparse model, and their tokenizer."""
     from gossamer.models.checkpoint import is_run
     from gossamer.models.convert import is_gated
     from gossamer.models.vocabulary import embeddings
@@ -96,7 +96,7 @@ def load_dense_and_sparse(
 
 
 def dense_name(model: str) -> str:
-    """The name of the dense model that a sparse one records it was made from; ``unknown`` where it does not."""
+    """The name of the dense model that a sparse model records as its origin; ``unknown`` if it records none."""
     from gossamer.models.checkpoint import saved_base
     from gossamer.models.lora_files import adapter_base, is_adapter
     from gossamer.models.repositories import gossamer_folder

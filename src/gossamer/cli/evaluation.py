@@ -1,4 +1,4 @@
-"""evaluate and inspect: the metrics of a run, and what a model is."""
+"""The commands evaluate, compare and inspect: the metrics of models, and what a model is."""
 
 import json
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from gossamer.fields import setting
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Tasks of lm-eval-harness, and how they are measured."""
+    """Tasks of lm-eval-harness, and how to measure them."""
 
     tasks: str | None = setting(
         "Also run these tasks of lm-eval-harness, comma-separated: arc_easy,lambada_openai.", None
@@ -40,7 +40,7 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class LengthOptions:
-    """Other sequence lengths to measure at."""
+    """Further sequence lengths to measure at."""
 
     lengths: str | None = setting("Also measure at these sequence lengths, comma-separated: 256,512,1024.", None)
     held_out_tokens: int | None = setting(
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def _check_options(run: "Run", tasks: TaskOptions, lengths: LengthOptions) -> None:  # type: ignore[name-defined]
-    """Refuse options that say how to measure what nothing asks for."""
+    """Refuse options that apply only to measurements that were not requested."""
     from gossamer.evaluation.task_files import FLAG
 
     alone = {
@@ -239,7 +239,7 @@ def _inspect_run(run: "Run") -> None:  # type: ignore[name-defined]
 
 
 def inspect_model(target: str) -> None:
-    """Print what a saved sparse or a dense model is."""
+    """Print the properties of a saved sparse model or a dense model."""
     from gossamer.models.architectures import architecture_of
     from gossamer.models.checkpoint import gate_biases, is_saved_model, load
     from gossamer.models.convert import is_gated
@@ -267,7 +267,7 @@ def inspect_model(target: str) -> None:
 
 
 def _shipped_facts(target: str) -> dict[str, object]:
-    """What was measured of a model that comes with gossamer; nothing of others."""
+    """Measurements of a model that comes with gossamer; empty for other models."""
     from gossamer.models.shipped import SHIPPED, shipped_adapter
 
     if target not in SHIPPED or Path(target).exists():

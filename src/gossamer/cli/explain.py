@@ -1,4 +1,4 @@
-"""explain: which attention links carry one prediction, and why each of them is open."""
+"""The command explain: which attention links carry one prediction, and why each is open."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ _SUFFIXES = (".html", ".json", ".graphml")
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """Which prediction is explained, by which metric, and what cut links carry."""
+    """Which prediction to explain, by which metric, and what cut links carry."""
 
     target: str | None = setting("The token to explain.", None, shown_default="the model's most likely one")
     against: str | None = setting("Explain the logit difference to this token instead of the log-probability.", None)
@@ -31,7 +31,7 @@ class PredictionOptions:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Many predictions of a text."""
+    """Options for explaining many predictions of a text."""
 
     text: str | None = setting(
         "Instead of PROMPT: explain many predictions on the held-out part of this text (as for sparsify), in MODEL and "
@@ -81,7 +81,7 @@ def explain(
 def _explain_prompt(
     model: str, prompt: str, dense: str | None, question: PredictionOptions, search: ExplainConfig
 ) -> dict[str, Any]:
-    """The record of one prediction's explanation, dense beside sparse if a dense model is named."""
+    """Explain one prediction, also in the dense model if one is named, and return the record."""
     from transformers.utils import logging
 
     from gossamer.explanations.explain import explain as explained
@@ -112,7 +112,7 @@ def _explain_prompt(
 
 
 def _show(record: dict[str, Any], figures: Path | None, out: Path | None) -> None:
-    """An explanation in words, and in the files that were asked for."""
+    """Print an explanation in words and write the requested files."""
     from gossamer.explanations.record import in_words
 
     for line in in_words(record):
@@ -134,7 +134,7 @@ def _check_out(out: Path) -> None:
 
 
 def _dense(name: str, tokenizer: "PreTrainedTokenizerBase", prompt: str) -> "PreTrainedModel":  # type: ignore[name-defined]
-    """The dense model, which has to have the same tokens and room for the prompt."""
+    """Load the dense model, checking that it has the same vocabulary and that the prompt fits its context."""
     from gossamer.explanations.prediction import prompt_tokens
     from gossamer.models.convert import is_gated
 
@@ -156,7 +156,7 @@ def _write(out: Path, record: dict[str, Any]) -> None:
         atomic_write_text(out, graphml(record))
     elif out.suffix == ".json":
         atomic_write_text(out, as_json(record))
-    else:  # both or none
+    else:  # write both files or neither
         with atomic_file(out) as page, atomic_file(out.with_suffix(".json")) as numbers:
             page.write_text(explanation_page(record), encoding="utf-8")
             numbers.write_text(as_json(record), encoding="utf-8")
@@ -170,7 +170,7 @@ def _lengths(text: str) -> list[int]:
 
 
 def _explain_text(model: str, dense: str | None, many: TextOptions, search: ExplainConfig, out: Path | None) -> None:
-    """Many predictions, in two models."""
+    """Explain many predictions in two models."""
     lengths = _lengths(many.seq_len)
     if dense is None:
         raise GossamerError("--text compares two models; give --dense, the model that MODEL was made from")

@@ -1,4 +1,4 @@
-"""The one place where what ends a command becomes a line for its user: faults of input, of the machine, of its use."""
+"""Turn errors that end a command into one line for the user: invalid input, machine limits, wrong usage."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory"
 
 
 def line_of(error: BaseException) -> str | None:
-    """What to tell the user; None of a fault that is gossamer's own, of which the traceback is told."""
+    """The line for the user; None for a bug in gossamer, which is shown with its traceback."""
     if isinstance(error, (GossamerError, OSError)):
         return one_line(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in _NO_MEMORY)):
@@ -19,7 +19,7 @@ def line_of(error: BaseException) -> str | None:
 
 
 def usage_line(error: Exception, arguments: Sequence[str]) -> str | None:
-    """What to tell of arguments that typer cannot use; None if the error is not one of those."""
+    """The line for arguments that typer rejects; None for any other error."""
     message = getattr(error, "format_message", None)
     if message is None:
         return None
@@ -32,7 +32,7 @@ def usage_line(error: Exception, arguments: Sequence[str]) -> str | None:
 
 
 def check_encoding(arguments: Sequence[str]) -> None:
-    """Stop at names that are not UTF-8: most of what reads and writes files here cannot open them.
+    """Refuse names that are not UTF-8, which most of the libraries that read and write files here cannot open.
 
     Raises:
         GossamerError: naming the argument.

@@ -1,4 +1,4 @@
-"""push: a run's model, or a saved one, to the Hugging Face Hub."""
+"""The command push: upload the model of a run, or a saved one, to the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Options in groups: a parameter of a command that is a dataclass stands for an option for each of its fields."""
+"""Option groups: a command parameter that is a dataclass becomes one option for each of its fields."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -16,11 +16,11 @@ from gossamer.fields import Setting
 
 
 def with_option_groups(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function that takes dataclasses of settings.
+    """Turn a function that takes dataclasses of settings into a command.
 
-    Each field made by :func:`gossamer.fields.setting` becomes an option of its name, type, default, bounds and help.
-    Two further facts may stand with it: ``shown_default``, what the help says of the default, and ``choices``, the
-    names that it takes. A tuple of names is given with commas between.
+    Each field made by :func:`gossamer.fields.setting` becomes an option with its name, type, default, bounds and help.
+    A field may have two further facts: ``shown_default``, the default as shown in the help, and ``choices``, the
+    accepted names. A tuple of names is given as comma-separated text.
     """
     signature = inspect.signature(function)
     groups: dict[str, Any] = {
@@ -76,7 +76,7 @@ def _parameter(field: Field[Any], setting: Setting) -> inspect.Parameter:
 
 
 def _value(setting: Setting, value: Any) -> Any:
-    """What was given for a field, as the dataclass has it."""
+    """Convert an option's value to the field's type."""
     if isinstance(value, Enum):
         return value.value
     if get_origin(setting.plain_type) is not tuple or value is None:

@@ -1,4 +1,4 @@
-"""Options of commands made from settings, and the settings gathered from the places that the commands take."""
+"""Make command options from settings, and merge the settings of preset, file and command line."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +25,14 @@ ConfigOption = Annotated[
 
 
 class WithSettings:
-    """A command with an option for each of some settings; its function gets what was given of them as ``given``.
+    """A command with options for some settings; its function receives the values that were given as ``given``.
 
-    The options are made when the command is: a constraint that is registered by then has its own.
+    The options are built when the command is, so constraints registered before then get their options too.
 
     Args:
-        function: the command, with further options of its own.
-        names: of the settings; after ``constraint`` come those of each kind, if it is named with a ``*``. The first of
-            them, where it is ``model``, is an argument.
+        function: the command, which may have further options.
+        names: of the settings. A ``*`` after ``constraint`` adds the settings of each kind of constraint. The setting
+            ``model`` becomes an argument instead of an option.
     """
 
     def __init__(self, function: Callable[..., None], names: Sequence[str]) -> None:
@@ -64,15 +64,15 @@ class WithSettings:
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], WithSettings]:
-    """Make a command of a function: see :class:`WithSettings`."""
+    """Turn a function into a command: see :class:`WithSettings`."""
     return lambda function: WithSettings(function, names)
 
 
 def merge_settings(preset: str | None, config: Path | None, given: Mapping[str, Any]) -> RunConfig:
-    """The settings of a run: the command line overrides the file, the file overrides the preset.
+    """Merge the settings of a run: the command line overrides the file, which overrides the preset.
 
     Raises:
-        GossamerError: naming what is wrong and where it stands.
+        GossamerError: naming what is wrong and its source.
     """
     places = []
     if preset is not None:
@@ -84,7 +84,7 @@ def merge_settings(preset: str | None, config: Path | None, given: Mapping[str, 
 
 def _parameter(one: Setting) -> inspect.Parameter:
     help = (f"With {' or '.join(one.kinds)}: " if one.kinds else "") + one.help
-    # Checked with all other settings, which says in one line what is wrong: for typer they are texts.
+    # Typer gets strings: the values are checked later with all other settings, with one-line error messages.
     kind: Any = bool if one.plain_type is bool else str
     if one.choices and one.choices[0] not in help:
         help += f" One of {', '.join(one.choices)}."
@@ -100,5 +100,5 @@ def _parameter(one: Setting) -> inspect.Parameter:
 
 
 def _metavar(one: Setting) -> str:
-    """In few letters: the wider this column of help, the narrower the one that explains."""
+    """A short metavar: a wide metavar column narrows the column of explanations in the help."""
     return "NAME" if one.choices else {int: "INT", float: "NUMBER"}.get(one.plain_type, "TEXT")

@@ -1,4 +1,4 @@
-"""Standard output and error: characters that they do not hold, a reader that has gone, silence."""
+"""Standard output and error: unsupported characters, a reader that has gone, and silence."""
 
 import codecs
 import io
@@ -11,17 +11,17 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from gossamer.errors import why_not_written
 
 PIPE_CLOSED = 141
-"""The exit code of a command whose reader has gone, as after ``| head -1``: what shells say of SIGPIPE (128 + 13)."""
+"""Exit code of a command whose reader has gone, as after ``| head -1``: the shells' code for SIGPIPE (128 + 13)."""
 
 _PLAIN = {
     "τ": "tau", "λ": "lambda", "ε": "epsilon", "±": "+-", "×": "x", "−": "-", "–": "-", "‖": "||", "→": "->",
     "↑": "^", "↓": "v", "≥": ">=", "≤": "<=", "…": "...", "“": '"', "”": '"', "’": "'",
 }  # fmt: skip
-"""What stands for characters that the terminal's or the file's encoding does not have."""
+"""Replacements for characters that the encoding of the terminal or file lacks."""
 
 
 def write_plain_characters() -> None:
-    """Have the streams write other characters where they do not hold one."""
+    """Make the standard streams replace characters that their encoding lacks."""
     codecs.register_error("gossamer", _in_plain_characters)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -36,10 +36,10 @@ def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
 
 
 def unwritten() -> str | None:
-    """Write what is still to be written to standard output; in one line, why that cannot be done. It is dropped then.
+    """Flush standard output; if that fails, drop the rest of the output and return the reason as one line.
 
     Raises:
-        BrokenPipeError: if its reader has gone.
+        BrokenPipeError: if the reader has gone.
     """
     try:
         if sys.stdout is not None:
@@ -53,7 +53,7 @@ def unwritten() -> str | None:
 
 
 def broken_pipe(error: BaseException) -> BrokenPipeError | None:
-    """The error of a pipe that nobody reads, which others made an exit with code 1 of; None of any other error."""
+    """Find a BrokenPipeError in an error's chain, where typer and rich turn it into an exit; None if there is none."""
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, BrokenPipeError):
         seen = seen.__cause__ or seen.__context__
@@ -62,8 +62,8 @@ def broken_pipe(error: BaseException) -> BrokenPipeError | None:
 
 @contextmanager
 def watched_output() -> Iterator[Callable[[], bool]]:
-    """Gives what says whether nobody reads a standard stream any more; what it still has to write is dropped then."""
-    copies: dict[int, int] = {}  # rich puts the null device in the place of a stream that is broken
+    """Yield a function that tells whether a standard stream has lost its reader, and then drops its pending output."""
+    copies: dict[int, int] = {}  # rich replaces a broken stream by the null device
     for descriptor in (1, 2):
         with suppress(OSError):  # closed
             copies[descriptor] = os.dup(descriptor)
@@ -88,7 +88,7 @@ def _is_broken(descriptor: int) -> bool:
 
 
 def _drop(descriptor: int) -> None:
-    # What a buffer still holds goes nowhere when the interpreter ends, instead of failing there once more.
+    # At exit, the interpreter then writes the rest of the buffer to the null device instead of failing again.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
@@ -96,7 +96,7 @@ def _drop(descriptor: int) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Within the block nothing is written to the standard streams."""
+    """Discard all output to the standard streams within the block."""
     with (
         open(os.devnull, "w", encoding="utf-8", errors="replace") as nothing,
         redirect_stdout(nothing),

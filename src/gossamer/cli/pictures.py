@@ -1,4 +1,4 @@
-"""demo, report, view: what a person looks at."""
+"""The commands demo, report and view, which write pages to look at."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +40,7 @@ def demo(
 
 
 def show_demo(run: "Run") -> None:  # type: ignore[name-defined]
-    """Print the circuits, the sentences and the accuracies that a demo has left."""
+    """Print the circuits, sentences and accuracies recorded by a demo."""
     from gossamer.circuits.tables import comparison_tables
     from gossamer.demo.demonstrate import addition_table
     from gossamer.inputs import reading
@@ -111,7 +111,7 @@ def _record_attention(run: Path, circuits: Sequence[Mapping[str, Any]], tokens: 
     from gossamer.runs.record import Run
 
     models, tokenizer = _both(Run(run))
-    # Records of older versions have the prompt's text alone, its start token among it.
+    # Records of older versions have only the prompt's text, which includes the start token.
     prompts = (
         tuple(links.get("ids") or tokenizer(links["prompt"], add_special_tokens=False)["input_ids"])
         for links in circuits
@@ -124,7 +124,7 @@ def _record_attention(run: Path, circuits: Sequence[Mapping[str, Any]], tokens: 
 
 
 def _both(run: "Run") -> "tuple[dict[str, PreTrainedModel], PreTrainedTokenizerBase]":  # type: ignore[name-defined]
-    """The dense and the sparse model of a run, and their tokenizer."""
+    """Load the dense and the sparse model of a run, and their tokenizer."""
     from transformers.utils import logging
 
     from gossamer.runs.record import load_both

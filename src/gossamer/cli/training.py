@@ -1,4 +1,4 @@
-"""sparsify, and what goes before it and comes after: settings, launch-file, plan, import, merge."""
+"""The command sparsify, and the commands before and after it: settings, launch-file, plan, import, merge."""
 
 from collections.abc import Mapping
 from enum import Enum
@@ -116,7 +116,7 @@ def plan(
     chosen = find_preset(preset)
     settings = merge_settings(preset, config, given).in_processes(gpus)
     if settings.training.precision == "auto":
-        settings = settings.in_precision("bf16")  # which every device that a plan is for multiplies in hardware
+        settings = settings.in_precision("bf16")  # plans are for devices that support it in hardware
     estimate = plan_run(chosen.config, settings)
     console.print(_memory_table(chosen.summary, estimate))
     speed = estimate.tokens_per_second(gpus, gpu_tflops, utilisation)
@@ -159,7 +159,7 @@ def _say_whether_it_fits(
     estimate: "Plan",  # type: ignore[name-defined]
     room: float,
 ) -> None:
-    """Say whether it fits into so many bytes, and if not, what would."""
+    """Print whether the run fits into ``room`` bytes, and if not, which settings would."""
     from gossamer.runs.plan import MARGIN, alternatives
 
     low = f"{100 * (MARGIN - 1):.0f} % for fragmentation"

@@ -1,1 +1,1 @@
-"""The smallest whole example: two-digit addition, from a model trained from scratch to the algorithm in words."""
+"""The smallest complete example: two-digit addition, from training a model from scratch to its algorithm in words."""

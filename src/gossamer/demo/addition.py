@@ -1,8 +1,8 @@
-"""Two-digit addition as text, one token a character: all 10,000 sums ``37+58=095``, split by a seed.
+"""Two-digit addition as text, one token per character: all 10,000 sums such as ``37+58=095``, split by a seed.
 
-Every pair of operands occurs once, so carries are as frequent as they naturally are: 45 % into the tens, 49.5 % into
-the hundreds. Operands have two digits and the answer three, zeros in front, the most significant digit first: all sums
-have nine tokens, and each digit always stands in the same place.
+Every pair of operands occurs once, so carries have their natural frequency: 45 % into the tens, 49.5 % into the
+hundreds. Operands have two digits and answers three, zero-padded and most significant digit first, so that every sum
+has nine tokens and each digit has a fixed position.
 """
 
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ POSITIONS = (
     "the tens digit of the sum",
     "the ones digit of the sum",
 )
-"""What stands at each position of ``37+58=095``."""
+"""The meaning of each position of ``37+58=095``."""
 
 ANSWERS = ("hundreds", "tens", "ones")
-"""The digits of the answer in the order in which they are decided, at positions 5, 6 and 7."""
+"""The digits of the answer in the order in which they are predicted, at positions 5, 6 and 7."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,31 @@ class Sums:
 
     @property
     def carry_into_tens(self) -> Bool[Tensor, " sums"]:
-        """Whether the ones digits make ten or more."""
+        """Whether the ones digits add up to ten or more."""
         return self.a % 10 + self.b % 10 >= 10
 
     @property
     def carry_into_hundreds(self) -> Bool[Tensor, " sums"]:
-        """Whether the whole makes a hundred or more."""
+        """Whether the sum is a hundred or more."""
         return self.a + self.b >= 100
 
     def texts(self) -> list[str]:
-        """``37+58=095``."""
+        """The sums as texts such as ``37+58=095``."""
         return [f"{a:02}+{b:02}={a + b:03}" for a, b in zip(self.a.tolist(), self.b.tolist(), strict=True)]
 
     def blocks(self) -> Int[Tensor, "sums 9"]:
-        """The texts in the tokens of :func:`addition_tokenizer`: the character's place in :data:`CHARACTERS`."""
+        """The texts as token ids of :func:`addition_tokenizer`: each character's index in :data:`CHARACTERS`."""
         return torch.tensor([[CHARACTERS.index(character) for character in text] for text in self.texts()])
 
 
 @dataclass(frozen=True)
 class Split:
-    """All pairs, each in one of the three parts.
+    """All pairs, each in one of three parts.
 
     Attributes:
-        train: to train on, dense and sparse.
-        validation: unseen; the multiplier is steered by them.
-        held_out: unseen; metrics are reported on them.
+        train: pairs to train on, dense and sparse.
+        validation: unseen pairs that steer the multiplier.
+        held_out: unseen pairs for the reported metrics.
     """
 
     train: Sums
@@ -85,7 +85,7 @@ class Split:
 
 
 def split_pairs(*, validation: int, held_out: int, seed: int) -> Split:
-    """All 10,000 pairs in an order decided by the seed: held out, validation, and the rest to train on."""
+    """Shuffle all 10,000 pairs by the seed and split them into held out, validation, and the rest for training."""
     order = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(seed))
     pairs = Sums(order // 100, order % 100)
     return Split(
@@ -96,7 +96,7 @@ def split_pairs(*, validation: int, held_out: int, seed: int) -> Split:
 
 
 def addition_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and one for every character that no sum has."""
+    """A tokenizer with one token per character, and one for all characters that do not occur in sums."""
     vocabulary = {character: place for place, character in enumerate(CHARACTERS)}
     backend = Tokenizer(models.WordLevel({**vocabulary, "<unk>": len(vocabulary)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -106,14 +106,14 @@ def addition_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class IllustrativeSum:
-    """A sum worth looking at: its ``text`` and what is special about it."""
+    """An illustrative sum: its ``text``, and a ``note`` on what is special about it."""
 
     text: str
     note: str
 
 
 def illustrative_sums(sums: Sums) -> list[IllustrativeSum]:
-    """Up to eight of the sums that between them show every way a carry can go, in a fixed order."""
+    """Up to eight of the sums that together cover every pattern of carries, in a fixed order."""
     tens, hundreds = sums.carry_into_tens, sums.carry_into_hundreds
     nine = sums.a // 10 + sums.b // 10 == 9
     kinds = {

@@ -1,11 +1,11 @@
 """``gossamer demo``: a model that learns to add, made sparse until its algorithm can be read.
 
-1. A small decoder is trained from scratch on two-digit sums until it adds pairs that it has never seen.
-2. It is made sparse by :mod:`gossamer.training`, its own loss on unseen sums the bound.
-3. Losses, open links and exact match of both are measured on held-out sums, and the circuits of both compared.
-4. What each open link does is measured and said in words (:mod:`gossamer.demo.findings`).
+1. Train a small decoder from scratch on two-digit sums until it adds pairs that it has never seen.
+2. Make it sparse with :mod:`gossamer.training`, with its own loss on unseen sums as the bound.
+3. Measure losses, open links and exact match of both models on held-out sums, and compare their circuits.
+4. Measure what each open link does and describe it in words (:mod:`gossamer.demo.findings`).
 
-The result is a run like any other, with the dense model in ``dense/`` and the sentences in ``findings.json``.
+The result is an ordinary run, with the dense model in ``dense/`` and the sentences in ``findings.json``.
 """
 
 import json
@@ -57,17 +57,17 @@ _SEQUENCES_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Everything that can be set; the defaults were found by the trials in ``docs/LOG.md``.
+    """All settings of the demo; the trials in ``docs/LOG.md`` found the defaults.
 
     Attributes:
         width, layers, heads: of the decoder.
-        dense: how it is trained.
-        dense_steps: of its training.
-        sparse: how it is made sparse.
-        sparse_steps: of that.
+        dense: settings of the dense training.
+        dense_steps: its number of steps.
+        sparse: settings of the sparse training.
+        sparse_steps: its number of steps.
         gate_bias: initial bias of every gate.
-        validation, held_out: how many of the 10,000 pairs steer the multiplier, and how many the metrics stand on.
-        circuit_prompts: how many prompts the circuits are compared on; 0: they are not.
+        validation, held_out: how many of the 10,000 pairs steer the multiplier, and how many the metrics are based on.
+        circuit_prompts: number of prompts for the comparison of circuits; 0 skips it.
         seed: of the split, the weights, the order of the data and the noise.
     """
 
@@ -96,8 +96,8 @@ class DemoConfig:
             prompt_tokens=PROMPT_TOKENS,
             precision="fp32",
             constraint=CrossEntropy(slack=0.0),
-            # From fewer links than it needs the model finds circuits that it does not find from more: lambda begins
-            # lower than elsewhere and rises faster. From 0.03 on everything would close and stay closed.
+            # Starting from fewer links than it needs, the model finds circuits that it does not find from more. So
+            # lambda starts lower than elsewhere and rises faster. At 0.03 and below all gates would close for good.
             multiplier=MultiplierConfig(initial=0.07, integral=8.0),
             validations=75,
             checkpoint_every=20,
@@ -119,14 +119,14 @@ def demonstrate(
     warn: Callable[[str], None] = lambda line: None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Run:
-    """Do all of it; ``folder`` appears whole at the end, or not at all.
+    """Run the whole demo; ``folder`` is written atomically at the end.
 
     Args:
         folder: the run's directory; must not exist yet.
-        config: what to do.
-        console: where the progress of training is drawn; none if None.
-        warn: is given one line for each thing the user should know.
-        progress: is told in a few words what is being measured.
+        config: the settings.
+        console: where to show the progress of training; nowhere if None.
+        warn: called with one line for each warning.
+        progress: called with a short description of the current measurement.
 
     Raises:
         GossamerError: if the directory exists or cannot be written; if a loss is not finite.
@@ -143,9 +143,10 @@ def demonstrate(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """So small a model gains little from a second thread, and with one the result does not hang on how many there are.
+    """Run the block with one thread, so that the result does not depend on the number of threads.
 
-    On a machine that is busy, threads that wait for each other made training eight times slower.
+    A model this small gains little from a second thread. On a busy machine, threads that wait for each other made
+    training eight times slower.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -203,13 +204,13 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def demo_config(seed: int) -> DemoConfig:
-    """The demo as the command line runs it."""
+    """The settings with which the command line runs the demo."""
     config = DemoConfig()
     return replace(config, seed=seed, dense=replace(config.dense, seed=seed), sparse=replace(config.sparse, seed=seed))
 
 
 def run_config(config: DemoConfig) -> RunConfig:
-    """The demo as the configuration of a run."""
+    """The demo's settings as the configuration of a run."""
     return RunConfig(
         model="a decoder trained from scratch on two-digit sums",
         text="two-digit sums, every pair of operands once",
@@ -232,7 +233,7 @@ def train_dense(
     console: Console,
     warn: Callable[[str], None],
 ) -> PreTrainedModel:
-    """The dense model, trained from scratch; in ``eval()`` mode."""
+    """Train the dense model from scratch and return it in ``eval()`` mode."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = LlamaForCausalLM(
@@ -267,7 +268,7 @@ def _add_metrics(
     findings: dict[str, Any],
     seconds: dict[str, float],
 ) -> None:
-    """Put what only sums have into ``metrics.json``, under ``addition``."""
+    """Add the metrics that are specific to addition to ``metrics.json``, under ``addition``."""
     metrics = run.read_metrics()
     metrics["addition"] = {
         "sums_trained": len(split.train),
@@ -286,7 +287,7 @@ def _add_metrics(
 
 
 def addition_table(metrics: dict[str, Any]) -> Table:
-    """What ``metrics.json`` says under ``addition``, for the terminal."""
+    """The metrics under ``addition`` in ``metrics.json`` as a table for the terminal."""
     addition = metrics["addition"]
     table = Table(title=f"{addition['sums_held_out']:,} sums never seen in training")
     table.add_column("")

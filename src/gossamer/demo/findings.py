@@ -1,16 +1,15 @@
-"""What each open link of an addition model does, found by measuring and said in words.
+"""Measure what each open link of an addition model does, and describe it in words.
 
-Links are looked at in groups: those of one layer from one key to one query, whatever their heads. Of each group is
-measured
+Links are analysed in groups: all links of one layer from one key to one query, over all heads. For each group, measure
 
-1. in which share of the sums one of its links is open, with and without a carry into the tens, into the hundreds;
-2. what cutting it does: the model is run with the links carrying nothing, and each digit of the answer is judged;
-3. what it passes on, by exchange: the links' messages A_ij P_ij v_j are replaced by those of another sum, drawn at
-   random among the sums that agree in one quantity (a digit, a carry, a digit of the answer ...) and in the token at
-   the query, which the reader knows anyway. If nearly as many sums stay right as before, then the model uses nothing of
-   the message but that quantity (the interchange interventions of Geiger et al. 2021, arXiv 2106.02997, resampled as in
-   causal scrubbing). The quantities are tried in ascending order of their number of values, beginning with none at all,
-   and the first one that will do is named. Only sums that got another one's message count.
+1. the share of the sums in which one of its links is open, with and without a carry into the tens or the hundreds;
+2. the effect of cutting it: run the model with the links carrying nothing, and score each digit of the answer;
+3. what it passes on, by interchange: replace the links' messages A_ij P_ij v_j by those of another sum, drawn at random
+   among the sums that agree in one quantity (a digit, a carry, a digit of the answer ...) and in the token at the
+   query, which the query knows anyway. If nearly as many sums stay correct as before, the model uses only that quantity
+   of the message (interchange interventions of Geiger et al. 2021, arXiv 2106.02997, resampled as in causal scrubbing).
+   Quantities are tried in ascending order of their number of values, starting with none, and the first sufficient one
+   is named. Only sums that received another sum's message count.
 
 All links of one query are also cut together. The sentences are made from these numbers alone.
 """
@@ -32,29 +31,29 @@ Link = tuple[int, int, int, int]
 """Layer, head, query position, key position."""
 
 ENOUGH = 0.01
-"""Share of the sums in which a link has to be open to be spoken of."""
+"""Share of the sums in which a link has to be open to be reported."""
 
 TOLERANCE = 0.01
-"""Share of the sums that may go wrong under an exchange that still counts as harmless."""
+"""Share of the sums that may become wrong under an exchange that still counts as harmless."""
 
 TELLING = 0.1
-"""Difference between sums with and without a carry from which on a sentence tells them apart."""
+"""Smallest difference between sums with and without a carry for which a sentence distinguishes them."""
 
 FEWEST = 200
-"""Sums that have to get another one's message for an exchange to count."""
+"""Smallest number of sums that have to receive another sum's message for an exchange to count."""
 
 NOTHING = "nothing"
-"""The quantity that all sums agree in."""
+"""The constant quantity, in which all sums agree."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of sums answered right by greedy decoding.
+    """Shares of sums answered correctly by greedy decoding.
 
     Attributes:
-        exact: all three digits.
-        digits: each digit, given the right ones before it, by the names of :data:`ANSWERS`.
-        groups: ``exact`` among the sums of each group of :func:`groups_of`.
+        exact: all three digits correct.
+        digits: each digit, given the correct digits before it, by the names of :data:`ANSWERS`.
+        groups: ``exact`` within each group of :func:`groups_of`.
     """
 
     exact: float
@@ -72,7 +71,7 @@ def groups_of(sums: Sums) -> dict[str, Bool[Tensor, " sums"]]:
 
 
 def quantities_of(sums: Sums) -> dict[str, Int[Tensor, " sums"]]:
-    """What a link could pass on, by name, fewest values first."""
+    """The quantities that a link could pass on, by name, those with fewest values first."""
     a_tens, a_ones, b_tens, b_ones = sums.a // 10, sums.a % 10, sums.b // 10, sums.b % 10
     total = sums.a + sums.b
     return {
@@ -94,10 +93,10 @@ def quantities_of(sums: Sums) -> dict[str, Int[Tensor, " sums"]]:
 
 
 def measure_accuracy(logits: Float[Tensor, "sums 9 vocab"], sums: Sums) -> Accuracy:
-    """From the logits on the whole sums.
+    """Compute accuracy from the logits on the whole sums.
 
-    A greedily decoded answer is right if and only if every digit is the most likely one after the right digits before
-    it, so that one run over the whole sum is enough.
+    A greedily decoded answer is correct if and only if every digit is the most likely one after the correct digits
+    before it, so one forward pass over the whole sum is enough.
     """
     right = logits[:, PROMPT_TOKENS - 1 : -1].argmax(-1).cpu() == sums.blocks()[:, PROMPT_TOKENS:]
     exact = right.all(1)
@@ -108,7 +107,7 @@ def measure_accuracy(logits: Float[Tensor, "sums 9 vocab"], sums: Sums) -> Accur
 
 @torch.no_grad()
 def model_accuracy(model: PreTrainedModel, sums: Sums) -> Accuracy:
-    """Of a model, with hard gates if it has any; it is left in ``eval()`` mode."""
+    """Measure the accuracy of a model, with hard gates if it is gated; leaves the model in ``eval()`` mode."""
     model.eval()
     return measure_accuracy(model(input_ids=sums.blocks().to(model.device), use_cache=False).logits, sums)
 
@@ -119,8 +118,8 @@ class OpenLink:
 
     Attributes:
         link: layer, head, query position, key position.
-        open: share of all sums.
-        groups: share of the sums of each group of :func:`groups_of`.
+        open: share of all sums in which it is open.
+        groups: the same share within each group of :func:`groups_of`.
     """
 
     link: Link
@@ -133,10 +132,10 @@ class LinkMap:
     """The open links of a model on some sums.
 
     Attributes:
-        links: those open in at least :data:`ENOUGH` of the sums, by layer, then query and key.
-        mean: open links of a sum.
-        most: of the sum that has most.
-        union: different links that are open in at least one sum.
+        links: those open in at least :data:`ENOUGH` of the sums, sorted by layer, query, key and head.
+        mean: mean number of open links per sum.
+        most: largest number of open links of any sum.
+        union: number of distinct links that are open in at least one sum.
     """
 
     links: tuple[OpenLink, ...]
@@ -146,7 +145,7 @@ class LinkMap:
 
 
 class Measurements:
-    """A gated model on sums that it has never seen: what is open, and what interventions do.
+    """Measures a gated model on sums that it has never seen: open links, and effects of interventions.
 
     Args:
         model: gated, in ``eval()`` mode.
@@ -171,12 +170,12 @@ class Measurements:
         return mask
 
     def opening(self, links: Sequence[Link]) -> tuple[float, dict[str, float]]:
-        """The share of the sums in which at least one of the links is open; of all, and of each group."""
+        """The share of the sums in which at least one of the links is open: among all sums, and in each group."""
         any_open = (self.opened & self.mask(links)).flatten(1).any(1).double()
         return any_open.mean().item(), {name: any_open[chosen].mean().item() for name, chosen in self.groups.items()}
 
     def map(self) -> LinkMap:
-        """Which links are open."""
+        """Find the open links."""
         places = (self.opened.double().mean(0) >= ENOUGH).nonzero().tolist()
         places.sort(key=lambda place: (place[0], place[2], place[3], place[1]))
         links = [(layer, head, query, key) for layer, head, query, key in places]
@@ -189,13 +188,13 @@ class Measurements:
         )
 
     def cut(self, links: Sequence[Link]) -> Accuracy:
-        """Accuracy when the links carry nothing."""
+        """Measure accuracy with the links carrying nothing."""
         return measure_accuracy(run_without_links(self.model, self.blocks, self.mask(links)), self.sums)
 
     def exchanged(self, links: Sequence[Link], values: Int[Tensor, " sums"]) -> float | None:
-        """Exact match when the links carry what they carry in another sum, random among those of equal ``values``.
+        """Measure exact match when the links carry what they carry in another sum, random among equal ``values``.
 
-        Of the sums that got another one's message; None if they are too few to tell.
+        Only sums that received another sum's message count; None if they are fewer than :data:`FEWEST`.
         """
         donors = sample_donors(values, self.generator)
         moved = (donors != torch.arange(len(donors))).nonzero().flatten()
@@ -205,10 +204,10 @@ class Measurements:
         return measure_accuracy(logits[moved], self.sums[moved]).exact
 
     def passed_on(self, links: Sequence[Link]) -> tuple[str | None, dict[str, float]]:
-        """The first quantity within which exchange is harmless, and exact match for each that was tried.
+        """Find the first quantity within which exchange is harmless, and the exact match for each quantity tried.
 
         Args:
-            links: of one query.
+            links: links of one query.
         """
         tried: dict[str, float] = {}
         known = self.blocks[:, links[0][2]].cpu()
@@ -223,9 +222,9 @@ class Measurements:
 
 
 def sample_donors(values: Int[Tensor, " sums"], generator: torch.Generator) -> Int[Tensor, " sums"]:
-    """For each sum another one of the same value, in random order; a sum alone with its value keeps its own.
+    """Draw for each sum another one with the same value; a sum whose value is unique gets itself.
 
-    Within a value the order is shuffled and each sum gets the next one's, so that none gets its own.
+    Sums of the same value are shuffled and each gets the next one, so that none of several gets itself.
     """
     shuffled = torch.randperm(len(values), generator=generator)
     ordered = shuffled[torch.argsort(values[shuffled], stable=True)]
@@ -236,12 +235,12 @@ def sample_donors(values: Int[Tensor, " sums"], generator: torch.Generator) -> I
 
 
 def describe(model: PreTrainedModel, sums: Sums, *, measured: int = 2_000, seed: int = 0) -> dict[str, Any]:
-    """The contents of ``findings.json``; its keys are documented in ``docs/metrics.md``.
+    """Make the contents of ``findings.json``, whose keys ``docs/metrics.md`` documents.
 
     Args:
         model: gated, in ``eval()`` mode.
-        sums: what to measure on, none of them seen in training: accuracy and open links on all of them.
-        measured: how many of them the interventions are run on.
+        sums: sums not seen in training; accuracy and open links are measured on all of them.
+        measured: number of these sums on which interventions are run.
         seed: of the exchanges.
     """
     found, whole = Measurements(model, sums).map(), model_accuracy(model, sums)
@@ -267,7 +266,7 @@ def describe(model: PreTrainedModel, sums: Sums, *, measured: int = 2_000, seed:
 
 
 def by_query_and_key(links: Sequence[OpenLink]) -> list[list[OpenLink]]:
-    """The links of one layer, query and key together, in the order of the first of each."""
+    """Group links by layer, query and key, ordered by the first link of each group."""
     groups: dict[tuple[int, int, int], list[OpenLink]] = {}
     for each in links:
         layer, _, query, key = each.link
@@ -276,7 +275,7 @@ def by_query_and_key(links: Sequence[OpenLink]) -> list[list[OpenLink]]:
 
 
 def _percent(share: float) -> str:
-    """0 and 100 % are said only of none and all."""
+    """Format a share; only exact 0 and 1 are written as 0 % and 100 %."""
     if share in (0.0, 1.0):
         return f"{100 * share:.0f} %"
     return f"{min(max(100 * share, 0.1), 99.9):.1f} %"
@@ -288,7 +287,7 @@ def _thing(position: int) -> str:
 
 
 def _reader(position: int) -> str:
-    """A position as a query: what stands there, and what is decided there."""
+    """Describe a query position: its token, and the digit predicted there."""
     place = position - (PROMPT_TOKENS - 1)
     if 0 <= place < len(ANSWERS):
         return f"the {ANSWERS[place]} digit of the sum, decided at {_thing(position)},"
@@ -296,7 +295,7 @@ def _reader(position: int) -> str:
 
 
 def _by_carry(groups: Mapping[str, float]) -> str:
-    """The shares with and without the carry that makes more of a difference, in brackets; nothing if neither does."""
+    """The shares with and without the carry that matters more, in parentheses; empty if neither carry matters."""
     pairs = [(groups[f"with a carry into the {place}"], groups[f"without a carry into the {place}"], place)
              for place in ("tens", "hundreds")]  # fmt: skip
     with_carry, without, place = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
@@ -311,7 +310,7 @@ def _harms(cut: Accuracy, whole: Accuracy) -> list[str]:
 
 
 def _damage(cut: Accuracy, whole: Accuracy) -> str:
-    """What a cut does, in words that follow the numbers."""
+    """Describe the effect of a cut in words derived from the numbers."""
     stay = f"{_percent(cut.exact)} of the sums stay right{_by_carry(cut.groups)}"
     hit = _harms(cut, whole)
     if not hit:
@@ -350,14 +349,14 @@ def _summary(found: LinkMap, whole: Accuracy, sums: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MeasuredGroup:
-    """The links of one layer, query and key, and what was measured of them.
+    """The links of one layer, query and key, with their measurements.
 
     Attributes:
         links: of the group.
-        open: share of the sums in which one of them is open; ``open_groups`` the same by group of sums.
-        whole, cut: accuracy of the model as it is, and with the links carrying nothing.
-        quantity: the first quantity within which exchange is harmless; None if none is.
-        tried: exact match under exchange by quantity.
+        open: share of the sums in which at least one of them is open; ``open_groups``: the same by group of sums.
+        whole, cut: accuracy of the unmodified model, and with the links carrying nothing.
+        quantity: the first quantity within which exchange is harmless, or None.
+        tried: exact match under exchange, by quantity.
     """
 
     links: tuple[OpenLink, ...]
@@ -382,7 +381,7 @@ class MeasuredGroup:
 
 
 def measure_group(some: Measurements, group: Sequence[OpenLink]) -> MeasuredGroup:
-    """Open, cut and exchange the links of one layer, query and key."""
+    """Measure the links of one layer, query and key: how often they are open, and the effects of cut and exchange."""
     links = [each.link for each in group]
     return MeasuredGroup(tuple(group), *some.opening(links), some.whole, some.cut(links), *some.passed_on(links))
 
@@ -401,9 +400,9 @@ def _about_group(group: MeasuredGroup) -> dict[str, Any]:
 
 
 def _ways(groups: Sequence[MeasuredGroup]) -> list[dict[str, Any]]:
-    """Along which links each carry travels, and which digits are read as they are.
+    """Describe which links pass on each carry, and which links read digits unchanged.
 
-    Links that can be cut without harm are no part of how the model adds, and are left out.
+    Links that can be cut without harm do not contribute to the addition and are omitted.
     """
     kinds = {
         "The carry into the tens is passed on where": {"the carry into the tens"},

@@ -1,1 +1,1 @@
-"""One prediction: which attention links carry it, why each of them is open, and what each of them writes."""
+"""Explain one prediction: which attention links carry it, why each is open, and what each writes."""

@@ -1,4 +1,4 @@
-"""How the links of a prediction are searched for. The command line makes its options of this: nothing heavy here."""
+"""Settings of the link search. The command line builds its options from them, so this module imports nothing heavy."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,15 +9,15 @@ from gossamer.fields import LARGEST_SEED, documented, setting
 Kind = Literal["sufficient", "complete"]
 
 SHARES = (0.5, 0.8, 0.9, 0.95)
-"""Of the metric, for which sets are given beside the one that was asked for."""
+"""Shares of the metric for which sets are reported in addition to the requested share."""
 
 
 @documented
 @dataclass(frozen=True)
 class ExplainConfig:
-    """What the set of links has to do, and how often it is searched for.
+    """What the set of links has to achieve, and how many searches to run.
 
-    The set of the first seed is the explanation; the others say how stable it is.
+    The set of the first seed is the explanation; the other seeds show how stable it is.
     """
 
     links: Kind | None = setting(

@@ -1,9 +1,9 @@
-"""What a link does: the tokens that it promotes where it writes, and the metric without it.
+"""The effect of a link: the tokens that it promotes where it writes, and the metric without it.
 
-A link adds w_ij v_j W_O to the stream at its query's position. What that does to the logits there, read off directly
-through the last norm (its scale held fixed) and the unembedding, are the tokens promoted and demoted; later layers may
-make something else of it. Its effect on the prediction is measured: the metric with every link less the metric when it
-alone is cut.
+A link adds w_ij v_j W_O to the residual stream at its query position. Its direct effect on the logits there, through
+the final norm (its scale held fixed) and the unembedding, gives the tokens that it promotes and demotes; later layers
+may transform what it writes. Its effect on the prediction is measured: the metric with every link minus the metric
+when this link alone is cut.
 """
 
 from dataclasses import dataclass, field
@@ -20,18 +20,18 @@ from gossamer.explanations.link_masks import LinkMasks
 from gossamer.models.architectures import architecture_of
 
 SHOWN_TOKENS = 5
-"""Tokens that are named on either side."""
+"""Number of promoted tokens, and of demoted tokens, that are reported."""
 
 
 @dataclass(frozen=True)
 class LinkEffect:
-    """What one link does.
+    """The effect of one link.
 
     Attributes:
         weight: attention weight.
-        promotes, demotes: token ids, those whose logits it raises and lowers most where it writes.
-        alone: the share of the metric that is lost when it alone is cut from the whole model.
-        in_set: the share that is lost when it is cut from the set, all links outside it cut.
+        promotes, demotes: ids of the tokens whose logits it raises and lowers most where it writes.
+        alone: share of the metric that is lost when this link alone is cut from the whole model.
+        in_set: share that is lost when it is cut from the set, with all links outside the set cut.
     """
 
     weight: float
@@ -56,12 +56,12 @@ class _Recorder(LinkRecorder):
 
 @torch.no_grad()
 def link_effects(masks: LinkMasks, chosen: Bool[Tensor, " links"], places: Int[Tensor, " some"]) -> list[LinkEffect]:
-    """What some links of a set do.
+    """Measure the effects of some links of a set.
 
     Args:
         masks: the prediction.
         chosen: the set.
-        places: which of the links, by number in ``masks.links``.
+        places: indices of the links in ``masks.links``.
     """
     model = masks.model
     recorder = _Recorder()
@@ -88,7 +88,7 @@ def link_effects(masks: LinkMasks, chosen: Bool[Tensor, " links"], places: Int[T
 
 
 def _losses(masks: LinkMasks, chosen: Tensor, places: Tensor) -> tuple[list[float], list[float]]:
-    """The shares of the metric that are lost when each link is cut from the whole model, and from the set."""
+    """Shares of the metric that are lost when each link is cut from the whole model, and from the set."""
     single = [torch.zeros_like(chosen).index_fill_(0, place, True) for place in places]
     alone = masks.left_when_cut(single)
     kept, _ = masks.evaluate([chosen, *(chosen & ~each for each in single)], cut=False)
@@ -98,7 +98,7 @@ def _losses(masks: LinkMasks, chosen: Tensor, places: Tensor) -> tuple[list[floa
 def _direct_logits(
     model: PreTrainedModel, written: Float[Tensor, " d_model"], stream: Float[Tensor, "1 d_model"]
 ) -> Float[Tensor, " vocab"]:
-    """By how much a vector in the stream changes the logits, the scale of the last norm held fixed."""
+    """The change of the logits that a vector in the residual stream causes, with the final norm's scale held fixed."""
     path = architecture_of(model).final_norm
     assert path is not None
     norm = fixed_norm(model.get_submodule(path), stream[None]).at(0, 0)

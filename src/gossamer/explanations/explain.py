@@ -1,10 +1,10 @@
-"""The explanation of one prediction: the links that carry it, checked by running the model, and why each is open.
+"""Explain one prediction: find the links that carry it, check them by running the model, and find why each is open.
 
-1. A set of links is searched for with every seed. The first seed's set is the explanation; how far the others agree is
-   reported beside it.
-2. For other shares of the metric the set is grown or thinned.
-3. Its strongest links are looked at one by one: weight, gate, what they write, what is lost without them, and why they
-   are open.
+1. Search for a set of links with every seed. The first seed's set is the explanation; the overlap with the others is
+   reported.
+2. Grow or shrink the set for other shares of the metric.
+3. Analyse its strongest links one by one: weight, gate, what they write, what is lost without them, and why they are
+   open.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +26,10 @@ from gossamer.explanations.reasons import GateSplitter, Reason, require_sums
 from gossamer.models.frozen import frozen
 
 MOST_DETAILED = 60
-"""Links of a set that are looked at one by one, the strongest."""
+"""Number of links of a set, the strongest ones, that are analysed one by one."""
 
 Progress = Callable[[str, float, int], None]
-"""Called with what is being done, the share of it that is done, and how many links the smallest set so far has."""
+"""Called with the current step, the share of it that is done, and the size of the smallest set so far."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class ExplainedLink:
 
     Attributes:
         link: layer, head, query position, key position.
-        effect: what it does.
-        reason: why it is open, or in a dense model how its logit comes about.
-        found_by: the share of the seeds whose set has it.
+        effect: its effect.
+        reason: why it is open, or in a dense model what its attention logit consists of.
+        found_by: share of the seeds whose set contains it.
     """
 
     link: tuple[int, int, int, int]
@@ -51,20 +51,20 @@ class ExplainedLink:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which links carry one prediction of one model.
+    """The links that carry one prediction of one model.
 
     Attributes:
-        prediction: prompt, target, and what the target is compared with.
-        corrupted: the tokens whose values cut links carry; None: they carry nothing.
-        kind: whether the set is sufficient, or complete: sufficient and necessary.
-        share: of the metric that it keeps.
+        prediction: the prompt, the target, and the token that the target is compared with.
+        corrupted: the tokens whose values cut links carry; None if cut links carry nothing.
+        kind: ``sufficient``, or ``complete``: sufficient and necessary.
+        share: share of the metric that the sets have to keep.
         full, nothing: the metric with every link and with none.
-        candidates: links that the model has on this prompt: the open ones, of a dense model all.
-        links: ``[candidates, 4]`` of all of them: layer, head, query, key.
-        seeds: by which the sets were found.
+        candidates: number of links of the model on this prompt: the open ones, or all in a dense model.
+        links: ``[candidates, 4]``, all candidates: layer, head, query, key.
+        seeds: the seeds of the sets.
         sets: the set of each seed; the first is the explanation.
-        by_share: sets of the first seed for other shares of the metric.
-        details: the strongest links of the first set, the strongest first.
+        by_share: sets of the first seed for several shares of the metric.
+        details: the strongest links of the first set, strongest first.
     """
 
     prediction: Prediction
@@ -82,11 +82,11 @@ class Explanation:
 
     @property
     def overlap(self) -> float | None:
-        """The mean Jaccard index of the seeds' sets; None for one seed."""
+        """Mean Jaccard index of the seeds' sets; None for one seed."""
         return overlap(list(self.sets))
 
     def found_by(self) -> Float[Tensor, " candidates"]:
-        """The share of the seeds whose set has each link."""
+        """For each link, the share of the seeds whose set contains it."""
         return torch.stack([each.chosen.float() for each in self.sets]).mean(0)
 
 
@@ -107,15 +107,15 @@ def explain(
         model: dense or gated, of a supported family.
         tokenizer: of the model.
         prompt: text.
-        target: text of the token whose prediction is explained; the model's first choice if None.
-        against: text of another token: the metric is the logit difference then, else log p(target).
-        corrupted: a prompt of the same length in tokens; cut links then carry its values instead of nothing.
-        config: what the set of links has to do; the defaults if None: sufficient, 90 % of the metric, two seeds.
-        progress: told how far it is. KeyboardInterrupt in it, or anywhere in the search, ends the search with the best
-            set so far.
+        target: text of the token whose prediction is explained; the model's most likely token if None.
+        against: text of another token. If given, the metric is the logit difference; otherwise log p(target).
+        corrupted: a prompt of the same length in tokens, whose values cut links then carry instead of nothing.
+        config: what the set of links has to achieve. None uses the defaults: sufficient, 90 % of the metric, two seeds.
+        progress: called to report progress. A KeyboardInterrupt in it, or anywhere in the search, ends the search with
+            the best set so far.
 
     Raises:
-        GossamerError: on a prompt or target that cannot be explained, or a model that cannot be taken apart.
+        GossamerError: if the prompt or target cannot be explained, or the model cannot be decomposed.
     """
     graph_of(model)
     with frozen(model):
@@ -132,7 +132,7 @@ def explain_prediction(
     config: ExplainConfig | None = None,
     progress: Progress = lambda what, done, size: None,
 ) -> Explanation:
-    """:func:`explain` for a prediction by its tokens."""
+    """Like :func:`explain`, for a prediction that is already tokenised."""
     graph_of(model)
     require_sums(model)
     config = config or ExplainConfig()

@@ -1,13 +1,13 @@
 """One prediction under masks on its attention links.
 
-    f(E)     = (m(E) - m(nothing)) / (m(everything) - m(nothing))        links outside E cut: what is left of the metric
+    f(E)     = (m(E) - m(nothing)) / (m(everything) - m(nothing))     share of the metric left with links outside E cut
     f(not E) = the same with the links of E cut and all others kept
 
-Attention weights and gates are computed anew under every mask. A cut link carries nothing, or with a corrupted prompt
+Attention weights and gates are recomputed under every mask. A cut link carries nothing or, with a corrupted prompt,
 what it carries there.
 
-The links that have a mask are those that are open on the prompt (in a dense model: all), on the corrupted one too where
-there is one. A link that opens only because others are cut counts as outside E.
+The links that have a mask are those that are open on the prompt or on the corrupted prompt, if there is one; in a dense
+model, all links. A link that opens only because others are cut counts as outside E.
 """
 
 from dataclasses import dataclass, field
@@ -25,21 +25,21 @@ from gossamer.errors import GossamerError
 from gossamer.explanations.prediction import Prediction
 
 SMALLEST_DIFFERENCE = 1e-3
-"""Between the metric with all links and with none, in nats. Below it there is nothing to explain."""
+"""In nats, between the metric with all links and with none; below it there is nothing to explain."""
 
 _TOKENS_AT_ONCE = 1_024
-"""Rows times tokens in one forward pass without gradients."""
+"""Maximum of rows times tokens in one forward pass without gradients."""
 
 _GRADED_TOKENS = 256
-"""Rows times tokens in one pass with gradients."""
+"""Maximum of rows times tokens in one pass with gradients."""
 
 _RECOMPUTED = 256
-"""Tokens from which attention is computed again in the backward pass: its weights take more room than all else."""
+"""Number of tokens above which the backward pass recomputes attention, whose weights then dominate memory."""
 
 
 @dataclass
 class _Recorder(LinkRecorder):
-    """Which links of a prompt carry something, and with ``links`` what they carry."""
+    """Records which links of a prompt carry something and, with ``links``, what they carry."""
 
     carrying: list[Bool[Tensor, "heads tokens tokens"]] = field(default_factory=list)
 
@@ -50,7 +50,7 @@ class _Recorder(LinkRecorder):
 
 @dataclass
 class _Masked(StreamHooks):
-    """Attention with a mask of its own in each row."""
+    """Attention with a separate mask for each row."""
 
     places: list[Int[Tensor, " own"]]
     rows: list[MaskRow]
@@ -85,12 +85,12 @@ class LinkMasks:
 
     Args:
         model: dense or gated, in ``eval()`` mode, its weights frozen.
-        prediction: what is explained.
-        corrupted: tokens of a prompt of the same length whose values cut links carry; None: they carry nothing.
+        prediction: the prediction to explain.
+        corrupted: tokens of a prompt of the same length whose values cut links carry; None if they carry nothing.
 
     Attributes:
-        links: ``[links, 4]``: layer, head, query position and key position of those that have a mask.
-        full, nothing: the metric with every link, and with none.
+        links: ``[links, 4]``: layer, head, query position and key position of the links that have a mask.
+        full, nothing: the metric with every link and with none.
 
     Raises:
         GossamerError: if the corrupted prompt has another length; if cutting every link changes nothing.
@@ -132,7 +132,7 @@ class LinkMasks:
         return len(self.links)
 
     def metrics(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
-        """The metric under each mask, all rows in one forward pass; differentiable by the masks."""
+        """The metric under each mask, all rows in one forward pass; differentiable with respect to the masks."""
         hooks = _Masked(self._places, rows, self.corrupted)
         ids = self.ids.expand(len(rows), -1)
         with attention_hooks(self.model, hooks):
@@ -141,15 +141,15 @@ class LinkMasks:
 
     @property
     def rows_with_gradients(self) -> int:
-        """How many masks a pass with gradients takes, about."""
+        """Approximate number of masks per pass with gradients."""
         return max(1, _GRADED_TOKENS // self.ids.shape[1])
 
     def shares(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
-        """f under each mask, all rows in one forward pass; differentiable by the masks."""
+        """f under each mask, all rows in one forward pass; differentiable with respect to the masks."""
         return self.share(self.metrics(rows))
 
     def reaching(self, chosen: Bool[Tensor, " links"]) -> Bool[Tensor, " links"]:
-        """Those of the chosen links from which a path leads to the last position's prediction."""
+        """The chosen links from which a path of chosen links leads to the prediction at the last position."""
         links = self.links.cpu()
         read = torch.zeros(self.ids.shape[1], dtype=torch.bool)
         read[-1] = True
@@ -161,18 +161,18 @@ class LinkMasks:
         return reaching
 
     def share(self, metrics: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """f: which share of m(everything) - m(nothing) is left."""
+        """f: the share of m(everything) - m(nothing) that is left."""
         return (metrics - self.nothing) / (self.full - self.nothing)
 
     @torch.no_grad()
     def evaluate(
         self, sets: list[Bool[Tensor, " links"]], *, cut: bool = True
     ) -> tuple[Float[Tensor, " sets"], Float[Tensor, " sets"]]:
-        """f(E) and f(not E) of some sets of links, as many in one pass as fit.
+        """Compute f(E) and f(not E) of several sets of links, batched in as few passes as memory allows.
 
         Args:
             sets: True where a link is in the set.
-            cut: whether f(not E) is wanted; else it is NaN.
+            cut: whether to compute f(not E); otherwise it is NaN.
         """
         rows = [MaskRow(each.float(), False) for each in sets]
         kept = self._measured(rows)
@@ -180,7 +180,7 @@ class LinkMasks:
 
     @torch.no_grad()
     def left_when_cut(self, sets: list[Bool[Tensor, " links"]]) -> Float[Tensor, " sets"]:
-        """f(not E) of some sets of links alone."""
+        """Compute only f(not E) of several sets of links."""
         return self._measured([MaskRow(1 - each.float(), True) for each in sets])
 
     def _measured(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:

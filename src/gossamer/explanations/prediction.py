@@ -1,4 +1,4 @@
-"""The prediction that is to be explained: a prompt, the token after it, and the metric."""
+"""The prediction to explain: a prompt, the token after it, and the metric."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from gossamer.models.tokenizers import prompt_ids
 from gossamer.models.vocabulary import require_embeddings
 
 MOST_TOKENS, MOST_TOKENS_DENSE = 1_024, 256
-"""Of a prompt. A dense model has a mask for every pair of tokens in every head."""
+"""Most tokens of a prompt; fewer in a dense model, which needs a mask for every pair of tokens in every head."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Prediction:
     Attributes:
         ids: the prompt's tokens.
         target: the token that follows.
-        against: the token that the target is compared with; None for none.
+        against: the token that the target is compared with, or None.
     """
 
     ids: tuple[int, ...]
@@ -32,7 +32,7 @@ class Prediction:
 
     @property
     def metric_name(self) -> str:
-        """What :meth:`metric` is, in words."""
+        """Name of the quantity that :meth:`metric` computes."""
         return "log-probability" if self.against is None else "logit difference"
 
     def metric(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
@@ -51,17 +51,17 @@ def predict(
     target: str | None = None,
     against: str | None = None,
 ) -> Prediction:
-    """The prediction that a user asks about.
+    """Build a prediction from texts.
 
     Args:
         model: dense or gated.
         tokenizer: of the model.
         prompt: text.
-        target: text of one token; the model's first choice if None.
+        target: text of one token; the model's most likely token if None.
         against: text of another token.
 
     Raises:
-        GossamerError: if the prompt is empty or too long, or a target is not one token that the model knows.
+        GossamerError: if the prompt is empty or too long, or a target is not a single token that the model knows.
     """
     ids = prompt_tokens(model, tokenizer, prompt, "the prompt")
     chosen = first_choice(model, ids) if target is None else single_token(tokenizer, target, "--target")
@@ -77,10 +77,10 @@ def predict(
 def prompt_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, name: str
 ) -> tuple[int, ...]:
-    """The tokens of a prompt, with those that the tokenizer adds.
+    """The tokens of a prompt, including the special tokens that the tokenizer adds.
 
     Raises:
-        GossamerError: if there are none, or more than can be explained; if the model does not know one.
+        GossamerError: if there are no tokens, or more than can be explained; if the model has no embedding for one.
     """
     ids = tuple(prompt_ids(tokenizer, prompt))
     if not prompt.strip() or not ids:
@@ -97,16 +97,16 @@ def prompt_tokens(
 
 @torch.no_grad()
 def first_choice(model: PreTrainedModel, ids: tuple[int, ...]) -> int:
-    """The token that the model thinks most likely after a prompt."""
+    """The model's most likely token after a prompt."""
     rows = torch.tensor([ids], device=model.device)
     return int(model(input_ids=rows, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> int:
-    """The one token that a text is.
+    """The id of a text that is a single token.
 
     Raises:
-        GossamerError: if it is none, several, or unknown to the tokenizer.
+        GossamerError: if the text is no token, several tokens, or unknown to the tokenizer.
     """
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:

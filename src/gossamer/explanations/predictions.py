@@ -1,9 +1,9 @@
-"""Explanations of many predictions of natural text: how many links they need, in a dense model and in a sparse one.
+"""Explain many predictions on natural text: how many links they need in a dense and in a sparse model.
 
-1. Tokens are chosen that both models predict well, and only from their context: p above :data:`LIKELY` with all links,
-   at least :data:`GAIN` nats less with none. The choice is made by seed, for each length of context on its own.
-2. For each of them sufficient and complete sets are searched for in both models, with two seeds.
-3. Each row is written as soon as it is there: a measurement that was cut off goes on where it stopped.
+1. Choose tokens that both models predict well, and only from their context: p is above :data:`LIKELY` with all links,
+   and log p is at least :data:`GAIN` nats lower with none. The seeded choice is made separately per context length.
+2. Search for sufficient and complete sets of each prediction in both models, with two seeds.
+3. Write each row as soon as it is computed, so that an interrupted measurement continues where it stopped.
 """
 
 import json
@@ -32,22 +32,22 @@ from gossamer.models.fingerprint import weights_fingerprint
 from gossamer.models.frozen import frozen
 
 LIKELY = 0.3
-"""Probability above which a token counts as predicted well."""
+"""Probability above which a token counts as well predicted."""
 
 GAIN = 2.0
-"""Nats that its log-probability has to fall by when every link is cut."""
+"""Nats by which the token's log-probability has to drop when every link is cut."""
 
 KINDS: tuple[Kind, ...] = ("sufficient", "complete")
 
 _TRIED = 200
-"""Places in the text that are looked at for each prediction that is wanted."""
+"""Number of positions in the text that are tried per requested prediction."""
 
 _TOKENS_AT_ONCE = 2_048
 
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The middle of some values, and the quartiles around it."""
+    """Median and quartiles of some values."""
 
     low: float
     median: float
@@ -55,7 +55,7 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Quartiles":
-        """Of at least one value."""
+        """Compute them from at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*quantiles(values, n=4, method="inclusive"))
@@ -66,12 +66,12 @@ ANOTHER = "give another --out"
 
 @dataclass(frozen=True)
 class PredictionsConfig:
-    """Which predictions are explained.
+    """Which predictions to explain.
 
     Attributes:
-        lengths: tokens of context.
-        count: predictions of each length.
-        share: of the metric that is kept.
+        lengths: numbers of context tokens.
+        count: number of predictions per length.
+        share: share of the metric to keep.
         seed: of the choice and of the searches.
     """
 
@@ -82,7 +82,7 @@ class PredictionsConfig:
 
 
 class _Row(TypedDict):
-    """The sets of a prediction in one model."""
+    """The sets of one prediction and kind in one model."""
 
     length: int
     prediction: int
@@ -109,17 +109,17 @@ def choose_predictions(
     count: int,
     seed: int,
 ) -> list[Prediction]:
-    """Predictions of a text that all models make well and that need their context.
+    """Choose predictions in a text that all models make well and that depend on their context.
 
     Args:
         models: by name, in ``eval()`` mode.
         blocks: of the text, longer than ``length``.
-        length: tokens of context.
-        count: how many predictions.
+        length: number of context tokens.
+        count: number of predictions.
         seed: of the choice.
 
     Raises:
-        GossamerError: if the text has too few of them.
+        GossamerError: if the text has too few such predictions.
     """
     width = blocks.shape[1] - length
     generator = torch.Generator().manual_seed(seed)
@@ -144,7 +144,7 @@ def choose_predictions(
 
 
 def _log_probabilities(model: PreTrainedModel, windows: Int[Tensor, "rows tokens"]) -> Float[Tensor, " rows"]:
-    """Of the last token of each window after all others."""
+    """Log-probability of the last token of each window given all others."""
     ids = windows[:, :-1].to(model.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float().cpu()
     return logits.log_softmax(-1).gather(1, windows[:, -1:])[:, 0]
@@ -159,19 +159,19 @@ def explain_predictions(
     described: Mapping[str, Any],
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, Any]]:
-    """Search for the sets of many predictions; a row of the file for each prediction, model and kind of set.
+    """Search for the sets of many predictions, one row of the file per prediction, model and kind of set.
 
     Args:
         models: ``dense`` and ``sparse``.
         blocks: of the text.
-        file: JSON lines. If it exists, what it has is not searched for again.
-        config: which predictions, and what is searched for.
-        described: what the rows belong to, by name: models, text and settings; the file's first line, with checksums.
-        progress: told what is being searched for.
+        file: JSON lines. Rows that an existing file already has are not searched for again.
+        config: which predictions to choose, and what to search for.
+        described: names of the models and the text, and the settings; the file's first line holds them with checksums.
+        progress: called with a description of the current search.
 
     Raises:
         GossamerError: if the file belongs to other models, text or settings, or the text has too few predictions; if
-            another process is at work on the file.
+            another process is writing the file.
     """
     known = {**described, "fingerprints": _fingerprints(models, blocks)}
     with locked(file):
@@ -179,7 +179,7 @@ def explain_predictions(
 
 
 def _fingerprints(models: Mapping[str, PreTrainedModel], blocks: Int[Tensor, "blocks tokens"]) -> dict[str, str]:
-    """Of the models' weights and of the text: names stay where what they stand for is exchanged."""
+    """Checksums of the models' weights and of the text, because a name may later refer to other content."""
     found = {name: weights_fingerprint(model) for name, model in models.items()}
     return {**found, "text": f"{zlib.crc32(blocks.long().cpu().contiguous().numpy().tobytes()):08x}"}
 
@@ -215,7 +215,7 @@ def _explain(
 
 
 def _begun(file: Path, described: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the file, without one that was cut off; the file is begun if there is none."""
+    """The rows of the file, without an incomplete last one; creates the file if it does not exist."""
     if not file.exists():
         atomic_write_text(file, json.dumps(described) + "\n")
         return []
@@ -233,7 +233,7 @@ def _begun(file: Path, described: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sets(model: PreTrainedModel, prediction: Prediction, kind: Kind, share: float, seed: int) -> dict[str, Any]:
-    """Two sets of one prediction."""
+    """Search for two sets of one prediction."""
     with frozen(model):
         masks = LinkMasks(model, prediction)
         sets = [MaskSearch(masks, share=share, complete=kind == "complete", seed=seed + at).run() for at in range(2)]
@@ -249,7 +249,7 @@ def _sets(model: PreTrainedModel, prediction: Prediction, kind: Kind, share: flo
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Quartiles by length and kind of set: of sizes, what is kept and left, overlap, and the ratio dense : sparse."""
+    """Quartiles by length and kind of set: size, share kept and left, overlap, and the size ratio dense : sparse."""
     found = []
     for length in sorted({row["length"] for row in rows}):
         for kind in KINDS:

@@ -1,14 +1,14 @@
-"""Why a link is open: the gate's logit split by what was written upstream, and each part tested.
+"""Why a link is open: the gate's logit is split by upstream writers, and the largest parts are tested.
 
-The stream that attention reads at position i is x_i = sum_u w_u(i) over its writers u: the embeddings, every head and
-MLP of the layers before, and the biases. With the scale of the norms held fixed, queries and keys are linear in it,
-rotary positions included, so that
+The residual stream that attention reads at position i is x_i = sum_u w_u(i) over its writers u: the embeddings, every
+head and MLP of earlier layers, and the biases. With the scale of the norms held fixed, queries and keys are linear in
+it, including rotary embeddings, so that
 
     S_ij = sum_u sum_v s q_i^(u) . k_j^(v)        exactly, and the gate is open where softcap(S_ij) + b > 0
 
-Norms are those before attention and those of queries and keys; of a LayerNorm the centring is linear already. To test
-a writer, it is taken out of x_i for the query (or x_j for the key) and the gate's logit is computed again, first with
-the scale of the norms held fixed, then with the norms as they are.
+The norms are those before attention and those of queries and keys; the centring of a LayerNorm is already linear. To
+test a writer, its part is removed from x_i for the query (or from x_j for the key) and the gate's logit is recomputed,
+first with the scale of the norms held fixed, then with the norms recomputed.
 """
 
 from collections.abc import Iterator
@@ -30,26 +30,26 @@ from gossamer.models.architectures import architecture_of, attention_modules
 from gossamer.models.structure import norms_of_heads
 
 BIASES = "biases"
-"""The writer that stands for everything that no head, MLP or embedding wrote."""
+"""The writer of everything that no head, MLP or embedding wrote."""
 
 SHOWN_PAIRS = 5
-"""Pairs of writers that are recorded for a link, those with the largest parts."""
+"""Number of pairs of writers, those with the largest parts, that are recorded for a link."""
 
 TESTED = 3
-"""Writers that are tested on each side of a link, those with the largest parts."""
+"""Number of writers, those with the largest parts, that are tested on each side of a link."""
 
 
 @dataclass(frozen=True)
 class GateSplit:
-    """The logit of one link, split.
+    """The logit of one link, split by writers.
 
     Attributes:
         link: layer, head, query position, key position.
-        writers: by name, as the rows and columns of ``parts``: ``input``, ``a3.h5``, ``m3``, ``biases``.
-        parts: s q^(u) . k^(v) for each writer u of the query and v of the key; they add up to ``logit``.
+        writers: names of the rows and columns of ``parts``: ``input``, ``a3.h5``, ``m3``, ``biases``.
+        parts: s q^(u) . k^(v) for each writer u of the query and v of the key; they sum to ``logit``.
         logit: S before softcap, as the model computed it.
         bias: b of the head; None in a dense model.
-        softcap: of the logits; None for none.
+        softcap: of the logits, or None.
     """
 
     link: tuple[int, int, int, int]
@@ -60,21 +60,21 @@ class GateSplit:
     softcap: float | None
 
     def gate(self, logit: float) -> float:
-        """The gate's logit for a logit of attention; without a bias the attention logit itself."""
+        """The gate's logit for an attention logit: softcap applied and the bias, if there is one, added."""
         capped = logit if self.softcap is None else self.softcap * float(torch.tensor(logit / self.softcap).tanh())
         return capped + (self.bias or 0.0)
 
 
 @dataclass(frozen=True)
 class WriterTest:
-    """What happens to a gate without a writer's part in the query, or in the key.
+    """A gate without a writer's part in the query or in the key.
 
     Attributes:
-        side: whose part was taken out.
-        writer: by name.
-        part: the sum of its parts of the logit.
-        gate_fixed: the gate's logit without it, the scale of the norms held fixed.
-        gate_recomputed: the same with the norms as they are without it.
+        side: the side from which the part was removed.
+        writer: its name.
+        part: the sum of the writer's parts of the logit.
+        gate_fixed: the gate's logit without the writer, with the scale of the norms held fixed.
+        gate_recomputed: the same with the norms recomputed.
     """
 
     side: Literal["query", "key"]
@@ -95,9 +95,9 @@ class Reason:
 
     Attributes:
         link: layer, head, query position, key position.
-        gate: its gate's logit; in a dense model the attention logit.
-        pairs: the pairs of writers, of query and key, with the largest parts of the logit.
-        tests: of the writers with the largest parts on either side; empty in a dense model.
+        gate: the logit of its gate; in a dense model the attention logit.
+        pairs: the (query, key) pairs of writers with the largest parts of the logit, and these parts.
+        tests: tests of the writers with the largest parts on each side; empty in a dense model.
     """
 
     link: tuple[int, int, int, int]
@@ -107,11 +107,11 @@ class Reason:
 
 
 class _Reached(Exception):
-    """The layer whose queries and keys were wanted has them."""
+    """Raised to end the forward pass once the layer's queries and keys are computed."""
 
 
 class _QueriesAndKeys(StreamHooks):
-    """Queries and keys of one layer for given streams; the pass ends there."""
+    """Computes queries and keys of one layer for given residual streams and ends the forward pass there."""
 
     def __init__(self, layer: int, stream: Float[Tensor, "rows tokens d_model"]) -> None:
         self.layer, self.stream = layer, stream
@@ -140,10 +140,10 @@ class _QueriesAndKeys(StreamHooks):
 
 @contextmanager
 def fixed_norms(model: PreTrainedModel, layer: int) -> Iterator[None]:
-    """Within it, gradients take the scale of a layer's norms before queries and keys as fixed.
+    """Within the block, gradients treat the scale of a layer's norms before queries and keys as constant.
 
     Raises:
-        GossamerError: at a norm that is neither RMSNorm nor LayerNorm, when it is run.
+        GossamerError: when the model runs, if a norm is neither RMSNorm nor LayerNorm.
     """
     architecture = architecture_of(model)
     decoder = model.get_submodule(architecture.layers)[layer]
@@ -164,10 +164,10 @@ def _fixed(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
 
 
 def require_sums(model: PreTrainedModel) -> None:
-    """Stop at a model whose queries and keys are not the sum of what was written.
+    """Check that the model's queries and keys are sums of what was written.
 
     Raises:
-        GossamerError: naming the setting.
+        GossamerError: if they are not, naming the setting.
     """
     if (clip := architecture_of(model).clip) is not None:
         raise GossamerError(
@@ -177,14 +177,14 @@ def require_sums(model: PreTrainedModel) -> None:
 
 
 class GateSplitter:
-    """The prompt whose links' logits are split.
+    """Splits the logits of a prompt's links.
 
     Args:
         model: dense or gated, in ``eval()`` mode, its weights frozen.
         ids: the prompt's tokens.
 
     Raises:
-        GossamerError: if the model cannot be taken apart.
+        GossamerError: if the model cannot be decomposed.
     """
 
     def __init__(self, model: PreTrainedModel, ids: tuple[int, ...]) -> None:
@@ -195,17 +195,17 @@ class GateSplitter:
         self.cache: ActivationCache = run_with_cache(model, self.ids)
 
     def _writers(self, layer: int, position: int) -> Float[Tensor, "writers d_model"]:
-        """What each writer added to the stream at a position, the biases last."""
+        """What each writer added to the residual stream at a position, the biases last."""
         written = self.cache.written[: self.graph.sources_before(layer), 0, position]
         rest = self.cache.read["q", layer][0, position] - written.sum(0)
         return torch.cat([written, rest[None]])
 
     def writer_names(self, layer: int) -> tuple[str, ...]:
-        """Of those whose output the attention of a layer reads."""
+        """Names of the writers whose output the attention of a layer reads."""
         return (*map(self.graph.source_name, range(self.graph.sources_before(layer))), BIASES)
 
     def split(self, layer: int, links: list[tuple[int, int, int]]) -> list[GateSplit]:
-        """The splits of some links of one layer, each (head, query, key)."""
+        """Split the logits of links of one layer, each given as (head, query, key)."""
         stream = self.cache.read["q", layer].detach().requires_grad_()
         reader = _QueriesAndKeys(layer, stream)
         with fixed_norms(self.model, layer), torch.enable_grad():
@@ -227,7 +227,7 @@ class GateSplitter:
     def _parts(
         self, vector: Float[Tensor, " d_head"], stream: Tensor, layer: int, position: int
     ) -> Float[Tensor, "writers d_head"]:
-        """A query or key at a position, split by writers."""
+        """Split a query or key at a position by writers."""
         each = torch.eye(len(vector), device=vector.device, dtype=vector.dtype)
         (jacobian,) = torch.autograd.grad(vector, stream, each, retain_graph=True, is_grads_batched=True)
         parts = self._writers(layer, position) @ jacobian[:, 0, position].mT
@@ -235,7 +235,7 @@ class GateSplitter:
         return parts
 
     def explain(self, links: list[tuple[int, int, int, int]]) -> list[Reason]:
-        """Why each link is open: its largest parts, tested. In the order of the links."""
+        """Find why each link is open: its largest parts and their tests, in the order of the links."""
         reasons: dict[tuple[int, int, int, int], Reason] = {}
         for layer in sorted({link[0] for link in links}):
             own = [link[1:] for link in links if link[0] == layer]
@@ -247,7 +247,7 @@ class GateSplitter:
 
     @torch.no_grad()
     def _tests(self, layer: int, splits: list[GateSplit]) -> list[tuple[WriterTest, ...]]:
-        """The tests of some links of one layer, all in one pass."""
+        """Run the tests of several links of one layer in one pass."""
         if splits[0].bias is None:
             return [() for _ in splits]
         stream = self.cache.read["q", layer]
@@ -278,7 +278,7 @@ class GateSplitter:
 
 
 def largest_pairs(split: GateSplit, count: int = SHOWN_PAIRS) -> tuple[tuple[str, str, float], ...]:
-    """The pairs of writers, of query and key, with the parts of largest size."""
+    """The (query, key) pairs of writers with the largest parts by absolute value."""
     flat = split.parts.flatten()
     places = flat.abs().topk(min(count, len(flat))).indices.tolist()
     width = len(split.writers)

@@ -1,4 +1,4 @@
-"""An explanation as JSON, GraphML and words. What each key means is in ``docs/metrics.md``."""
+"""An explanation as JSON, GraphML and text. ``docs/metrics.md`` documents the keys."""
 
 import json
 from typing import Any
@@ -11,19 +11,19 @@ from gossamer.explanations.explain import ExplainedLink, Explanation
 from gossamer.explanations.reasons import Reason
 
 FORMAT = 1
-"""Version of the record."""
+"""Version of the record format."""
 
 
 def explanation_record(
     explanation: Explanation, tokenizer: PreTrainedTokenizerBase, *, model: str, dense: Explanation | None = None
 ) -> dict[str, Any]:
-    """The record of an explanation, with that of the dense model under ``dense`` where there is one.
+    """Build the record of an explanation, with the dense model's under ``dense`` if it is given.
 
     Args:
-        explanation: of the model that was asked about.
-        tokenizer: of the models.
-        model: what the user calls it.
-        dense: of the dense model, for the same prediction.
+        explanation: of the model.
+        tokenizer: of both models.
+        model: the user's name for the model.
+        dense: the dense model's explanation of the same prediction.
     """
     prediction = explanation.prediction
     record = {
@@ -121,7 +121,7 @@ def as_json(record: dict[str, Any]) -> str:
 
 
 def graphml(record: dict[str, Any]) -> str:
-    """The links of a record as GraphML: a node for each token and layer that a link touches, an edge for each link."""
+    """The links of a record as GraphML: one node per token and layer that a link touches, one edge per link."""
     import networkx as nx
 
     graph = nx.MultiDiGraph()
@@ -137,7 +137,7 @@ def graphml(record: dict[str, Any]) -> str:
 
 
 def in_words(record: dict[str, Any], count: int = 10) -> list[str]:
-    """A short account, a line each: the numbers, then the ``count`` strongest links."""
+    """A short summary as lines of text: the numbers, then the ``count`` strongest links."""
     target, metric = record["target"]["text"], record["metric"]
     versus = "" if record["against"] is None else f" rather than {record['against']['text']!r}"
     lines = [

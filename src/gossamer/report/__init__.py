@@ -1,1 +1,1 @@
-"""Result records as figures and as a page; nothing here loads a model."""
+"""Figures and HTML pages of result records; nothing here loads a model."""

@@ -1,4 +1,4 @@
-"""Records of a run, or of an explanation, as one self-contained page that opens offline."""
+"""The records of a run or an explanation as one self-contained HTML page that opens offline."""
 
 import json
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, name: str
 
     Args:
         folder: of the run.
-        out: the file; ``report.html`` in the folder if None.
-        name: what the page calls the run; the folder's name if None.
+        out: the file to write; ``report.html`` in the folder if None.
+        name: the run's name on the page; the folder's name if None.
 
     Raises:
-        GossamerError: if the folder is not a run's, or a record of it is damaged.
+        GossamerError: if the folder is not a run, or one of its records is damaged.
     """
     records = load_records(folder)
     with reading(f"a record in {folder}", "its files are documented in docs/metrics.md"):
@@ -33,17 +33,17 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, name: str
 
 
 def page(records: Records, name: str | None = None) -> str:
-    """The page as text; it calls the run by its folder's name if no other is given."""
+    """The HTML of a run's page; the run is named after its folder if no name is given."""
     return _filled("page.js", {"name": name or records.folder.resolve().name, **_content(records)})
 
 
 def explanation_page(record: Mapping[str, Any]) -> str:
-    """The page of an explanation, from its record, as text."""
+    """The HTML of an explanation's page, from its record."""
     return _filled("explanation.js", {"name": record["model"], **record})
 
 
 def _filled(script: str, content: dict[str, Any]) -> str:
-    """The page that a script draws from some content."""
+    """The HTML of a page that a script draws from the content."""
     parts = files("gossamer.report") / "page"
     filled = (parts / "page.html").read_text(encoding="utf-8")
     scripts = [(parts / name).read_text(encoding="utf-8") for name in ("common.js", script)]
@@ -57,7 +57,7 @@ def _filled(script: str, content: dict[str, Any]) -> str:
 
 
 def _embedded(content: dict[str, Any]) -> str:
-    """JSON that can stand in a script element: no character of it can end the element or start markup."""
+    """JSON for embedding in a script element: none of its characters can end the element or start markup."""
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -90,7 +90,7 @@ def _content(records: Records) -> dict[str, Any]:
 
 
 def _layers(records: Records) -> int:
-    """How many layers the model has, from whichever record tells."""
+    """The model's number of layers, from whichever record has it."""
     if records.attention is not None:
         return int(records.attention["layers"])
     if records.metrics is not None and records.metrics.get("open_fraction_per_layer"):

@@ -1,6 +1,6 @@
 """Figures for papers: pure functions from result records to matplotlib figures.
 
-Dense and sparse differ in line and marker as well as in colour (Okabe and Ito's, which colour-blind people tell apart).
+Dense and sparse differ in line style and marker as well as in colour (Okabe and Ito's colour-blind-safe palette).
 """
 
 import base64
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 MOST_DRAWN = 2_000
-"""Links of a circuit in one picture; of more, the strongest."""
+"""Most links of a circuit that one figure draws; if there are more, it draws the strongest."""
 
 LINES = ("-", "--", ":", "-.", "-")
 MARKERS = ("o", "s", "^", "D", "v")
@@ -29,10 +29,10 @@ TINTS = {"dense": "Blues", "sparse": "Oranges"}
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches, that belongs to no window and shows itself in a notebook.
+    """An empty figure, size in inches, that has no window and displays itself in a notebook.
 
     Raises:
-        GossamerError: without matplotlib.
+        GossamerError: if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -47,14 +47,14 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def png(figure: "Figure") -> bytes:
-    """The picture's file."""
+    """The figure as the bytes of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
 
 
 def chart_figure(chart: Chart) -> "Figure":
-    """Series over common axes: training curves, loss against open fraction, faithfulness against circuit size."""
+    """Plot series on common axes: training curves, loss against open fraction, faithfulness against circuit size."""
     figure = new_figure(5.2, 3.4)
     axes = figure.subplots()
     for place, series in enumerate(chart.series):
@@ -74,7 +74,7 @@ def chart_figure(chart: Chart) -> "Figure":
 
 
 def heads_figure(metrics: Mapping[str, Any]) -> "Figure":
-    """Open fraction by layer (rows) and head (columns), on a logarithmic scale; what is all closed is blank."""
+    """Plot the open fraction by layer (rows) and head (columns), on a logarithmic scale; closed heads are blank."""
     shares = np.array(metrics["open_fraction_per_head"])
     figure = new_figure(2 + 0.28 * shares.shape[1], 1.4 + 0.19 * shares.shape[0])
     axes = figure.subplots()
@@ -88,7 +88,7 @@ def heads_figure(metrics: Mapping[str, Any]) -> "Figure":
 
 
 def attention_figure(attention: Mapping[str, Any], prompt: int = 0) -> "Figure":
-    """The attention of one prompt, all heads, dense beside sparse; rows are layers, columns heads."""
+    """Plot the attention of all heads on one prompt, dense beside sparse; rows are layers, columns heads."""
     from matplotlib import colormaps
 
     shown = attention["prompts"][prompt]
@@ -98,7 +98,7 @@ def attention_figure(attention: Mapping[str, Any], prompt: int = 0) -> "Figure":
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         picture = _side_by_side(attention_weights(attention, prompt, name))
         tint = colormaps[TINTS.get(name, "Greys")].with_extremes(bad="0.75")
-        # The unit of both axes is a head; one picture instead of an axes for each head is fifteen times faster for 270.
+        # The unit of both axes is one head. For 270 heads, one image is fifteen times faster than one axes per head.
         axes.imshow(picture, cmap=tint, vmin=0, vmax=1, extent=(-0.5, heads - 0.5, layers - 0.5, -0.5), aspect="equal")
         axes.set(title=name, xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(layers))
         axes.tick_params(length=0, labelsize=6)
@@ -106,7 +106,7 @@ def attention_figure(attention: Mapping[str, Any], prompt: int = 0) -> "Figure":
 
 
 def _side_by_side(weights: np.ndarray) -> np.ndarray:
-    """``[layers, heads, tokens, tokens]`` as one picture, a margin of NaN around each head."""
+    """``[layers, heads, tokens, tokens]`` as one image, with a margin of NaN around each head."""
     layers, heads, tokens, _ = weights.shape
     margin = 1 + tokens // 40
     framed = np.pad(weights, ((0, 0), (0, 0), (margin, margin), (margin, margin)), constant_values=np.nan)
@@ -130,7 +130,7 @@ def attention_weights(attention: Mapping[str, Any], prompt: int, model: str) -> 
 
 
 def circuit_figure(links: Mapping[str, Any], layers: int) -> "Figure":
-    """The circuit of one prompt as a layered graph: tokens along x, layers upwards, widths by score."""
+    """Plot the circuit of one prompt as a layered graph: tokens along x, layers upwards, line widths by score."""
     tokens, names = links["tokens"], list(links["models"])
     figure = new_figure(len(names) * max(3.5, 0.34 * len(tokens)), 5)
     for place, (axes, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
@@ -148,14 +148,14 @@ def circuit_figure(links: Mapping[str, Any], layers: int) -> "Figure":
             ylabel="layer",
             ylim=(-0.3, layers + 0.3),
         )
-        # Matplotlib reads text between dollar signs as mathematics.
+        # Matplotlib renders text between dollar signs as mathematics.
         labels = [repr(token)[1:-1].replace("$", r"\$") for token in tokens]
         axes.set_xticks(range(len(tokens)), labels, rotation=60, ha="right", fontsize=7)
     return figure
 
 
 def explanation_figure(record: Mapping[str, Any]) -> "Figure":
-    """The links of an explanation as a layered graph, the dense model's beside them: widths by what is lost without."""
+    """Plot the links of an explanation, dense beside sparse, as a layered graph; line widths show the share lost."""
     models = {"sparse" if record.get("dense") else "model": record, "dense": record.get("dense")}
     shown = {}
     for name, of_model in models.items():
@@ -167,7 +167,7 @@ def explanation_figure(record: Mapping[str, Any]) -> "Figure":
 
 
 def all_figures(records: Records) -> Iterator[tuple[str, "Figure"]]:
-    """Every figure that the records of a run allow, with a name for its file."""
+    """All figures for which a run has records, each with a name for its file."""
     metrics = records.metrics or {}
     for chart, name in zip(training_charts(records), ("constraint", "open_links", "multiplier"), strict=False):
         yield f"training_{name}", chart_figure(chart)
@@ -189,10 +189,10 @@ def all_figures(records: Records) -> Iterator[tuple[str, "Figure"]]:
 
 
 def save_figures(figures: Iterable[tuple[str, "Figure"]], folder: Path) -> list[Path]:
-    """Write figures, each with a name, as PNG and as SVG into a folder.
+    """Write named figures as PNG and SVG into a folder.
 
     Raises:
-        GossamerError: without matplotlib; if the folder cannot be written.
+        GossamerError: if matplotlib is not installed; if the folder cannot be written.
     """
     written = []
     try:

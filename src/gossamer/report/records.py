@@ -1,4 +1,4 @@
-"""The records that a run leaves, read back. What each key means is in ``docs/metrics.md``."""
+"""Read the records of a run. ``docs/metrics.md`` documents their keys."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,16 +30,16 @@ SHOWN = {
     "tokens_trained_before": "tokens trained before, in the run it started from",
     "seed": "seed",
 }
-"""What a summary shows of ``metrics.json``, and how it calls it; braces hold the key of a name."""
+"""Keys of ``metrics.json`` that a summary shows, with their labels; braces are filled with other metrics."""
 
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What ``gossamer circuits`` left of one task.
+    """The records that ``gossamer circuits`` wrote for one task.
 
     Attributes:
         circuits: ``circuits.json``.
-        links: ``links.json``; None where there is none.
+        links: ``links.json``; None if it does not exist.
     """
 
     circuits: Mapping[str, Any]
@@ -48,16 +48,16 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Records:
-    """All records of a run; in a notebook it shows its main figures.
+    """All records of a run; a notebook displays its main metrics.
 
     Attributes:
         folder: of the run.
         config: ``config.json``.
-        metrics: ``metrics.json``; None before the run was evaluated.
+        metrics: ``metrics.json``; None if the run has not been evaluated.
         training: the lines of ``training.jsonl``.
         tasks: by name.
-        attention: ``attention.json``; None where there is none.
-        findings: ``findings.json``; likewise.
+        attention: ``attention.json``; None if it does not exist.
+        findings: ``findings.json``; None if it does not exist.
     """
 
     folder: Path
@@ -69,7 +69,7 @@ class Records:
     findings: Mapping[str, Any] | None = None
 
     def summary(self) -> dict[str, str]:
-        """The main metrics by name, as texts."""
+        """The main metrics as strings, by label."""
         metrics = self.metrics or {}
         shown = {name: key for key, name in SHOWN.items() if metrics.get(key) is not None}
         return {name.format_map(metrics): _text(metrics[key]) for name, key in shown.items()}
@@ -83,10 +83,10 @@ class Records:
 
 
 def load_records(folder: str | Path) -> Records:
-    """Read what a run has left so far.
+    """Read the records that a run has written so far.
 
     Raises:
-        GossamerError: if the folder is not a run's; naming the file and the line of a record that is damaged.
+        GossamerError: if the folder is not a run; if a record is damaged, naming the file and the line.
     """
     folder = Path(folder)
     config = read_run_record(folder)

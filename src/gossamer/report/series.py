@@ -1,6 +1,6 @@
-"""What the charts show, as named series of points: pure functions of result records.
+"""The data of the charts as named series of points: pure functions of result records.
 
-The page draws them itself, :mod:`gossamer.report.plots` draws them with matplotlib.
+The HTML page draws them with its own script, :mod:`gossamer.report.plots` with matplotlib.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any
 from gossamer.report.records import Records
 
 AT_MOST = 400
-"""Points of a training curve that are drawn; of longer ones, evenly spaced ones."""
+"""Draw about this many points of a training curve at most; longer curves are thinned evenly."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points under one name; ``bare`` ones are not joined by a line."""
+    """Named points; those of a ``bare`` series are not joined by a line."""
 
     name: str
     points: tuple[Point, ...]
@@ -26,7 +26,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Series over common axes, with their names and units."""
+    """Series on common axes, with the names and units of the axes."""
 
     title: str
     x: str
@@ -37,7 +37,7 @@ class Chart:
 
 
 def training_charts(records: Records) -> list[Chart]:
-    """The constraint with its bound, open fraction and multiplier by step; none without ``training.jsonl``."""
+    """Charts of the constraint and its bound, open fraction and multiplier by step; none without ``training.jsonl``."""
     rows = records.training
     if not rows:
         return []
@@ -63,8 +63,8 @@ def training_charts(records: Records) -> list[Chart]:
 
 
 def loss_chart(metrics: Mapping[str, Any]) -> Chart:
-    """Loss against open fraction: dense, its top-k, the sparse model, the dense control."""
-    # On the part of the text that top-k is measured on, so that the lines end in the dense model they begin with.
+    """Chart of loss against open fraction: the dense model, its top-k, the sparse model, the dense control."""
+    # The dense loss on the text that top-k is measured on, so that the top-k curves end at their own dense model.
     whole = metrics.get("topk_loss_dense")
     ends = () if whole is None else ((1.0, whole),)
     series = [
@@ -85,7 +85,7 @@ def loss_chart(metrics: Mapping[str, Any]) -> Chart:
 
 
 def faithfulness_charts(circuits: Mapping[str, Any]) -> list[Chart]:
-    """Share of the metric explained by circuit size, dense and sparse, a chart for each level."""
+    """Charts of faithfulness against circuit size, dense and sparse, one for each level."""
     charts = []
     for level in circuits["models"]["dense"]["levels"]:
         series = tuple(
