@@ -1,17 +1,18 @@
-"""Gated attention beside PyTorch's scaled_dot_product_attention: time and memory, in one run.
+"""Compare gated attention with PyTorch's scaled_dot_product_attention: time and memory, in one run.
 
     python benchmarks/attention.py [--dtype float32] [--tokens 512 1024] [--record FILE]
 
-On a GPU where there is one, else on the CPU. Per length: evaluation forward (hard gates, nothing counted, no gradient),
-training forward and training backward (sampled gates, expected links), each as a ratio to the peer's in the same run,
-causal. The peers take turns call by call and their medians are compared, so that a slow moment hits all of them.
+Runs on a GPU if there is one, else on the CPU. For each length it times the evaluation forward pass (hard gates, no
+counts, no gradient) and the training forward and backward passes (sampled gates, expected links), all causal, and
+reports the ratio to scaled_dot_product_attention in the same run. The implementations alternate call by call and their
+medians are compared, so that a slow moment affects all of them.
 
-``flex`` is the evaluation made of FlexAttention: one pass for the softmax's denominator, one with closed gates at -inf,
-rescaled by the difference of their log-sum-exps; it has no training phases. On a CPU torch compiles no FlexAttention
-that gives log-sum-exps, so it is "flex, eager" there and takes memory with the square of the length.
+``flex`` implements evaluation with FlexAttention: one pass for the softmax's denominator and one with closed gates at
+-inf, rescaled by the difference of their log-sum-exps. It has no training phases. On a CPU torch cannot compile a
+FlexAttention that returns log-sum-exps, so it runs there as "flex, eager", with memory quadratic in the length.
 
-On a CPU freed memory is kept for all of them (glibc's mallopt): without it, page faults of the peer's own buffers
-make up much of its time, and the ratio flatters the op. On a GPU the peer is pinned to its flash backend.
+On a CPU all implementations keep freed memory (glibc's mallopt): otherwise page faults of the peer's buffers account
+for much of its time and the ratio flatters the op. On a GPU the peer is pinned to its flash backend.
 """
 
 import argparse
@@ -43,7 +44,7 @@ PHASES = ("evaluation", "forward", "backward", "forward+backward")
 
 
 def inputs(arguments: argparse.Namespace, tokens: int) -> list[torch.Tensor]:
-    """q, k, v and the gate bias; the bias opens about as many gates as a sparse model has."""
+    """q, k, v and the gate bias; the bias opens about as many gates as a sparse model has open."""
     dtype = getattr(torch, arguments.dtype)
     shapes = [(arguments.batch, heads, tokens, arguments.features) for heads in (arguments.heads, *2 * [arguments.kv])]
     tensors = [torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes]
@@ -77,7 +78,7 @@ def contenders(names: list[str]) -> dict[str, Callable[..., tuple[torch.Tensor, 
 
 def flex(q, k, v, bias, evaluation):
     """Hard gates by FlexAttention: A P v = exp(lse of the open links - lse of all) * (softmax over the open) v."""
-    q, k, v, bias = (x.detach() for x in (q, k, v, bias))  # torch refuses what requires gradients on a CPU
+    q, k, v, bias = (x.detach() for x in (q, k, v, bias))  # on a CPU torch refuses inputs that require gradients
     attention = compiled_flex() if GPU else flex_attention
     options = {
         "block_mask": causal_blocks(q.shape[2]),
@@ -147,9 +148,9 @@ def measure(arguments: argparse.Namespace, tokens: int) -> dict[str, dict[str, f
 
 
 def product_floor(arguments: argparse.Namespace, tokens: int) -> dict[str, float]:
-    """Milliseconds that the matrix products alone take by phase: 2 forward, 5 backward, over the causal pairs.
+    """Milliseconds for the matrix products alone, by phase: 2 forward and 5 backward, over the causal pairs.
 
-    At the rate of 64 queries by all keys in all heads at once, measured here in the peer's dtype.
+    Based on the measured rate of a product of 64 queries with all keys in all heads at once, in the peer's dtype.
     """
     streams, d = arguments.batch * arguments.heads, arguments.features
     dtype = getattr(torch, arguments.dtype)
@@ -161,11 +162,11 @@ def product_floor(arguments: argparse.Namespace, tokens: int) -> dict[str, float
 
 
 def peak_megabytes(arguments: argparse.Namespace, name: str, tokens: int) -> float:
-    """Memory that one forward and backward pass takes beyond its inputs and gradients, in a process of its own."""
+    """Memory of one forward and backward pass beyond its inputs and gradients, measured in a separate process."""
     command = [sys.executable, __file__, "--one-pass", name, "--tokens", str(tokens), "--dtype", arguments.dtype]
     for option in ("batch", "heads", "kv", "features"):
         command += [f"--{option}", str(getattr(arguments, option))]
-    # Large blocks are mapped one by one, and so given back as soon as they are freed.
+    # Large blocks are mapped individually, so that they are returned to the system as soon as they are freed.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     return float(
         subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1]
@@ -179,7 +180,7 @@ def growth(peaks: dict[int, float]) -> float:
 
 
 def one_pass(arguments: argparse.Namespace) -> None:
-    """Print the peak of one pass; twice at a small length before, so that libraries are loaded and code is compiled."""
+    """Print the peak memory of one pass, after two passes at a small length that load libraries and compile code."""
     function = contenders([arguments.one_pass])[arguments.one_pass]
 
     def work(tokens: int) -> float:
@@ -208,7 +209,7 @@ def _resident(key: str) -> int:
 
 
 def record(arguments: argparse.Namespace) -> dict[str, object]:
-    """Everything that says where and how the figures came about."""
+    """The date, device, versions and arguments of the measurement."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "device": torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, "

@@ -1,17 +1,18 @@
-"""Scores of all component edges by EAP beside one forward and backward pass over the same prompts: time and memory.
+"""Compare EAP scores of all component edges with one forward and backward pass over the same prompts: time and memory.
 
     python benchmarks/attribution.py [--model smollm2] [--task ioi] [--prompts 100] [--record FILE]
     python benchmarks/attribution.py --peer [--prompts 4] [--tokens 14] [--record FILE]
 
-The first times `edge_scores` on a model, in turns with two kinds of one forward and backward pass over the clean
-prompts: gradients of the embeddings only, which is what attribution needs of autograd, and of all weights, which is
-what training takes. Memory is measured in processes of their own: the largest resident set while the scores are made,
-less that before the model was loaded, as a multiple of the model's parameters.
+The first form times `edge_scores` on a model, alternating with two kinds of forward and backward pass over the clean
+prompts: with gradients of the embeddings only, which attribution needs from autograd, and with gradients of all
+weights, as in training. Memory is measured in separate processes: the peak resident set while computing scores, minus
+the resident set before the model was loaded, as a multiple of the size of the model's parameters.
 
-The second sets gossamer beside TransformerLens' own attribution patching (edges, 4.3), which takes no grouped queries,
-on a model with GPT-2 small's sizes and random weights and random prompts. TransformerLens takes the gradient in the
-corrupted run, scores each position of an edge by itself and one prompt at a time; gossamer gets the prompts with their
-roles exchanged, which makes its scores the sums of the others over positions, and the largest difference is printed.
+The second form compares gossamer with TransformerLens' attribution patching (edges, 4.3), which does not support
+grouped queries, on a model with the sizes of GPT-2 small, random weights and random prompts. TransformerLens takes the
+gradient in the corrupted run and scores each position of an edge separately, one prompt at a time. gossamer gets the
+prompts with their roles swapped, so that its scores are the sums of TransformerLens' over positions; the largest
+difference is printed.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from attention import record
 
 from gossamer.circuits.scores import eap, eap_ig_inputs
 from gossamer.circuits.streams import graph_of
@@ -35,7 +37,7 @@ from gossamer.training.malloc import keep_freed_memory
 
 
 def both_ways(model: torch.nn.Module, batch: Batch, *, weights: bool) -> None:
-    """One forward and backward pass over the clean prompts."""
+    """Run one forward and backward pass over the clean prompts."""
     model.requires_grad_(weights)
     inputs = model.get_input_embeddings()(batch.clean)
     inputs = inputs if weights else inputs.detach().requires_grad_()
@@ -45,17 +47,17 @@ def both_ways(model: torch.nn.Module, batch: Batch, *, weights: bool) -> None:
 
 
 def resident(field: str) -> float:
-    """Megabytes, from Linux' account of this process."""
+    """A field of this process's memory status in Linux, in megabytes."""
     return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0]) / 1024
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """In a process of its own: what loading the model takes, and the peak of one kind of work."""
+    """Print the memory for loading the model and the peak memory of one job; runs in a separate process."""
     before = resident("VmRSS")
     model, tokenizer = load_dense(arguments.model)
     model.eval()
     batches = list(find_task(arguments.task).prompts(tokenizer, arguments.prompts).batches(arguments.batch))
-    # What loading took beyond the model is given back; from here on the peak counts.
+    # Memory that loading took beyond the model has been freed; the peak is measured from here on.
     loaded = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     work = jobs(model)[arguments.memory]
@@ -69,7 +71,7 @@ def memory(arguments: argparse.Namespace) -> None:
 
 
 def jobs(model: torch.nn.Module) -> dict[str, Callable[[Batch], object]]:
-    """What is timed, by name."""
+    """The jobs to time, by name."""
     return {
         "forward and backward, embeddings": lambda batch: both_ways(model, batch, weights=False),
         "forward and backward, weights": lambda batch: both_ways(model, batch, weights=True),
@@ -79,7 +81,7 @@ def jobs(model: torch.nn.Module) -> dict[str, Callable[[Batch], object]]:
 
 
 def peer(arguments: argparse.Namespace) -> None:
-    """TransformerLens and gossamer by turns on the same model and prompts."""
+    """Time TransformerLens and gossamer alternately on the same model and prompts."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
     from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -91,7 +93,7 @@ def peer(arguments: argparse.Namespace) -> None:
     clean, corrupted = (torch.randint(50_257, shape) for _ in range(2))
     right, wrong = (torch.tensor([token]) for token in (11, 99))
     batch = Batch(corrupted, clean, (right,) * len(clean), (wrong,) * len(clean), "logit_difference")
-    # The bridge takes the modules of what it is given apart.
+    # The bridge takes apart the modules of the model that it is given.
     bridge = build_bridge_from_module(copy.deepcopy(model), "GPT2LMHeadModel", hf_config=model.config).eval()
     settings = EdgeAttributionConfig(granularity="edge")
 
@@ -113,7 +115,7 @@ def peer(arguments: argparse.Namespace) -> None:
         source = graph.head(writer.layer, writer.head) if writer.kind == "attn_head_out" else source
         summed[source, graph.read(reader.layer, kinds[reader.kind], reader.head or 0)] += score
     result = record(arguments)
-    # Its input is the token embedding alone, without that of the position.
+    # TransformerLens' input node is the token embedding alone, without the position embedding.
     result["largest_difference"] = ((summed - ours)[1:].abs().max() / ours[1:].abs().max()).item()
     result["seconds"] = {name: statistics.median(taken) for name, taken in seconds.items()}
     result["scores"] = {"TransformerLens": len(theirs.edge_scores), "gossamer": int(graph.possible().sum())}
@@ -126,7 +128,7 @@ def peer(arguments: argparse.Namespace) -> None:
 
 
 def write(file: Path | None, result: dict) -> None:
-    """Leave the record where the command line wants it."""
+    """Write the record to the file that was given, if any."""
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")

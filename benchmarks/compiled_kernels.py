@@ -1,18 +1,18 @@
-"""Compiles the Triton kernels for sm_80 and sm_90, without a GPU, and reports what became of them.
+"""Compile the Triton kernels for sm_80 and sm_90, without a GPU, and report the resources that they use.
 
     python benchmarks/compiled_kernels.py [--features 64] [--kernel forward] [--json FILE]
 
-One row of a Markdown table for each kernel, head size, dtype, case, target and kind of gates: registers of a thread,
-bytes that it spills (its stack and local memory), shared memory of a program, warps that an sm_90 multiprocessor holds
-at once by these, and instructions a pair. Causal, three query heads to a key/value head. The installed Triton compiles,
-with the ptxas that it brings; ``cuobjdump`` comes with it too.
+Prints one row of a Markdown table for each kernel, head size, dtype, case, target and kind of gates: registers per
+thread, bytes that a thread spills (its stack and local memory), shared memory per program, the number of resident warps
+that these allow on an sm_90 multiprocessor, and instructions per pair. Attention is causal, with three query heads per
+key/value head. The installed Triton compiles with its bundled ptxas, and ``cuobjdump`` is bundled too.
 
-Instructions a pair (query, key): the machine code (SASS) is searched for loops, a backward branch and all between it
-and its target, that hold matrix products. The shortest of them goes over the tiles that need no mask, where nearly all
-time is spent. Its instructions, NOPs left out and each of a thread's counted once whatever its unit's rate, times the
-threads of a program, over the tile's pairs: 915 instructions, 256 threads and 128 x 64 pairs make 28.6. So one is an
-instruction that every thread issues for each of its pairs, and a multiprocessor issues 128 of them a cycle. What is
-done once a tile or once a row is in it.
+Instructions per (query, key) pair: the machine code (SASS) is searched for loops that contain matrix products, where a
+loop is a backward branch and everything between it and its target. The shortest such loop runs over the tiles that need
+no mask, where nearly all time is spent. The figure is its number of instructions, without NOPs and each counted once
+regardless of its unit's throughput, times the threads of a program, divided by the tile's pairs: 915 instructions, 256
+threads and 128 x 64 pairs give 28.6. So a figure of 1 means one thread instruction per pair, of which a multiprocessor
+issues 128 per cycle. Work done once per tile or once per row is included.
 """
 
 import argparse
@@ -49,16 +49,16 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel needs.
+    """The resources that one compiled kernel uses.
 
     Attributes:
-        dtype, case: of q, k and v; what there is beside causality.
+        dtype, case: of q, k and v; what the mask or logits have in addition to causality.
         gates: ``sampled``, ``hard`` (training with hard gates) or ``evaluation`` (no expected links).
-        registers: of a thread.
-        shared_bytes: of a program.
-        spilled_bytes: of a thread's stack and local memory.
-        warps: that one multiprocessor of an H100 holds at once.
-        instructions_per_pair: of the inner loop, of one thread, over the pairs that it works on.
+        registers: per thread.
+        shared_bytes: per program.
+        spilled_bytes: a thread's stack and local memory.
+        warps: number of resident warps on one multiprocessor of an H100.
+        instructions_per_pair: instructions of one thread in the inner loop, divided by the pairs per thread.
     """
 
     kernel: str
@@ -76,7 +76,7 @@ class Report:
 
 
 def resident_warps(registers: int, shared_bytes: int, warps: int) -> int:
-    """Warps that a multiprocessor of sm_90 holds: 65,536 registers, 228 KiB of shared memory, 64 warps."""
+    """Resident warps on an sm_90 multiprocessor, which has 65,536 registers, 228 KiB of shared memory and 64 warps."""
     by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
     by_memory = 228 * 1024 // (shared_bytes + 1024)
     return warps * min(by_registers, by_memory, 64 // warps)
@@ -85,7 +85,7 @@ def resident_warps(registers: int, shared_bytes: int, warps: int) -> int:
 def compile_kernel(
     kernel: Kernel, features: int, dtype: str, case: str, capability: int, gates: str, count: bool = True
 ) -> Report:
-    """Compile one kernel and take its machine code apart."""
+    """Compile one kernel and analyse its machine code."""
     function = getattr(triton_kernels, "key_value_gradients" if kernel == "fused_gradients" else kernel)
     sizes = launch(kernel, features, 4 if dtype == "float32" else 2, 4096, narrow=case != "plain")
     padded = max(16, triton.next_power_of_2(features))
@@ -154,7 +154,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def inner_loop(code: str) -> int:
-    """Instructions of the shortest loop with matrix products in it."""
+    """Number of instructions, without NOPs, in the shortest loop that contains matrix products."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
     instructions = [(int(address, 16), text) for address, text in lines]
     loops = []

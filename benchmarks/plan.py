@@ -1,13 +1,12 @@
-"""What ``gossamer plan`` estimates beside what training steps take: peak memory of a process on a CPU.
+"""Compare the peak memory that ``gossamer plan`` estimates with the peak of real training steps on a CPU.
 
     python benchmarks/plan.py [--only WORD] [--copy] [--record FILE]
 
-Each case trains in a process of its own for three steps on random tokens, a randomly initialised model of its shape.
-With all the lengths of one model (`--only length`) a straight line and a parabola are fitted to what was measured.
-Measured is the process's largest resident set from the making of the model on, less its resident set before, when a
-tiny model has been trained so that everything is imported and compiled: the baseline, printed beside. The estimate is
-that of the worst moment for a CPU. Only memory is compared; the time estimate rests on a peak rate and a share of it
-that are the user's to give.
+Each case trains a randomly initialised model for three steps on random tokens, in a separate process. If all lengths of
+one model are run (`--only length`), a line and a parabola are fitted to the measurements. The measurement is the peak
+resident set from building the model on, minus a baseline that is printed too: the resident set after training a tiny
+model, when everything is imported and compiled. The estimate is the largest of the plan's moments for a CPU. Only
+memory is compared, because the time estimate depends on a peak rate and a utilisation that the user supplies.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from attention import record
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gossamer import add_gates
@@ -41,7 +41,7 @@ TINY = {**SMALL, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "
 
 
 def run(**settings: Any) -> RunConfig:
-    """A run with these settings."""
+    """The configuration of a run with these settings."""
     return RunConfig.from_dict({"model": "", "text": "", **settings})
 
 
@@ -87,12 +87,12 @@ def train(config: dict[str, Any], settings: RunConfig, *, copy: bool = False) ->
 
 
 def resident(key: str) -> float:
-    """Megabytes; key VmRSS: now, VmHWM: at most since the last reset."""
+    """Resident memory in megabytes: current for key VmRSS, peak since the last reset for VmHWM."""
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
 def measure(name: str, *, copy: bool) -> None:
-    """One case in this process."""
+    """Measure one case in this process and print the result."""
     config, settings = CASES[name]
     tiny = run(**{**settings.to_dict(), "seq_len": min(settings.seq_len, 128), "batch_size": 1})
     train(TINY, tiny)
@@ -103,7 +103,7 @@ def measure(name: str, *, copy: bool) -> None:
 
 
 def fit(points: list[tuple[int, float]]) -> dict[str, float]:
-    """Memory over length: a straight line by least squares, and what a parabola would give to the square."""
+    """Fit memory over length: a least-squares line, and the share of a fitted parabola's quadratic term."""
     tokens, megabytes = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     slope, start = np.polyfit(tokens, megabytes, 1)
     return {

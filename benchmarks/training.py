@@ -1,10 +1,10 @@
-"""A training step of a whole model, sparse beside dense fine-tuning of the same parameters: time and memory.
+"""Compare a sparse training step of a whole model with dense fine-tuning of the same parameters: time and memory.
 
     python benchmarks/training.py [--tokens 256 1024] [--train attention] [--precision bf16] [--record FILE]
 
-Each kind of training runs in a process of its own, by turns: gossamer's trainer for some steps on random tokens, the
-first ones not counted. Step times are medians; peak memory is that of the process (its resident set; on a GPU, what
-torch allocated), from the first training step on. 1,024 tokens a step unless --batch says otherwise.
+The kinds of training alternate, each in a separate process that runs gossamer's trainer for a few steps on random
+tokens; the first steps are not counted. Step times are medians. Peak memory is the peak of the process: its resident
+set, or on a GPU the memory that torch allocated. A step has 1,024 tokens unless --batch is given.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from attention import GPU
+from attention import GPU, record
 from transformers import TrainerCallback
 
 from gossamer import add_gates
@@ -31,7 +31,7 @@ KINDS = ("dense", "sampled", "hard")
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step."""
+    """Measures the seconds of each step."""
 
     def __init__(self) -> None:
         self.started = 0.0
@@ -47,7 +47,7 @@ class Clock(TrainerCallback):
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Random tokens."""
+    """Blocks of random tokens."""
 
     def __init__(self, count: int, tokens: int, vocabulary: int) -> None:
         self.rows = torch.randint(vocabulary, (count, tokens), generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """One kind in this process; prints seconds a step and peak megabytes."""
+    """Train one kind in this process; prints seconds per step and peak megabytes."""
     keep_freed_memory()
     tokens, batch = arguments.tokens[0], arguments.batch or max(1, 1024 // arguments.tokens[0])
     model, _ = load_dense(arguments.model)

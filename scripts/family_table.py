@@ -1,16 +1,18 @@
-"""Which causal language models of the installed transformers gossamer can gate and take apart: docs/families.md.
+"""Test which causal language models of the installed transformers gossamer can gate and decompose: docs/families.md.
 
-Every family is built tiny and random, with biases, grouped queries and a sliding window where it has them, and run:
+Builds a tiny random model of every family, with biases, grouped queries and a sliding window where the family has
+them, and checks:
 
-    gates         with every gate open, left padding and a cache the logits are those of eager attention to 1e-5; with
-                  hard gates they are the same from a cache, in pieces, as at once; every layer has gates that act
-    circuits      what is left of a stream without the outputs of heads and MLPs is the same at all positions; all nodes
-                  kept is the clean run, none the corrupted one
-    edges         the same of edges, and to cut all edges of a node is to cut the node
-    explanations  all links kept is the prediction; the parts of a gate's logit add up to it to 1e-4, biases set to 0 so
-                  that nothing is left over
+    gates         with every gate open, left padding and a cache, the logits equal those of eager attention to 1e-5;
+                  with hard gates, decoding in pieces from a cache gives the logits of a single pass; hard gates change
+                  the logits; every layer has gates
+    circuits      the residual stream minus the outputs of heads and MLPs is the same at all positions; keeping all
+                  nodes gives the clean run, keeping none the corrupted run
+    edges         the same for edges; cutting all edges of a node equals cutting the node
+    explanations  keeping all links gives the prediction; the parts of a gate's logit sum to it to 1e-4, with biases set
+                  to 0 so that nothing is left over
 
-    python scripts/family_table.py [FAMILY ...]            prints what comes out
+    python scripts/family_table.py [FAMILY ...]            prints the results
     python scripts/family_table.py --write                 writes docs/families.md
 """
 
@@ -125,12 +127,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
-"""What a family needs besides the sizes to be tiny, or to be as special as it can be."""
+"""Further settings that a family needs to be tiny, or to show its special features."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came out for one family; a reason where it is not supported, None where it is."""
+    """The result for one family: for each feature a reason if it is not supported, None if it is."""
 
     family: str
     gates: str | None
@@ -140,7 +142,7 @@ class Row:
 
 
 def families() -> list[str]:
-    """The families of transformers' causal language models, as its auto class lists them."""
+    """The families of causal language models that transformers' auto class lists."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -167,15 +169,15 @@ def tiny_config(family: str, **settings: Any) -> PreTrainedConfig:
 def _is_set(config: PreTrainedConfig, name: str) -> bool:
     try:
         return getattr(config, name, None) is not None
-    except RuntimeError:  # a setting of each layer
+    except RuntimeError:  # a per-layer setting
         return True
 
 
 def tiny_model(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A random model of the family with eager attention, its weights large enough for attention to be uneven.
+    """A random model of the family with eager attention and weights large enough to make attention uneven.
 
     Raises:
-        ValueError: if it does not become small.
+        ValueError: if it has too many parameters even with all sizes small.
     """
     config = tiny_config(family, **settings)
     with torch.device("meta"):
@@ -197,11 +199,11 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 class Different(Exception):
-    """A check that did not hold."""
+    """A failed check."""
 
 
 def check_gates(dense: PreTrainedModel) -> None:
-    """The gates of a model, see above.
+    """Check the gates of a model as described in the module docstring.
 
     Raises:
         Different: saying what differs, and by how much.
@@ -231,7 +233,7 @@ def check_gates(dense: PreTrainedModel) -> None:
 
 
 def check_circuits(dense: PreTrainedModel) -> None:
-    """Streams and nodes of a gated model, see above.
+    """Check residual streams and nodes of a gated model as described in the module docstring.
 
     Raises:
         Different, GossamerError: as :func:`check_gates`.
@@ -253,7 +255,7 @@ def _batch() -> Batch:
 
 
 def check_edges(dense: PreTrainedModel) -> None:
-    """Edges of a gated model, see above.
+    """Check edges of a gated model as described in the module docstring.
 
     Raises:
         Different, GossamerError: as :func:`check_gates`.
@@ -270,7 +272,7 @@ def check_edges(dense: PreTrainedModel) -> None:
 
 
 def check_explanations(dense: PreTrainedModel) -> None:
-    """A prediction under kept links and the parts of gate logits, see above.
+    """Check a prediction with all links kept, and the parts of gate logits, as described in the module docstring.
 
     Raises:
         Different, GossamerError: as :func:`check_gates`.
@@ -302,7 +304,7 @@ def _near(
 
 
 def row_of(family: str) -> Row:
-    """Build the family tiny and check it."""
+    """Build a tiny model of the family and check it."""
     try:
         model = tiny_model(family)
     except Exception as error:
@@ -316,7 +318,7 @@ def row_of(family: str) -> Row:
 
 
 def _refusal(family: str) -> str | None:
-    """Why a family is refused whose models do not become tiny, by one without weights."""
+    """Why a family is refused that has no tiny model, found with a model on the meta device."""
     for make in (tiny_config, lambda name: CONFIG_MAPPING[name]()):
         try:
             with torch.device("meta"):
@@ -367,7 +369,7 @@ or a part is not known, it is refused with the reason.
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The page of the documentation."""
+    """The text of docs/families.md."""
     rows = sorted(rows, key=lambda row: row.family)
     lines = [_INTRODUCTION.format(version=transformers.__version__)]
     for row in rows:
@@ -382,12 +384,12 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def _clause(row: Row, reason: str) -> str:
-    """A reason without what the table says already."""
+    """A reason without the parts that the table already states."""
     return reason.split(", so its ")[0].removeprefix(f"{row.family} ").replace("|", "\\|")
 
 
 def quietly() -> None:
-    """Without the warnings of models that are built strangely small."""
+    """Silence the warnings about unusually small models."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)

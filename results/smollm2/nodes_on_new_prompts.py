@@ -1,4 +1,4 @@
-"""What circuits of nodes keep on IOI prompts that no search has seen: python nodes_on_new_prompts.py circuits.json."""
+"""Faithfulness of node circuits on IOI prompts not used in the search: python nodes_on_new_prompts.py circuits.json."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ PROMPTS, SEED = 64, 1
 
 
 def main() -> None:
-    """Print f of each model's circuit, and of everything else with the input."""
+    """Print f of each model's circuit, and of all other nodes together with the input."""
     record = json.loads(Path(sys.argv[1]).read_text())
     dense, sparse, tokenizer = load_dense_and_sparse("smollm2-sparse")
     prompts = find_task("ioi").prompts(tokenizer, PROMPTS, seed=SEED, corruption=record["corruption"])

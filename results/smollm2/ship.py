@@ -1,8 +1,8 @@
-"""Adapters and gates of a run as the model that comes with gossamer: in bfloat16, measured, with a model card.
+"""Turn the adapters and gates of a run into the model shipped with gossamer: in bfloat16, measured, with a model card.
 
 python results/smollm2/ship.py RUN OTHER_TEXT OUT
 
-Everything is measured on the model as it is loaded from OUT, rounded adapters and all.
+All measurements use the model as loaded from OUT, with its rounded adapters.
 """
 
 import json
@@ -94,7 +94,7 @@ def main(run: Run, other: str, out: Path) -> None:
 
 
 def _on_text(sparse, dense, tokenizer, text: str, length: int) -> dict[str, Any]:
-    """Loss, KL and open links on the held-out part of a text."""
+    """Measure loss, KL and open links on the held-out part of a text."""
     counts = BlockCounts(seq_len=length, held_out=LENGTH_TOKENS // length)
     blocks = load_blocks(text, tokenizer, counts, seed=1).held_out
     return measure_at_length(sparse, dense, blocks, "fp32")

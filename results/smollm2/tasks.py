@@ -1,8 +1,8 @@
-"""Two tasks for lm-eval-harness from the held-out part of a text, for ``gossamer evaluate RUN --tasks``.
+"""Make two lm-eval-harness tasks from the held-out part of a text, for ``gossamer evaluate RUN --tasks``.
 
-``last_word``: the last word of a sentence, after at least 200 characters of context; only words that stand in the
-context already, so that they can be known. ``continuation``: which of four sentences comes next, the true one or three
-from elsewhere in the held-out part.
+``last_word``: predict the last word of a sentence after at least 200 characters of context. The word already occurs in
+the context, so that it can be known. ``continuation``: choose the next sentence from four, the true one and three from
+elsewhere in the held-out part.
 
     python results/smollm2/tasks.py TEXT DIR
 """
@@ -56,7 +56,7 @@ def passages(text: Path) -> Iterator[list[str]]:
 
 
 def context_before(sentences: list[str], end: int) -> str:
-    """As many of the sentences before ``end`` as make 200 characters; all there are if they do not."""
+    """The fewest sentences before ``end`` that have 200 characters together, or all sentences if they are shorter."""
     start = end
     while start > 0 and sum(map(len, sentences[start:end])) < 200:
         start -= 1
@@ -64,7 +64,7 @@ def context_before(sentences: list[str], end: int) -> str:
 
 
 def last_words(paragraphs: list[list[str]]) -> Iterator[dict[str, object]]:
-    """Contexts that end before the last word of a sentence."""
+    """Yield contexts that end before the last word of a sentence, and that word."""
     for sentences in paragraphs:
         for end in range(1, len(sentences)):
             found = re.fullmatch(r"(.+) ([a-z]{4,})[.!?]", sentences[end])
@@ -74,7 +74,7 @@ def last_words(paragraphs: list[list[str]]) -> Iterator[dict[str, object]]:
 
 
 def continuations(paragraphs: list[list[str]], source: random.Random) -> Iterator[dict[str, object]]:
-    """Contexts, the sentence that comes next, and three that do not."""
+    """Yield contexts with four choices, one of them the next sentence."""
     everything = [s for sentences in paragraphs for s in sentences if 40 <= len(s) <= 200]
     for sentences in paragraphs:
         for end in range(1, len(sentences)):

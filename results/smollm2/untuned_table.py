@@ -1,4 +1,4 @@
-"""The runs in a directory as the table of docs/results.md, "One command, no tuning": python untuned_table.py DIR."""
+"""Print the table "One command, no tuning" of docs/results.md from the runs in DIR: python untuned_table.py DIR."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def row(name: str, metrics: dict[str, Any]) -> tuple[str, bool]:
-    """A line of the table, and whether the bound was held or missed by less than one standard error."""
+    """A line of the table, and whether the bound was met or missed by at most one standard error."""
     shift, share = metrics["gate_bias_shift"], metrics.get("weight_interpolation", 1.0)
     over = metrics["constraint_value"] - metrics["constraint_bound"]
     held = over <= (metrics["constraint_stderr"] or 0.0)

@@ -22,8 +22,8 @@ def main() -> None:
     """Run the command line; errors that the user can fix end with one line on stderr and exit code 2.
 
     With several processes, only the first prints; any process prints the traceback of an error that is not the user's.
-    Characters that the output encoding lacks are replaced. If the reader of the output has gone (``| head -1``), the
-    command ends silently with exit code 141, as if ended by SIGPIPE.
+    Characters that the output encoding lacks are replaced. If the reader of the output has gone, as after
+    ``| head -1``, the command ends silently with exit code 141, as if ended by SIGPIPE.
     """
     write_plain_characters()
     with interrupts() as signals, watched_output() as reader_gone:

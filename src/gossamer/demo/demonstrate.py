@@ -97,7 +97,7 @@ class DemoConfig:
             precision="fp32",
             constraint=CrossEntropy(slack=0.0),
             # Starting from fewer links than it needs, the model finds circuits that it does not find from more. So
-            # lambda starts lower than elsewhere and rises faster. At 0.03 and below all gates would close for good.
+            # lambda starts lower than elsewhere and rises faster. Starting at 0.03, all gates close and stay closed.
             multiplier=MultiplierConfig(initial=0.07, integral=8.0),
             validations=75,
             checkpoint_every=20,
