@@ -1,1 +1,1 @@
-"""Circuits: tasks, scores, interventions and how well a circuit explains a behaviour."""
+"""Circuits: tasks, scores, interventions and metrics of how well a circuit explains a behaviour."""

@@ -1,4 +1,4 @@
-"""Whether a model can do a task at all; a circuit of what it cannot do explains nothing."""
+"""Whether a model can do a task at all. If it cannot, a circuit for the task explains nothing."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from gossamer.errors import GossamerError
 from gossamer.models.vocabulary import require_embeddings
 
 ENOUGH = 0.7
-"""Share of the prompts that a model has to answer right before circuits of it are looked for."""
+"""Minimum share of prompts that a model must answer right before circuits are searched for."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Ability:
     """How well a model does a task.
 
     Attributes:
-        accuracy: share of the prompts whose metric is positive: the answers outweigh the wrong ones.
-        clean, corrupted: mean metric on the prompts of either kind, with the answers of the clean one.
-        prompts: how many there were.
+        accuracy: share of the prompts whose metric is positive, so that the answers outweigh the wrong ones.
+        clean, corrupted: mean metric on the clean and on the corrupted prompts, both with the answers of the clean prompt.
+        prompts: number of prompts.
     """
 
     accuracy: float
@@ -30,10 +30,10 @@ class Ability:
 
 
 def require_known_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> None:
-    """Refuse prompts and answers with tokens that the model has no embedding for.
+    """Check that the model has embeddings for all tokens of the prompts and answers.
 
     Raises:
-        GossamerError: naming such a token.
+        GossamerError: naming a token that it lacks.
     """
     for tokens in prompts.kept:
         ids = torch.cat([tokens.clean, tokens.corrupted, tokens.answers, tokens.wrong])
@@ -42,7 +42,7 @@ def require_known_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 @torch.no_grad()
 def measure_ability(model: PreTrainedModel, prompts: Prompts, *, batch_size: int = 16) -> Ability:
-    """Run the model on both kinds of prompts, with hard gates if it has any; it is left in ``eval()`` mode.
+    """Run the model on clean and corrupted prompts, with hard gates if it has gates, and leave it in ``eval()`` mode.
 
     Raises:
         GossamerError: if a prompt is longer than the model's context.
@@ -65,10 +65,10 @@ def measure_ability(model: PreTrainedModel, prompts: Prompts, *, batch_size: int
 
 
 def require_ability(ability: Ability, task: str, *, forced: bool = False) -> None:
-    """Refuse a task that the model cannot do.
+    """Check that the model can do a task.
 
     Raises:
-        GossamerError: with the accuracy and the metrics, unless ``forced``.
+        GossamerError: with the accuracy and the metrics if it cannot, unless ``forced``.
     """
     if forced or (ability.accuracy >= ENOUGH and ability.clean > ability.corrupted):
         return

@@ -1,4 +1,4 @@
-"""What units outside a circuit carry, by name. The command line reads the names, so nothing heavy is imported here."""
+"""Ablations by name: what units outside a circuit carry. The command line reads them, so heavy imports are avoided."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 LinkAblation = Literal["patch", "zero"]
-"""What attention links carry: the corrupted run's weight and value at their place, or nothing."""
+"""What ablated attention links carry: the corrupted run's weight and value of the same link, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Ablation:
     """A way to replace what a unit writes.
 
     Attributes:
-        name: in the registry, on the command line and in records.
-        replace: what sources carry instead, ``[sources, batch, tokens, d_model]``, from what they wrote in the
-            corrupted run (the same shape) and from their mean, ``[sources, tokens, d_model]``, or None.
+        name: used in the registry, on the command line and in records.
+        replace: computes what sources carry instead, ``[sources, batch, tokens, d_model]``, from what they wrote in the
+            corrupted run (same shape) and their mean, ``[sources, tokens, d_model]`` or None.
         links: what attention links carry instead; None if the ablation is not defined for links.
-        averages: whether ``replace`` takes the mean over all of a task's corrupted prompts.
+        averages: whether ``replace`` uses the mean over all corrupted prompts of a task.
     """
 
     name: str
@@ -41,7 +41,7 @@ def _zero(corrupted: "Tensor", mean: "Tensor | None") -> "Tensor":
 
 
 def _mean(corrupted: "Tensor", mean: "Tensor | None") -> "Tensor":
-    """By position; over the batch if there is no other mean."""
+    """Use the mean at each position; if none is given, average over the batch."""
     average = corrupted.mean(1) if mean is None else mean
     return average[:, None].repeat(1, corrupted.shape[1], 1, 1)
 
@@ -57,10 +57,10 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def find_ablation(name: str) -> Ablation:
-    """The ablation of that name.
+    """Look up an ablation by name.
 
     Raises:
-        GossamerError: if there is none.
+        GossamerError: if there is no ablation of that name.
     """
     if name not in ABLATIONS:
         raise GossamerError(f"there is no ablation {name!r}; there are {', '.join(ABLATIONS)}")

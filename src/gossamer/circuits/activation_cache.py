@@ -1,4 +1,4 @@
-"""One run of a model with what every unit wrote and every destination read."""
+"""Record what every source writes and every destination reads in one run of a model."""
 
 from dataclasses import dataclass, field
 
@@ -15,15 +15,15 @@ from gossamer.models.architectures import PROVEN
 
 @dataclass
 class ActivationCache:
-    """A run without gradients.
+    """Activations of one run without gradients.
 
     Attributes:
         written: what each source added to the stream.
-        read: the whole stream before attention and MLP of each layer, and before the logits; by (kind, layer).
-        weights, values: attention weights and values of each layer, keys and values once for each query head;
-            empty unless they were asked for.
-        logits: at the last position.
-        mean: what each source writes on average, for mean ablation; that over this batch if None.
+        read: the full stream before the attention and the MLP of each layer, and before the logits; by (kind, layer).
+        weights, values: attention weights and values of each layer, with keys and values repeated for each query
+            head; empty unless requested.
+        logits: logits at the last position.
+        mean: mean output of each source, for mean ablation; if None, the mean over this batch is used.
     """
 
     written: Float[Tensor, "sources batch tokens d_model"]
@@ -34,17 +34,17 @@ class ActivationCache:
     mean: Float[Tensor, "sources tokens d_model"] | None = None
 
     def constant(self, graph: Graph, kind: str, layer: int) -> Tensor:
-        """The part of a read stream that no source wrote: output biases."""
+        """Return the part of a stream that no source wrote: the output biases."""
         sources = graph.sources_of(graph.read(layer, kind))
         return self.read[kind, layer] - self.written[:sources].sum(0)
 
 
 @dataclass
 class LinkRecorder(StreamHooks):
-    """Keeps what the attention links of a run carry: attention weights, closed links at 0, and values, by layer.
+    """Records attention weights (0 for closed links) and values of each layer.
 
     Attributes:
-        links: whether to keep them; a subclass may only look at what :meth:`keep` is shown.
+        links: whether to store them; a subclass can override :meth:`keep` to process them without storing.
     """
 
     links: bool = True
@@ -57,7 +57,7 @@ class LinkRecorder(StreamHooks):
         return weights @ v
 
     def keep(self, weights: Tensor, values: Tensor) -> None:
-        """What one layer's links carry; layers come in their order."""
+        """Receive the weights and values of one layer; called in layer order."""
         if self.links:
             self.weights.append(weights)
             self.values.append(values)
@@ -103,7 +103,7 @@ class _Recorder(LinkRecorder):
 def run_with_cache(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], *, links: bool = False
 ) -> ActivationCache:
-    """Run the model and record it; ``links`` keeps attention weights and values too."""
+    """Run the model and record its activations; with ``links``, attention weights and values too."""
     recorder = _Recorder(graph=graph_of(model), links=links)
     with stream_hooks(model, recorder):
         logits = model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -115,10 +115,10 @@ def run_with_cache(
 
 
 def _check(model: PreTrainedModel, cache: ActivationCache) -> None:
-    """Stop at a family whose heads and MLPs are not all that writes: what they did not write must be biases alone.
+    """Check that only heads, MLPs and constant biases write into the residual stream.
 
     Raises:
-        GossamerError: naming the family.
+        GossamerError: if anything else does; the message names the model family.
     """
     graph = graph_of(model)
     for kind, layer in cache.read:
@@ -135,7 +135,7 @@ def _check(model: PreTrainedModel, cache: ActivationCache) -> None:
 def source_outputs(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]
 ) -> Float[Tensor, "sources batch tokens d_model"]:
-    """What each source adds to the stream, and nothing else."""
+    """Run the model and record only what each source adds to the stream."""
     recorder = _Recorder(graph=graph_of(model), links=False, streams=False)
     with stream_hooks(model, recorder):
         model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)

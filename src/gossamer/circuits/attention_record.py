@@ -1,4 +1,4 @@
-"""The attention of a run's models on some prompts, as a record that the pictures are made from.
+"""Record the attention of a run's models on some prompts, as input for the plots.
 
 ``attention.json`` is documented in ``docs/metrics.md``.
 """
@@ -22,19 +22,22 @@ from gossamer.files import atomic_write_text
 from gossamer.models.vocabulary import require_embeddings
 
 MOST_LINKS = 20_000_000
-"""Links, open or not, of all prompts of a record; 4/3 bytes each in the page, for the dense model alone."""
+"""Maximum number of links, open or closed, over all prompts of a record.
+
+In the page, each takes 4/3 bytes for the dense model alone.
+"""
 
 LIKELY = 3
-"""Next tokens that are recorded at each position."""
+"""Number of most likely next tokens recorded at each position."""
 
 
 @dataclass(frozen=True)
 class AttentionPrompt:
-    """What the models are shown.
+    """A prompt that the models are run on.
 
     Attributes:
         ids: token ids.
-        note: what the prompt is, in a few words.
+        note: short description of the prompt.
     """
 
     ids: tuple[int, ...]
@@ -45,7 +48,7 @@ class AttentionPrompt:
 def attention_of(
     model: PreTrainedModel, ids: Sequence[int]
 ) -> tuple[Float[Tensor, "layers heads tokens tokens"], Float[Tensor, "tokens vocab"]]:
-    """The attention weights of one prompt, closed links at 0, and the next-token probabilities."""
+    """Return the attention weights of one prompt (0 for closed links) and the next-token probabilities."""
     recorder = LinkRecorder()
     rows = torch.tensor([list(ids)], device=model.device)
     with attention_hooks(model, recorder):
@@ -56,11 +59,11 @@ def attention_of(
 def record_attention(
     models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, prompts: Sequence[AttentionPrompt]
 ) -> dict[str, Any]:
-    """The record of some prompts; models in ``eval()`` mode.
+    """Build the attention record of some prompts; the models must be in ``eval()`` mode.
 
     Raises:
-        GossamerError: if the prompts have more than :data:`MOST_LINKS` links in all: the page would hold them all; if
-            they have a token that a model does not know.
+        GossamerError: if the prompts together have more than :data:`MOST_LINKS` links, all of which the page would
+            hold; if they contain a token that a model does not know.
     """
     for model in models.values():
         for prompt in prompts:

@@ -1,14 +1,15 @@
-"""Circuits in files that other tools read, and back.
+"""Read and write circuits in file formats that other tools use.
 
-``.json`` and ``.pt`` are those of EAP-IG (hannamw/EAP-IG on GitHub), which the MIB leaderboard takes; ``.graphml``
-holds the circuit's own nodes and edges only, for networkx, Gephi or Cytoscape.
+``.json`` and ``.pt`` are the formats of EAP-IG (hannamw/EAP-IG on GitHub), which the MIB leaderboard accepts.
+``.graphml`` holds only the nodes and edges in the circuit, for networkx, Gephi or Cytoscape.
 
-Scores in files have EAP-IG's sign: it attributes a loss, the metric times -1, so that what helps has a positive score.
+Scores in files have EAP-IG's sign. EAP-IG attributes a loss, the metric times -1, so units that help have positive
+scores.
 
-A file may hold scores alone, of edges, nodes or neurons, and leave it to its reader how many are kept: :func:`choose`.
-Neurons are the dimensions of what a node writes into the residual stream. A graph that was chosen by nodes or neurons
-keeps all edges of a node; in ``.pt`` files also those that no model has, since they lead backwards. EAP-IG counts them
-when it prunes, so that no node that was chosen as a whole is ever cut off from the input: :attr:`Circuit.fed`.
+A file may hold only scores of edges, nodes or neurons and leave the choice of units to the reader: :func:`choose`.
+Neurons are the dimensions of a node's output to the residual stream. A graph chosen by nodes or neurons keeps all
+edges of a node. In ``.pt`` files these include backward edges, which no model has. EAP-IG counts them when it prunes,
+so a node chosen as a whole is never cut off from the input: :attr:`Circuit.fed`.
 """
 
 import json
@@ -31,7 +32,7 @@ from gossamer.inputs import read_json, read_pickle, reading
 FORMATS = (".json", ".pt", ".graphml")
 
 Level = Literal["edges", "nodes", "neurons"]
-"""What scores are of."""
+"""Kind of unit that has scores."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Circuit:
     """Edges of a model's graph with their scores.
 
     Attributes:
-        graph: of the model.
-        width: its d_model.
-        scores: of the edges; 0 where the file has none, as GraphML has of the kept ones alone.
-        kept: which of them are in the circuit.
-        node_scores, neuron_scores: of the sources, and of the neurons of each; NaN where there is none.
-        neurons: which dimensions of what a source writes its kept edges carry; None: all.
-        fed: sources that were chosen as a whole, and stay though no kept edge leads to them; None: there are none.
+        graph: the model's graph.
+        width: d_model of the model.
+        scores: edge scores; 0 where the file has none (GraphML has scores of kept edges only).
+        kept: which edges are in the circuit.
+        node_scores, neuron_scores: scores of the sources and of their neurons; NaN where there is no score.
+        neurons: which dimensions of a source's output its kept edges carry; None: all.
+        fed: sources that were chosen as a whole and are kept even if no kept edge leads to them; None: there are none.
     """
 
     graph: Graph
@@ -59,7 +60,7 @@ class Circuit:
 
     @property
     def scored(self) -> tuple[Level, ...]:
-        """What there are scores of."""
+        """The levels that have scores."""
         there = {
             "edges": bool(self.scores.any()),
             "nodes": self.node_scores is not None and bool((~self.node_scores.isnan()).any()),
@@ -69,15 +70,15 @@ class Circuit:
 
     @property
     def kept_nodes(self) -> Bool[Tensor, " sources"]:
-        """Sources at which kept edges begin."""
+        """Sources with at least one kept outgoing edge."""
         return self.kept.any(1)
 
 
 def write_circuit(file: Path, circuit: Circuit) -> None:
-    """Write a circuit in the format that the file's name says, whole or not at all.
+    """Write a circuit atomically, in the format given by the file's extension.
 
     Raises:
-        GossamerError: on another ending; if it cannot be written.
+        GossamerError: on an unknown extension; if the circuit cannot be written.
     """
     write = {".json": _write_json, ".pt": _write_pt, ".graphml": _write_graphml}.get(file.suffix)
     if write is None:
@@ -90,7 +91,7 @@ def read_circuit(file: Path) -> Circuit:
     """Read a circuit; nothing in the file is executed.
 
     Raises:
-        GossamerError: naming the file and what is wrong with it.
+        GossamerError: if it cannot be read; names the file and the reason.
     """
     read = {".json": _read_json, ".pt": _read_pt, ".graphml": _read_graphml}.get(file.suffix)
     if read is None:
@@ -102,14 +103,14 @@ def read_circuit(file: Path) -> Circuit:
 def choose(
     circuit: Circuit, level: Level, count: int, *, absolute: bool = True, name: object = "the circuit"
 ) -> Circuit:
-    """The circuit of the ``count`` units with the largest absolute scores, or of those that help most, as in EAP-IG.
+    """Choose the ``count`` units with the largest absolute scores, or those that help most, as in EAP-IG.
 
-    A chosen node keeps all its edges, and so does one of which a neuron is chosen, and they carry the chosen neurons.
-    Where edges or nodes are chosen, neurons that were chosen before stay so. Nodes and neurons without a score stay as
-    well. ``name`` is what the circuit is called in errors.
+    A chosen node keeps all its outgoing edges. So does a node with a chosen neuron; its edges then carry only the
+    chosen neurons. Choosing edges or nodes leaves an earlier choice of neurons unchanged. Nodes and neurons without a
+    score are always kept. ``name`` refers to the circuit in error messages.
 
     Raises:
-        GossamerError: if there are no scores of that kind, or they are no numbers.
+        GossamerError: if there are no scores of that kind, or edge scores are NaN.
     """
     if level not in circuit.scored:
         there = f"has scores of {' and '.join(circuit.scored)}, none of {level}" if circuit.scored else "has no scores"
@@ -134,10 +135,10 @@ def choose(
 
 
 def require_graph_of(model: PreTrainedModel, circuit: Circuit, file: Path) -> None:
-    """Refuse a circuit of another model.
+    """Check that a circuit belongs to the model.
 
     Raises:
-        GossamerError: with the sizes of both.
+        GossamerError: if it does not; gives the sizes of both.
     """
     graph, width = graph_of(model), model.config.hidden_size
     if (circuit.graph, circuit.width) != (graph, width):
@@ -203,7 +204,7 @@ def _write_json(file: Path, circuit: Circuit) -> None:
 
 
 def _rows(graph: Graph, source: int) -> int | slice:
-    """Where EAP-IG's JSON takes a node's neurons from: with a head, those of all heads of its layer."""
+    """Rows that EAP-IG's JSON stores as a node's neurons: for a head, those of all heads in its layer."""
     layer, place = divmod(source - 1, graph.heads + 1)
     if source == 0 or place == graph.heads:
         return source
@@ -239,7 +240,7 @@ def _has(node: Any, key: str) -> bool:
 
 
 def _of_neurons(graph: Graph, width: int, nodes: dict[int, Any], key: str, otherwise: float) -> Tensor | None:
-    """What the nodes say of their neurons; with a head there may stand what all heads of its layer say."""
+    """Read neuron values from the nodes; a head's entry may hold the rows of all heads in its layer."""
     found = {}
     for source, node in nodes.items():
         if _has(node, key):
@@ -291,7 +292,7 @@ def _read_pt(file: Path) -> Circuit:
         kept = content["edges_in_graph"].bool()
     possible, fed = graph.possible(), None
     if kept.shape == possible.shape:
-        # A node that was chosen as a whole has a full row, with edges that lead backwards among those that there are.
+        # A node chosen as a whole has a full row, which includes both possible and backward edges.
         whole = (kept & possible).any(1) & (kept & ~possible).any(1)
         kept = kept & (possible | ~whole[:, None])
         fed = whole if whole.any() else None

@@ -1,9 +1,9 @@
-"""Circuits of a run's sparse model beside those of its dense original, as a record in the run's directory.
+"""Compare circuits of a run's sparse model with those of its dense original, and record them in the run's directory.
 
-``circuits/TASK/circuits.json`` is the record (with another corruption than the task's first, and under another ablation
-than patching, ``TASK-CORRUPTION``, ``TASK-zero``, ``TASK-CORRUPTION-mean`` and so on),
-``scores.safetensors`` beside it holds the scores of all edges of both models, ``links.json`` the attention links that
-explain one prompt. The keys are documented in ``docs/metrics.md``.
+The record is ``circuits/TASK/circuits.json``. If the corruption is not the task's first, or the ablation is not
+patching, the folder is ``TASK-CORRUPTION``, ``TASK-zero``, ``TASK-CORRUPTION-mean`` and so on. In the same folder,
+``scores.safetensors`` holds the scores of all edges of both models, and ``links.json`` the attention links that explain
+one prompt. The keys are documented in ``docs/metrics.md``.
 """
 
 import json
@@ -41,18 +41,18 @@ from gossamer.runs.record import Run, load_both, versions
 def compare_circuits(
     run: Run, task: Task, config: SearchConfig | None = None, *, progress: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Find circuits of both models, and write the record.
+    """Find circuits of both models and write the record.
 
     Args:
         run: a finished run.
-        task: what the models do.
-        config: how circuits are looked for; the defaults if None.
-        progress: is told in a few words what is being done.
+        task: the task.
+        config: settings of the search; the defaults if None.
+        progress: called with a short description of the current step.
 
     Raises:
-        GossamerError: if the run is not finished; if a model cannot do the task; if the task has no phrasings and
-            ``rephrased`` asks for them; if links alone are asked for under mean ablation or a score without them; if
-            there is a record of other settings, before anything is searched; if another process is at work on it.
+        GossamerError: if the run is not finished; if a model cannot do the task; if ``rephrased`` is set but the task
+            has no phrasings; if only links are requested and the ablation or the score is not defined for them; before
+            the search, if there is a record with other settings; if another process is working on the record.
     """
     config = config or SearchConfig()
     _check_config(task, config)
@@ -70,7 +70,7 @@ def compare_models(
     *,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """:func:`compare_circuits` for models that no run has made; the record lies in ``root/circuits``."""
+    """:func:`compare_circuits` for models that do not come from a run; the record is written to ``root/circuits``."""
     _check_config(task, config)
     corruption = config.corruption or task.corruptions[0]
     folder = circuit_folder(root, task, corruption, config.ablation)
@@ -132,13 +132,13 @@ def _check_config(task: Task, config: SearchConfig) -> None:
 
 
 def _variations(task: Task, config: SearchConfig) -> list[tuple[int, str | None]]:
-    """Seeds and phrasings of the prompts that are searched, one after the other."""
+    """Seed and phrasing of each set of prompts to search, in order."""
     seeds: list[tuple[int, str | None]] = [(config.seed + more, None) for more in range(config.seeds)]
     return seeds + ([(config.seed, phrasing) for phrasing in task.phrasings] if config.rephrased else [])
 
 
 def _settings(config: SearchConfig) -> dict[str, Any]:
-    """What a record says of the search, and another search has to share to take its place."""
+    """Settings of the search in the record; a new search must match them to overwrite it."""
     return {
         "examples": config.examples,
         "seed": config.seed,
@@ -169,7 +169,7 @@ def _search(
     config: SearchConfig,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, list[Circuits]], dict[str, list[dict[str, Any]]]]:
-    """The circuits of each model on each variation's prompts, and their entries in the record."""
+    """Find circuits of each model on the prompts of each variation; also return their record entries."""
     abilities = {name: [measure_ability(model, some) for some in prompts] for name, model in models.items()}
     for name in models:
         for ability in abilities[name]:
@@ -234,7 +234,7 @@ def _of_model(
 
 
 def _circuit_record(found: Circuits) -> dict[str, Any]:
-    """What the smallest circuits at 90 % hold after pruning what is cut off."""
+    """Contents of the smallest circuits at 90 %, after pruning units that are cut off."""
     graph, sizes = found.graph, {level: curve.first_size for level, curve in found.curves.items()}
     is_head = torch.tensor([graph.source_name(source).startswith("a") for source in range(graph.sources)])
     record: dict[str, Any] = {}
@@ -265,7 +265,7 @@ def _overlap(found: list[Circuits]) -> float | None:
 
 
 def _links_of_one_prompt(found: dict[str, Circuits], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """The circuit of the first prompt, as many links as explain 90 % on average."""
+    """Links of the first prompt's circuit, as many as explain 90 % on average over the prompts."""
     if "links" not in found["dense"].curves:
         return None
     batch = found["dense"].batches[0]
@@ -286,7 +286,7 @@ def _links_of_one_prompt(found: dict[str, Circuits], tokenizer: PreTrainedTokeni
 
 
 def _peak_megabytes() -> float:
-    """Of this process so far; torch's allocations on a GPU."""
+    """Peak memory of this process so far; on a GPU, torch's peak allocation."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10

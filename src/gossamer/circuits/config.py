@@ -1,4 +1,4 @@
-"""How circuits are searched for. The command line makes its options of this, so nothing heavy is imported here."""
+"""Settings of the circuit search. The command line derives its options from them, so heavy imports are avoided."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,7 @@ LEVELS: tuple[Level, ...] = ("nodes", "edges", "links")
 @documented
 @dataclass(frozen=True)
 class PromptConfig:
-    """Which prompts of a task are taken."""
+    """Which prompts of a task are used."""
 
     examples: int = setting("Number of prompts.", 100, least=1, most=100_000)
     corruption: str | None = setting("How prompts are corrupted.", None, shown_default="the task's first")
@@ -24,9 +24,9 @@ class PromptConfig:
 @documented
 @dataclass(frozen=True)
 class SearchConfig(PromptConfig):
-    """How circuits are searched for.
+    """Settings of the circuit search.
 
-    Links are left out with an ablation or a score that is not defined for them.
+    Links are skipped if the ablation or the score is not defined for them.
     """
 
     seeds: int = setting(

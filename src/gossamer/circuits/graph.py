@@ -1,8 +1,8 @@
 """The units of a transformer and the edges between them: tensors and pure functions.
 
 Sources write into the residual stream: the input (token and position embeddings), each attention head, each MLP.
-Destinations read from it: q, k and v of each head, each MLP, the logits. An edge goes from a source to any destination
-that comes after it; where attention and MLP of a layer run in parallel, not from its heads to its own MLP.
+Destinations read from it: q, k and v of each head, each MLP, the logits. Edges go from each source to every later
+destination. If attention and MLP of a layer run in parallel, there are none from its heads to its MLP.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ from torch import Tensor
 class Graph:
     """The units of a model with ``layers`` layers of ``heads`` query heads.
 
-    Sources are numbered input, then layer by layer heads and MLP; destinations layer by layer q of all heads, k of all
-    heads, v of all heads, MLP, and last the logits. With grouped queries k and v count once for each query head.
+    Sources are numbered: input, then for each layer its heads and its MLP. Destinations are numbered: for each layer q
+    of all heads, k of all heads, v of all heads and the MLP, then the logits. With grouped-query attention, k and v
+    count once for each query head.
 
     Attributes:
-        layers, heads: how many.
-        parallel: whether the MLP of a layer does not read its attention.
+        layers, heads: number of layers, and of query heads per layer.
+        parallel: whether attention and MLP of a layer run in parallel, so that the MLP does not read the attention.
     """
 
     layers: int
@@ -30,45 +31,45 @@ class Graph:
 
     @property
     def sources(self) -> int:
-        """1 + L (H + 1)."""
+        """Number of sources, 1 + L (H + 1)."""
         return 1 + self.layers * (self.heads + 1)
 
     @property
     def destinations(self) -> int:
-        """L (3 H + 1) + 1."""
+        """Number of destinations, L (3 H + 1) + 1."""
         return self.layers * (3 * self.heads + 1) + 1
 
     def sources_before(self, layer: int) -> int:
-        """How many sources a layer's attention can read: all up to the layer before."""
+        """Number of sources that a layer's attention can read: all of the previous layers."""
         return 1 + layer * (self.heads + 1)
 
     def head(self, layer: int, head: int) -> int:
-        """The source that a head is."""
+        """Source index of a head."""
         return self.sources_before(layer) + head
 
     def mlp(self, layer: int) -> int:
-        """The source that an MLP is."""
+        """Source index of an MLP."""
         return self.sources_before(layer) + self.heads
 
     def read(self, layer: int, kind: str, head: int = 0) -> int:
-        """The destination that ``q``, ``k``, ``v`` of a head, the ``mlp`` of a layer, or the ``logits`` are."""
+        """Destination index of a head's ``q``, ``k`` or ``v``, a layer's ``mlp``, or the ``logits``."""
         if kind == "logits":
             return self.logits
         start = layer * (3 * self.heads + 1)
         return start + (3 * self.heads if kind == "mlp" else "qkv".index(kind) * self.heads + head)
 
     def attention_reads(self, layer: int) -> slice:
-        """The destinations q, k and v of all heads of a layer."""
+        """Destination indices of q, k and v of all heads in a layer."""
         start = layer * (3 * self.heads + 1)
         return slice(start, start + 3 * self.heads)
 
     @property
     def logits(self) -> int:
-        """The last destination."""
+        """Destination index of the logits, the last one."""
         return self.destinations - 1
 
     def sources_of(self, destination: int) -> int:
-        """How many sources the destination can read; they are the first so many."""
+        """Number n of sources that the destination can read; they are sources 0 to n - 1."""
         if destination == self.logits:
             return self.sources
         layer, place = divmod(destination, 3 * self.heads + 1)
@@ -76,19 +77,19 @@ class Graph:
         return before + self.heads if place == 3 * self.heads and not self.parallel else before
 
     def possible(self) -> Bool[Tensor, "sources destinations"]:
-        """Which edges there are."""
+        """Mask of the edges that exist."""
         reach = torch.tensor([self.sources_of(destination) for destination in range(self.destinations)])
         return torch.arange(self.sources)[:, None] < reach
 
     def source_name(self, source: int) -> str:
-        """``input``, ``a3.h5`` or ``m3``, as EAP-IG's graph files have it."""
+        """Name of a source as in EAP-IG's graph files: ``input``, ``a3.h5`` or ``m3``."""
         if source == 0:
             return "input"
         layer, place = divmod(source - 1, self.heads + 1)
         return f"m{layer}" if place == self.heads else f"a{layer}.h{place}"
 
     def destination_name(self, destination: int) -> str:
-        """``a3.h5<q>``, ``m3`` or ``logits``."""
+        """Name of a destination: ``a3.h5<q>``, ``m3`` or ``logits``."""
         if destination == self.logits:
             return "logits"
         layer, place = divmod(destination, 3 * self.heads + 1)
@@ -98,7 +99,7 @@ class Graph:
         return f"a{layer}.h{head}<{'qkv'[kind]}>"
 
     def source_of_destination(self) -> Int[Tensor, " destinations"]:
-        """The source that each destination feeds; -1 for the logits."""
+        """Source index that each destination feeds; -1 for the logits."""
         owners = torch.full((self.destinations,), -1)
         for layer in range(self.layers):
             heads = torch.arange(self.head(layer, 0), self.head(layer, self.heads))
@@ -110,9 +111,9 @@ class Graph:
 def prune(
     graph: Graph, kept: Bool[Tensor, "sources destinations"], *, fed: Bool[Tensor, " sources"] | None = None
 ) -> Bool[Tensor, "sources destinations"]:
-    """The kept edges that lie on a path from the input to the logits through kept edges.
+    """Keep only the edges on a path of kept edges from the input to the logits.
 
-    ``fed`` are sources beside the input at which such a path may begin.
+    Such a path may also start at the sources in ``fed``.
     """
     kept = kept & graph.possible()
     begins = torch.arange(graph.sources) == 0
@@ -143,9 +144,9 @@ def between_nodes(graph: Graph, kept: Bool[Tensor, "sources destinations"]) -> B
 def prune_links(
     kept: Bool[Tensor, "*prompts layers heads tokens tokens"],
 ) -> Bool[Tensor, "*prompts layers heads tokens tokens"]:
-    """The kept attention links from whose query a path of kept links leads on to the last position.
+    """Keep only the attention links whose query reaches the last position through kept links.
 
-    Every position reads the input, so no link is cut off from there.
+    Every position reads the input, so no link is cut off from the input.
     """
     pruned = torch.zeros_like(kept)
     heard = torch.zeros(*kept.shape[:-4], kept.shape[-1], dtype=torch.bool, device=kept.device)
@@ -160,9 +161,9 @@ def prune_links(
 def top_edges(
     graph: Graph, scores: Tensor, count: int, *, absolute: bool = True
 ) -> Bool[Tensor, "sources destinations"]:
-    """The ``count`` edges with the largest absolute scores, or the lowest ones; ties by number.
+    """Select the ``count`` edges with the largest absolute scores, or the lowest scores; ties go to the lower index.
 
-    A score says how much the metric changes when the edge is patched: the lowest are those that help most.
+    A score estimates how much the metric changes when the edge is patched: edges with the lowest scores help most.
     """
     possible = graph.possible()
     ranked = (scores.abs() if absolute else -scores).masked_fill(~possible, -torch.inf).flatten()
