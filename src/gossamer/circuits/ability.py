@@ -19,7 +19,7 @@ class Ability:
 
     Attributes:
         accuracy: share of the prompts whose metric is positive, so that the answers outweigh the wrong ones.
-        clean, corrupted: mean metric on the clean and on the corrupted prompts, both with the answers of the clean prompt.
+        clean, corrupted: mean metric on the clean and the corrupted prompts, both with the clean prompt's answers.
         prompts: number of prompts.
     """
 

@@ -76,7 +76,7 @@ def load_circuit(
     """Load a pruned circuit of edges from a record of :func:`gossamer.circuits.compare.compare_circuits`.
 
     Args:
-        root: the directory of a run whose circuits have been found, or the ``--out`` directory of ``gossamer circuits``.
+        root: the directory of a run whose circuits have been found, or ``--out`` of ``gossamer circuits``.
         task: the task.
         model: ``dense`` or ``sparse``.
         edges: how many of the best edges to keep; None: as many as explain 90 %.

@@ -322,7 +322,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def output_maps(model: PreTrainedModel) -> list[Float[Tensor, "heads d_value d_model"]]:
-    """For each layer, matrices from each head's output to what it adds to the stream, without a norm after attention."""
+    """Matrices from each head's output to what it adds to the stream, by layer, without a norm after attention."""
     architecture, branches = architecture_of(model), branches_of(model)
     layers = enumerate(model.get_submodule(architecture.layers))
     heads = model.config.num_attention_heads

@@ -47,7 +47,7 @@ ROWS = 64
 
 
 class _Masked(Patched):
-    """Stores what sources write as separate tensors, keyed by first source; in-place buffer writes would lose gradients."""
+    """Stores what sources write in separate tensors, by first source: in-place writes to a buffer lose gradients."""
 
     parts: dict[int, Float[Tensor, "sources circuits prompts tokens d_model"]]
 

@@ -159,7 +159,7 @@ def _reader(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
         own.pad_token = own.convert_ids_to_tokens(end)  # else the harness may add a token that the model has no row for
 
     class Reader(HFLM):
-        """Drops the token that the tokenizer appends to a text, which would otherwise precede the scored continuation."""
+        """Drops the token that the tokenizer appends to a text; the scored continuation would follow it."""
 
         @property
         def eot_token_id(self) -> int:
@@ -260,7 +260,7 @@ def _within(folder: Path | None) -> Iterator[None]:
 
 
 def _metrics(task: str, found: dict[str, Any]) -> dict[str, Any]:
-    """Extract one task from the harness's results, whose metrics are named like ``acc,none`` and ``acc_stderr,none``."""
+    """Extract one task from the harness's results, with metrics named ``acc,none`` and ``acc_stderr,none``."""
     own = found["results"][task]
     better = found["higher_is_better"].get(task, {})
     metrics = {}

@@ -68,7 +68,7 @@ def _other(model: PreTrainedModel, batch: Batch, mean: Tensor | None) -> Activat
 
 @torch.no_grad()
 def _one_at_a_time(keep: Callable[[Tensor], Tensor], everything: Tensor) -> Tensor:
-    """Metric without each unit minus the metric with all units, ``[*units, prompts]``; several units per forward pass."""
+    """Metric without each unit minus the metric with all units, ``[*units, prompts]``; several units per pass."""
     units = everything.flatten().nonzero()[:, 0]
     clean = keep(everything[None]).cpu()[0]
     scores = torch.zeros(everything.numel(), len(clean), dtype=clean.dtype)
