@@ -1,10 +1,11 @@
-"""The truth that scores estimate: keep a circuit, give every other unit another run's value, and measure.
+"""Measure a circuit by intervention: keep its units, replace the values of all others, and compute the metric.
 
-Edges are exact: the stream that a destination reads is the sum of what its sources wrote, of the run at hand where the
-edge is kept and of the replacement where it is not, and q, k and v of every head read streams of their own. To patch a
-node is to patch all edges that leave it. Links are patched one by one within each head's sum over keys.
+This is the ground truth that scores estimate. Edge patching is exact: the stream that a destination reads is the sum
+over its sources of the current run's output where the edge is kept, and of the replacement where it is not. q, k and v
+of every head read separate streams. Patching a node patches all its outgoing edges. Links are patched individually
+within each head's sum over keys.
 
-Several circuits can be measured in one pass: they are stacked in front of the circuit's own dimensions.
+Several circuits can be measured in one pass, stacked along leading dimensions.
 """
 
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from gossamer.circuits.tasks.base import Batch
 
 
 class Patched(StreamHooks):
-    """What the sources write less what they would be replaced by; the streams are put together from it.
+    """Builds the patched streams from the difference between what sources write and their replacements.
 
-    Rows of the batch are circuit by circuit, within it prompt by prompt.
+    Rows of the batch are ordered by circuit, then by prompt.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Patched(StreamHooks):
         self.change = other.written.new_empty(graph.sources, len(kept), *other.written.shape[1:])
 
     def _replaced(self, kind: str, layer: int, sources: int) -> Tensor:
-        """The stream when every source carries its replacement."""
+        """Return the stream in which every source carries its replacement."""
         if self.replacement is self.other.written:
             return self.other.read[kind, layer]
         return self.other.constant(self.graph, kind, layer) + self.replacement[:sources].sum(0)
@@ -47,9 +48,10 @@ class Patched(StreamHooks):
     def _mixed(
         self, kept: Float[Tensor, "circuits sources destinations"], kind: str, layer: int
     ) -> Float[Tensor, "destinations rows tokens d_model"]:
-        """What destinations of one kind read that keep these sources; circuit by circuit, since no copy is made so.
+        """Return the streams that destinations of one kind read when they keep these sources.
 
-        Small circuits keep few sources: the others need not be read, and the products are bound by memory.
+        The loop over circuits avoids a copy. Small circuits keep few sources, and the products are memory-bound, so
+        the other sources are not read.
         """
         circuits, sources, destinations = kept.shape
         mixed = self.change.new_empty(destinations, *self.change.shape[1:])
@@ -81,7 +83,7 @@ class Patched(StreamHooks):
 
 
 class PatchedNodes(Patched):
-    """All destinations of a layer read the same stream."""
+    """Patches nodes: destinations that read at the same place of a layer share one stream."""
 
     def _stream(self, kind: str, layer: int) -> Float[Tensor, "rows tokens d_model"]:
         sources = self.graph.sources_of(self.graph.read(layer, kind))
@@ -98,10 +100,10 @@ class PatchedNodes(Patched):
 
 
 class PatchedEdges(Patched):
-    """Every destination reads a stream of its own.
+    """Patches edges: every destination reads a separate stream.
 
-    Query heads that share columns of a projection need them in turn: the batch is repeated as often as heads share
-    one, and head h is computed in repetition h modulo their number.
+    Query heads that share columns of a projection cannot be computed in the same row. The batch is therefore repeated
+    (:func:`repetitions`), and head h is computed in repetition h modulo the number of repetitions.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class PatchedEdges(Patched):
         self.norm: Norm | None = None
 
     def _streams(self, kind: str, layer: int) -> Float[Tensor, "destinations rows tokens d_model"]:
-        """What the destinations of a kind in a layer read; for q, k and v one a head."""
+        """Return the streams that the destinations of one kind in a layer read; for q, k and v one per head."""
         graph = self.graph
         first = graph.read(layer, kind)
         reads = slice(first, first + (graph.heads if kind in "qkv" else 1))
@@ -156,7 +158,7 @@ class PatchedEdges(Patched):
 
 
 def _projected(place: Projection, columns: Tensor, x: Float[Tensor, "heads rows tokens d_model"]) -> Tensor:
-    """[rows, tokens, heads and their columns]: each head's own columns of its own stream."""
+    """Project each head's stream to that head's columns: ``[rows, tokens, heads * columns]``."""
     outputs = x.flatten(1, 2) @ place.weight(columns).mT
     bias = place.bias(columns)
     if isinstance(bias, Tensor):
@@ -174,14 +176,14 @@ def run_with_edges(
     other: ActivationCache | None = None,
     neurons: Bool[Tensor, "sources d_model"] | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
-    """The task's metric on the clean prompts when only the kept edges carry their own values.
+    """Return the task's metric on the clean prompts when only the kept edges carry their original values.
 
     Args:
-        kept: which edges are kept; of one circuit, or of several.
-        neurons: which dimensions of what a source writes its kept edges carry, the same in all circuits; all if None.
-        ablation: what the others carry: the corrupted run's values, zero, or the mean over corrupted runs by position:
-            ``other.mean``, or over the batch.
-        other: the corrupted run, if it has been recorded already.
+        kept: which edges are kept, for one circuit or several.
+        neurons: which dimensions of a source's output its kept edges carry, the same in all circuits; all if None.
+        ablation: what the other edges carry: the corrupted run's values, zero, or the mean of corrupted runs at each
+            position (``other.mean`` if given, else over the batch).
+        other: the corrupted run, if it is already recorded.
     """
     circuits = kept[None] if kept.ndim == 2 else kept
     other = run_with_cache(model, batch.corrupted) if other is None else other
@@ -205,7 +207,7 @@ def run_with_nodes(
     ablation: str = "patch",
     other: ActivationCache | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
-    """:func:`run_with_edges` with all edges that leave the kept nodes, in one stream instead of one per destination."""
+    """:func:`run_with_edges` for all outgoing edges of the kept nodes, without a separate stream per destination."""
     circuits = kept[None] if kept.ndim == 1 else kept
     other = run_with_cache(model, batch.corrupted) if other is None else other
     hooks = PatchedNodes(graph_of(model), circuits, other, ablation)
@@ -235,9 +237,9 @@ def run_with_links(
     ablation: LinkAblation = "patch",
     other: ActivationCache | None = None,
 ) -> Float[Tensor, "*circuits prompts"]:
-    """The metric on the clean prompts when only the kept attention links carry their own weight and value.
+    """Return the metric on the clean prompts when only the kept attention links carry their original weight and value.
 
-    The others carry the corrupted run's weight and value at the same place, or nothing (``zero``). MLPs run as they do.
+    The others carry the corrupted run's weight and value of the same link, or nothing (``zero``). MLPs run normally.
     """
     circuits = kept[None] if kept.ndim == 5 else kept
     if ablation == "zero":
@@ -261,10 +263,10 @@ def run_without_links(
     input_ids: Int[Tensor, "batch tokens"],
     cut: Bool[Tensor, "layers heads tokens tokens"],
 ) -> Float[Tensor, "batch tokens vocab"]:
-    """The model's logits when the cut attention links carry nothing; everything after them runs as it then does.
+    """Return the model's logits when the cut attention links carry nothing; everything after them is recomputed.
 
     Args:
-        cut: True where (layer, head, query, key) is cut, in every sequence of the batch.
+        cut: True where (layer, head, query, key) is cut, for every sequence in the batch.
     """
     with stream_hooks(model, _CutLinks(cut.to(input_ids.device))):
         return cast(Tensor, model(input_ids=input_ids, use_cache=False).logits)
@@ -290,12 +292,12 @@ def run_with_interchange(
     cache: ActivationCache,
     donors: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch tokens vocab"]:
-    """The model's logits when the exchanged links carry what they carry in another sequence.
+    """Return the model's logits when the exchanged links carry their weights and values from another sequence.
 
     Args:
         exchanged: True where (layer, head, query, key) carries another sequence's weight and value.
-        cache: of the same batch, with ``links=True``.
-        donors: of each sequence, the one of the batch whose links it gets.
+        cache: cache of the same batch, recorded with ``links=True``.
+        donors: for each sequence, the index in the batch of the sequence whose links it receives.
     """
     hooks = _InterchangedLinks(exchanged.to(input_ids.device), cache, donors.to(input_ids.device))
     with stream_hooks(model, hooks):

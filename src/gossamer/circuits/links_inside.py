@@ -1,7 +1,7 @@
-"""The attention links inside a circuit of nodes: those of its heads on the task's prompts.
+"""Count the attention links inside a circuit of nodes: the links of its heads on the task's prompts.
 
-All allowed links count in the dense model, the open ones in the sparse model. So the ratio of the two is the saving in
-heads times the saving in links a head; it is not a size found by keeping and cutting links.
+In the dense model all allowed links count, in the sparse model the open ones. The ratio of the two is therefore the
+saving in heads times the saving in links per head. It is not a circuit size measured by keeping and cutting links.
 """
 
 import torch
@@ -18,14 +18,14 @@ from gossamer.measures.links import LinkCounter
 def links_of_heads(
     sparse: PreTrainedModel, prompts: Prompts, batch_size: int
 ) -> dict[str, Float[Tensor, "layers heads"]]:
-    """How many links each head has on a clean prompt, on average: those allowed in ``dense``, those open in ``sparse``.
+    """Mean number of links of each head on a clean prompt: allowed links for ``dense``, open links for ``sparse``.
 
-    Both come from the gated model: gates close links and allow none that the dense model has not.
+    Both are measured on the gated model: gates only close links, so the allowed links are those of the dense model.
 
     Args:
         sparse: the gated model.
-        prompts: of the task.
-        batch_size: prompts in one forward pass.
+        prompts: the task's prompts.
+        batch_size: prompts per forward pass.
     """
     batches = [batch.clean for batch in prompts.batches(batch_size)]
     passes = forward_passes(sparse, batches, lambda logits, ids: len(ids))
@@ -35,7 +35,7 @@ def links_of_heads(
 
 
 def links_inside(found: Circuits, links: Float[Tensor, "layers heads"]) -> float:
-    """The links of the heads in the smallest circuit of nodes that explains enough, a prompt."""
+    """Links per prompt of the heads in the smallest node circuit that explains 90 %."""
     graph, nodes = found.graph, found.nodes(found.curves["nodes"].first_size or 0)
     heads = [[nodes[graph.head(layer, head)] for head in range(graph.heads)] for layer in range(graph.layers)]
     return links[torch.tensor(heads)].sum().item()

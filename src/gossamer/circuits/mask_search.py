@@ -1,20 +1,20 @@
-"""A small set of units that does a model's work: a learned hard mask, then what can be left out is left out.
+"""Search for a small set of units that does a model's work: learn a hard mask, then remove units that are not needed.
 
     minimise   log sum over units of sigmoid(theta)
     subject to f(E) >= share                                  sufficient
                f(not E) <= 1 - share                          and, for a complete set, necessary
 
 with E = {theta + n > 0}, n logistic noise, straight-through gradients, the weights frozen and a PI-controlled
-multiplier for each constraint: the training objective of gossamer with masks instead of gates. theta starts from the
-units' attribution, the gradient of f by their masks along the path from no unit to all of them.
+multiplier for each constraint: the training objective of gossamer with masks instead of gates. theta is initialised
+from the units' attribution, the gradient of f with respect to their masks along the path from no unit to all units.
 
-1. The mask is learned, several samples of it in each pass.
-2. The units are ranked by theta; the shortest beginning of the ranking that meets the constraints is taken.
-3. From it units are removed, those with the smallest gradients first and many at once, then one by one, until none can
-   be removed. Units from which no path leads to the prediction go first.
+1. Learn the mask, with several samples per pass.
+2. Rank the units by theta and take the shortest prefix of the ranking that meets the constraints.
+3. Remove units from this set, those with the smallest gradients first: many at once, then one by one, until none can
+   be removed. Before that, drop units from which no path leads to the prediction.
 
 Whether a set meets the constraints is always measured by running the model with hard masks. The units are the links of
-one prompt (:mod:`gossamer.explanations.link_masks`), or the nodes or edges of a task
+one prompt (:mod:`gossamer.explanations.link_masks`), or the nodes or edges for a task
 (:mod:`gossamer.circuits.task_masks`).
 """
 
@@ -28,38 +28,38 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 STEPS = 80
-"""Of the mask's optimiser."""
+"""Number of optimiser steps for the mask."""
 
 SAMPLES = 4
-"""Of the mask, in each step, as far as the masks take so many rows at once."""
+"""Mask samples per step; fewer if a pass cannot take that many rows."""
 
 RATE = 0.3
-"""Of Adam, over the first 60 % of the steps; then it falls to a tenth."""
+"""Learning rate of Adam over the first 60 % of the steps; it then decays linearly to a tenth."""
 
 PROPORTIONAL, INTEGRAL = 10.0, 0.5
-"""Parts of a multiplier, for a violation of f by 1."""
+"""PI gains of a multiplier, per unit violation of f."""
 
 LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.1, 50.0
 
 SLACK = 0.02
-"""How far inside the constraints the mask is learned. What is removed afterwards uses it up."""
+"""Margin to the constraints while the mask is learned; removing units afterwards uses it up."""
 
 REMOVED_AT_ONCE = (0.5, 0.3, 0.15, 0.07, 0.03)
-"""Shares of the set whose removal is tried in one pass."""
+"""Shares of the remaining units whose removal is tried in one pass."""
 
 ONE_BY_ONE = 8
-"""Units whose removal is tried each for itself in one pass."""
+"""Number of units whose individual removal is tried in one pass."""
 
 _PATH = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class MaskRow:
-    """A mask in a pass of several.
+    """One mask in a pass over several.
 
     Attributes:
-        mask: of the units, between 0 (cut) and 1 (kept).
-        others_kept: whether what has no mask of its own is kept.
+        mask: mask values of the units, between 0 (cut) and 1 (kept).
+        others_kept: whether units without a mask are kept.
     """
 
     mask: Float[Tensor, " units"]
@@ -67,40 +67,40 @@ class MaskRow:
 
 
 class Masks(Protocol):
-    """Units that can be masked, and how much of the metric is left under masks on them."""
+    """Maskable units and the share of the metric that is left under masks on them."""
 
     def __len__(self) -> int:
-        """How many units have a mask."""
+        """Number of units with a mask."""
         ...
 
     @property
     def rows_with_gradients(self) -> int:
-        """How many masks :meth:`shares` takes at once, about."""
+        """Approximate number of masks that :meth:`shares` takes at once."""
         ...
 
     def shares(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
-        """f under each mask, differentiable by the masks; of a task, on some of its prompts."""
+        """Return f under each mask, differentiable with respect to the masks; for a task, on some of its prompts."""
         ...
 
     def evaluate(
         self, sets: list[Bool[Tensor, " units"]], *, cut: bool = True
     ) -> tuple[Float[Tensor, " sets"], Float[Tensor, " sets"]]:
-        """f(E) and f(not E) of some sets; the second is NaN where ``cut`` is False."""
+        """Return f(E) and f(not E) of some sets; the second is NaN if ``cut`` is False."""
         ...
 
     def reaching(self, chosen: Bool[Tensor, " units"]) -> Bool[Tensor, " units"]:
-        """Those of the chosen units from which a path of chosen units leads to the prediction."""
+        """Return the chosen units from which a path of chosen units leads to the prediction."""
         ...
 
 
 @dataclass(frozen=True)
 class UnitSet:
-    """Units and what running the model with and without them gives.
+    """A set of units and the measured metric with and without them.
 
     Attributes:
         chosen: which of the units that have a mask.
-        kept: f(E), the share of the metric that is left when all others are cut.
-        left_when_cut: f(not E), the share that is left when these are cut.
+        kept: f(E), the share of the metric that is left when all other units are cut.
+        left_when_cut: f(not E), the share that is left when the chosen units are cut.
     """
 
     chosen: Bool[Tensor, " units"]
@@ -112,13 +112,13 @@ class UnitSet:
 
 
 class MaskSearch:
-    """The search for a set of units.
+    """Search for a small set of units that meets the constraints.
 
     Args:
-        masks: of the units.
-        share: of the metric that the set has to keep.
-        complete: whether the set has to be necessary too: at most 1 - share may be left without it.
-        seed: of the noise.
+        masks: masks of the units.
+        share: share of the metric that the set must keep.
+        complete: whether the set must also be necessary: at most 1 - share may be left without it.
+        seed: seed of the noise.
         progress: called with the share of the work done and the size of the smallest set so far.
 
     Attributes:
@@ -140,19 +140,19 @@ class MaskSearch:
         self.ranking: Float[Tensor, " units"] | None = None
 
     def run(self) -> UnitSet:
-        """Search; an interrupted search leaves the best set so far in ``best``."""
+        """Run the search; if interrupted, ``best`` holds the best set so far."""
         self.ranking = self.learn()
         self._take_prefix(self.ranking)
         self.remove()
         return self.result()
 
     def result(self) -> UnitSet:
-        """The best set so far, measured."""
+        """Measure the best set so far."""
         kept, left = self.masks.evaluate([self.best])
         return UnitSet(self.best, kept.item(), left.item())
 
     def at_share(self, share: float) -> UnitSet:
-        """The set for another share, from the ranking that was learned and the set that was found."""
+        """Find a set for another share, from the learned ranking and the set already found."""
         assert self.ranking is not None
         other = MaskSearch(self.masks, share=share, complete=self.complete)
         other.best = self.best if other.accepts([self.best])[0] else other.best
@@ -161,13 +161,13 @@ class MaskSearch:
         return other.result()
 
     def accepts(self, sets: list[Bool[Tensor, " units"]]) -> list[bool]:
-        """Which of some sets meet the constraints."""
+        """Return for each set whether it meets the constraints."""
         kept, left = self.masks.evaluate(sets, cut=self.complete)
         inside = kept >= self.share
         return (inside & (left <= 1 - self.share) if self.complete else inside).tolist()
 
     def attribution(self) -> Float[Tensor, " units"]:
-        """The mean size of the gradient of f by each unit's mask, along the path from no unit to all of them."""
+        """Mean absolute gradient of f with respect to each unit's mask, along the path from no unit to all units."""
         total = torch.zeros(len(self.masks))
         for weight in _PATH:
             mask = torch.full_like(total, weight).requires_grad_()
@@ -176,7 +176,7 @@ class MaskSearch:
         return total
 
     def learn(self) -> Float[Tensor, " units"]:
-        """theta after training."""
+        """Train the mask and return theta."""
         theta = _start(self.attribution()).requires_grad_()
         optimizer = torch.optim.Adam([theta], betas=(0.8, 0.99))
         sides = 2 if self.complete else 1
@@ -206,7 +206,7 @@ class MaskSearch:
         return (soft > 0.5).float() + soft - soft.detach()
 
     def _take_prefix(self, ranking: Float[Tensor, " units"]) -> None:
-        """Make the shortest acceptable beginning of the ranking the best set, if it is smaller."""
+        """Take the shortest acceptable prefix of the ranking as the best set, if it is smaller."""
         order = ranking.argsort(descending=True, stable=True)
         most, likely = int(self.best.sum()), max(1, int((ranking > 0).sum()))
         sizes = sorted({min(most, max(1, round(likely * 2 ** (step / 2)))) for step in range(-6, 10)})
@@ -219,7 +219,7 @@ class MaskSearch:
                 return
 
     def remove(self) -> None:
-        """Remove from the best set whatever the constraints do not need."""
+        """Remove from the best set all units that the constraints do not need."""
         start = len(self.best.nonzero())
         self._try([self.masks.reaching(self.best)])
         needed = torch.zeros_like(self.best)
@@ -242,7 +242,7 @@ class MaskSearch:
         return self.best.clone().index_fill_(0, units.reshape(-1), False)
 
     def _try(self, sets: list[Bool[Tensor, " units"]]) -> bool:
-        """Make the first acceptable set the best."""
+        """Take the first acceptable set as the best; return whether there is one."""
         accepted = self.accepts(sets)
         if not any(accepted):
             return False
@@ -250,38 +250,38 @@ class MaskSearch:
         return True
 
     def gradients(self) -> Float[Tensor, " units"]:
-        """The size of the gradients of f(E), and of f(not E) for a complete set, at the best set: the larger one."""
+        """Absolute gradients of f(E) at the best set; for a complete set, the maximum of those of f(E) and f(not E)."""
         mask = self.best.float().requires_grad_()
         rows = [MaskRow(mask, False), *([MaskRow(1 - mask, True)] if self.complete else [])]
         found = torch.zeros(len(mask))
-        for row in rows:  # one after the other: half the memory
+        for row in rows:  # one at a time: half the memory
             (gradient,) = torch.autograd.grad(self.masks.shares([row]).sum(), mask, retain_graph=True)
             found = torch.maximum(found, gradient.abs().cpu())
         return found
 
 
 class _Multiplier:
-    """PI control of one constraint's weight."""
+    """PI controller for the multiplier of one constraint."""
 
     def __init__(self) -> None:
         self.integral = 1.0
 
     def dual_step(self, violation: float) -> float:
-        """The multiplier for a violation just measured."""
+        """Update with a measured violation and return the multiplier."""
         clipped = max(-0.3, min(violation, 1.0))
         self.integral = min(max(self.integral + INTEGRAL * clipped, LEAST_MULTIPLIER), MOST_MULTIPLIER)
         return max(self.integral + PROPORTIONAL * clipped, LEAST_MULTIPLIER)
 
 
 def _start(attribution: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
-    """theta between -1 and 3, the higher the larger the attribution; the upper fifth is above 1."""
+    """Initial theta between -1 and 3, increasing with the attribution; the top fifth starts at 1 or above."""
     count = max(1, len(attribution) // 5)
     middle = attribution.topk(count).values[-1].clamp(min=1e-12)
     return (1 + 0.5 * (attribution.clamp(min=1e-12) / middle).log()).clamp(-1.0, 3.0)
 
 
 def overlap(sets: list[UnitSet]) -> float | None:
-    """The mean Jaccard index of all pairs of sets; None for fewer than two."""
+    """Mean Jaccard index over all pairs of sets; None for fewer than two sets."""
     pairs = [(a.chosen, b.chosen) for at, a in enumerate(sets) for b in sets[at + 1 :]]
     if not pairs:
         return None

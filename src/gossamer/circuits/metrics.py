@@ -3,11 +3,11 @@
     faithfulness  f(C) = (m(C) - m(nothing)) / (m(everything) - m(nothing)),  m the mean metric on the clean prompts
     CPR           integral of f over the kept share p, higher is better
     CMD           integral of |1 - f|, 0 is best  (Mueller et al. 2025, arXiv 2504.13151)
-    size at 90 %  the smallest circuit with f >= 0.9: the first in order of size, and the first after which none falls
-                  below any more
+    size at 90 %  the smallest circuit with f >= 0.9: the first in order of size, and the first from which on no larger
+                  circuit falls below
 
-The integrals are those of the MIB benchmark: int(p N) of N units are kept, and the trapezoids stand on a linear axis
-over p itself, from the smallest share on. Of few units, a small share is none: f is 0 there.
+The integrals follow the MIB benchmark: int(p N) of N units are kept, and the trapezoidal rule is applied on a linear
+axis over p, starting at the smallest share. With few units, a small share can round down to no unit, where f is 0.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from itertools import pairwise
 from gossamer.errors import GossamerError
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""Of the units kept, those of the MIB benchmark."""
+"""Shares of units kept, as in the MIB benchmark."""
 
 EXPLAINED = 0.9
 """Faithfulness at which the size of a circuit is reported."""
@@ -25,7 +25,7 @@ EXPLAINED = 0.9
 
 @dataclass(frozen=True)
 class Point:
-    """``size`` units of ``total`` kept give the mean metric ``metric`` and the faithfulness ``faithfulness``."""
+    """Mean metric and faithfulness when ``size`` units are kept."""
 
     size: int
     metric: float
@@ -37,10 +37,10 @@ class Curve:
     """Faithfulness by size, in ascending order of size.
 
     Attributes:
-        total: how many units there are.
+        total: number of units.
         nothing, everything: mean metric with no unit and with all units kept.
         shares: a point for each of :data:`SHARES`.
-        points: each measured size once, but for the empty circuit; some only narrow down the size at 90 %.
+        points: each measured size once, except the empty circuit; some only narrow down the size at 90 %.
     """
 
     total: int
@@ -51,7 +51,7 @@ class Curve:
 
     @property
     def cpr(self) -> float:
-        """Integral of f."""
+        """Integral of f over the kept share."""
         return self._integral(lambda f: f)
 
     @property
@@ -70,7 +70,7 @@ class Curve:
 
     @property
     def lasting_size(self) -> int | None:
-        """The smallest measured size from which on f >= 0.9 for good."""
+        """The smallest measured size such that f >= 0.9 at it and at all larger measured sizes."""
         size = None
         for point in reversed(self.points):
             if point.faithfulness < EXPLAINED:
@@ -80,12 +80,12 @@ class Curve:
 
 
 def measure_curve(total: int, measure: Callable[[list[int]], list[float]], *, rounds: int = 3) -> Curve:
-    """Faithfulness at :data:`SHARES`, and between the two around the first crossing of 90 %, more and more closely.
+    """Measure faithfulness at :data:`SHARES`, then refine around the first crossing of 90 %.
 
     Args:
-        total: how many units there are.
-        measure: mean metrics when the best so many units are kept, for several sizes at once.
-        rounds: how often the interval that holds the first crossing is quartered, on a logarithmic axis.
+        total: number of units.
+        measure: returns, for several sizes at once, the mean metric when that many of the best units are kept.
+        rounds: how often the interval with the first crossing is split into four, on a logarithmic axis.
 
     Raises:
         GossamerError: if the metric is the same with everything and with nothing kept.

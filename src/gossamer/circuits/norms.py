@@ -1,10 +1,11 @@
-"""Norms with their scale held fixed: a linear map, found from what the norm does rather than from its class.
+"""Norms with their scale held fixed: linear maps, derived from a norm's outputs rather than its class.
 
-    N(x) = scale(x) w * c(x) + bias,   c(x) = x, or x less its mean
+    N(x) = scale(x) w * c(x) + bias,   c(x) = x, or x minus its mean
 
-A unit vector v with mean zero, made large, shows w and the bias of any such norm, whatever its epsilon: N(s v) = w v +
-bias, N(-s v) = -w v + bias. It centres if N(s (v + 1)) is N(s v). RMSNorm, LayerNorm, L2 norm and the identity are of
-this form, with weights by head too; anything else is found out by its own output.
+A vector v with mean 0 and root mean square 1, scaled by a large s, reveals w and the bias of any such norm, whatever
+its epsilon: N(s v) = w v + bias, N(-s v) = -w v + bias. The norm centres if N(s (v + 1)) equals N(s v). RMSNorm,
+LayerNorm, L2 norm and the identity have this form, also with per-head weights. Anything else is detected by comparing
+the linear map with the norm's output.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from gossamer.errors import GossamerError
 
 _LARGE = 1e4
 _TOLERANCE = 1e-3
-"""Of a norm as a linear map, relative to its largest output; half precision has its own rounding besides."""
+"""Maximum error of the linear map, relative to the largest output; half precision allows for its rounding as well."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class FixedNorm:
     """A norm at some x, its scale held fixed.
 
     Attributes:
-        weight, bias: in the shape of x, or one that is broadcast to it.
+        weight, bias: in the shape of x, or broadcastable to it.
         scale: ``[..., 1]``.
-        centred: whether the mean is taken off.
+        centred: whether the mean is subtracted.
     """
 
     weight: Float[Tensor, "*rows features"]
@@ -37,19 +38,19 @@ class FixedNorm:
     centred: bool
 
     def linear(self, x: Float[Tensor, "*more features"]) -> Float[Tensor, "*more features"]:
-        """The norm of x but for its bias."""
+        """Apply the norm to x without its bias."""
         return self.scale * self.weight * _centre(x, self.centred)
 
     def at(self, *place: Any) -> "FixedNorm":
-        """The same norm at some rows of x."""
+        """Return the norm at some rows of x."""
         return FixedNorm(self.weight[place], self.bias[place], self.scale[place], self.centred)
 
 
 def fixed_norm(norm: nn.Module, x: Float[Tensor, "*rows features"]) -> FixedNorm:
-    """The norm at x; its scale is differentiable in x.
+    """Return the norm at x with its scale fixed; the scale is differentiable with respect to x.
 
     Raises:
-        GossamerError: at what is no norm of this form.
+        GossamerError: if the module is not a norm of this form.
     """
     with torch.no_grad():
         signs = torch.ones_like(x)

@@ -1,9 +1,9 @@
-"""Where q, k and v of each query head stand among the outputs of a layer's projections.
+"""Find the columns of a layer's projections that hold q, k and v of each query head.
 
-Families differ in whether q, k and v have a projection each or one in common, in the order of its outputs, in how many
-query heads share those of k and v, and in norms that tie all heads together. So it is read off the model: one token is
-run, every projection's outputs are replaced by independent numbers, and the gradient of each head's q, k and v tells on
-which of them it depends.
+Model families differ in whether q, k and v have separate projections or a joint one, in the order of its outputs, in
+how many query heads share k and v, and in norms that couple all heads. The columns are therefore traced on the model:
+one token is run, every projection's outputs are replaced by independent random numbers, and the gradient of each head's
+q, k and v shows which of them it depends on.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from gossamer.errors import GossamerError
 from gossamer.models.architectures import attention_modules
 
 _SMALL = 0.1
-"""Of the numbers in place of a projection's outputs; some models clip larger ones."""
+"""Scale of the random numbers that replace a projection's outputs; some models clip larger ones."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Projection:
     """Where q, k or v comes from in one layer.
 
     Attributes:
-        name: of the projection within the attention module.
+        name: name of the projection within the attention module.
         module: the projection.
-        columns: its outputs on which each query head depends: its own, or with a norm over all heads all of them.
+        columns: the projection's outputs that each query head depends on; all of them if a norm spans all heads.
     """
 
     name: str
@@ -40,31 +40,31 @@ class Projection:
     columns: Int[Tensor, "heads columns"]
 
     def sharing(self) -> Bool[Tensor, "heads heads"]:
-        """Which heads have a column in common."""
+        """Return which pairs of heads share a column."""
         used = torch.zeros(len(self.columns), int(self.columns.max()) + 1)
         used.scatter_(1, self.columns.cpu(), 1.0)
         return used @ used.T > 0
 
     def weight(self, columns: Int[Tensor, "some columns"]) -> Float[Tensor, "some columns d_model"]:
-        """What maps the projection's input to these outputs."""
+        """Weights that map the projection's input to these outputs."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         return (weight.mT if isinstance(self.module, Conv1D) else weight)[columns]
 
     def bias(self, columns: Int[Tensor, "some columns"]) -> Float[Tensor, "some columns"] | float:
-        """What is added to them."""
+        """Bias of these outputs."""
         bias = self.module.bias
         return bias[columns] if isinstance(bias, Tensor) else 0.0
 
 
 Projections = dict[str, Projection]
-"""By kind: ``q``, ``k``, ``v``."""
+"""The projections of one layer by kind: ``q``, ``k``, ``v``."""
 
 _Places = dict[str, tuple[str, Tensor]]
 _TRACED: "WeakKeyDictionary[PreTrainedModel, list[_Places]]" = WeakKeyDictionary()
 
 
 def projections_of(model: PreTrainedModel) -> list[Projections]:
-    """The projections of every layer of a supported model.
+    """Return the projections of every layer of a supported model.
 
     Raises:
         GossamerError: if queries, keys or values of a head are not a projection of the stream.
@@ -81,7 +81,7 @@ def projections_of(model: PreTrainedModel) -> list[Projections]:
 
 
 def repetitions(projections: Projections) -> int:
-    """The least r so that no two heads of the same number modulo r share a column."""
+    """The smallest r such that no two heads with the same index modulo r share a column."""
     shared = torch.stack([projection.sharing() for projection in projections.values()]).any(0)
     heads = torch.arange(len(shared))
     apart = (heads[:, None] - heads).abs()[shared]

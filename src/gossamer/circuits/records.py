@@ -1,4 +1,4 @@
-"""Where circuits are kept, which settings they were found with, and one of them read back."""
+"""Records of circuits: their folder, the settings they were found with, and loading a circuit from one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from gossamer.runs.read import SEARCH, read_circuits
 
 
 def circuit_folder(root: Path, task: Task, corruption: str, ablation: str) -> Path:
-    """Where the record lies below ``root``, a run's directory or another."""
+    """Folder of the record below ``root``, which is a run's directory or another one."""
     if task.name.startswith(".") or "/" in task.name or not task.name.strip():
         raise GossamerError(f"a task called {task.name!r} cannot have a record of that name; give it another name")
     parts = [task.name]
@@ -25,7 +25,7 @@ def circuit_folder(root: Path, task: Task, corruption: str, ablation: str) -> Pa
 
 
 def identity(task: Task, corruption: str, ablation: str) -> dict[str, Any]:
-    """What a record is of; its folder's name alone does not tell."""
+    """What identifies a record; the folder's name alone is ambiguous."""
     return {
         "task": task.name,
         "file_checksum": task.file_checksum,
@@ -43,7 +43,7 @@ _OTHERWISE = {
 
 
 def _difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-    """In words, how a record was made otherwise; None if it was not."""
+    """Describe the first setting in which a record differs; None if it differs in none."""
     for key, value in settings.items():
         if key in record and record[key] != value:
             return _OTHERWISE.get(key) or f"with {key} {record[key]}, not {value}"
@@ -51,12 +51,12 @@ def _difference(record: Mapping[str, Any], settings: Mapping[str, Any]) -> str |
 
 
 def check_record(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse to put a record in the place of one that was made otherwise."""
+    """Raise an error if a new record would overwrite one made with other settings."""
     try:
         before: dict[str, Any] = read_json(folder / "circuits.json")
-    except GossamerError:  # there is none, or it is damaged
+    except GossamerError:  # there is no record, or it is damaged
         return
-    if "ig_steps" in before:  # Records once had the steps of EAP-IG in the place of the score's name.
+    if "ig_steps" in before:  # Older records have the number of EAP-IG steps instead of the score's name.
         before["score"] = {0: "eap", 5: "eap-ig-inputs"}.get(
             before["ig_steps"], f"{before['ig_steps']} steps of EAP-IG"
         )
@@ -73,19 +73,19 @@ def load_circuit(
     corruption: str | None = None,
     ablation: str = "patch",
 ) -> Circuit:
-    """A circuit of edges from what :func:`gossamer.circuits.compare.compare_circuits` left, pruned.
+    """Load a pruned circuit of edges from a record of :func:`gossamer.circuits.compare.compare_circuits`.
 
     Args:
-        root: the directory of a run whose circuits have been found, or what ``--out`` of gossamer circuits named.
-        task: what the models do.
+        root: the directory of a run whose circuits have been found, or ``--out`` of ``gossamer circuits``.
+        task: the task.
         model: ``dense`` or ``sparse``.
-        edges: how many of the best are kept; None: as many as explain 90 %.
-        corruption: kind of corrupted prompts with which it was found; the task's first if None.
-        ablation: under which it was found.
+        edges: how many of the best edges to keep; None: as many as explain 90 %.
+        corruption: kind of corrupted prompts with which the circuit was found; the task's first if None.
+        ablation: ablation under which it was found.
 
     Raises:
-        GossamerError: if there is no such record, or its place is taken by that of another task; if no circuit explains
-            90 % and ``edges`` is None.
+        GossamerError: if there is no such record, or the folder holds the record of another task; if the circuits were
+            found without edges; if no circuit explains 90 % and ``edges`` is None.
     """
     corruption = corruption or task.corruptions[0]
     folder = circuit_folder(root, task, corruption, ablation)

@@ -1,4 +1,4 @@
-"""Circuits of one model for one task, at three levels: scores, circuits from them, the proof by intervention."""
+"""Find circuits of one model for one task at three levels: score units, choose circuits, measure by intervention."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,18 +25,18 @@ from gossamer.errors import GossamerError
 
 @dataclass(frozen=True)
 class Circuits:
-    """What was found of one model.
+    """Circuits found in one model.
 
     Attributes:
-        graph: of the model.
-        curves: faithfulness by size, by level. Links are counted on one prompt, averaged over the prompts.
-        scores: of the component edges, the mean over the prompts; zeros if only links were asked for.
-        node_scores: of the nodes, the same.
-        link_scores: of the attention links, by batch; empty if that level was not asked for.
-        batches: the prompts that they belong to.
-        absolute: whether the largest absolute scores were chosen, not the lowest.
-        sets: what a search found, by level, measured on the prompts that it looked at; empty with other scores.
-        left_when_cut: f of everything but the smallest circuit that explains enough, by level; None where none does.
+        graph: the model's graph.
+        curves: faithfulness by size, for each level. Link counts are per prompt, averaged over the prompts.
+        scores: mean scores of the component edges over the prompts; zeros if only links were requested.
+        node_scores: mean scores of the nodes, in the same way.
+        link_scores: scores of the attention links, by batch; empty if links were not requested.
+        batches: the prompts of each batch.
+        absolute: whether units were chosen by largest absolute score instead of lowest score.
+        sets: sets found by a search, by level, measured on the prompts of the search; empty with other scores.
+        left_when_cut: f when the smallest circuit that explains 90 % is cut, by level; None if no circuit does.
     """
 
     graph: Graph
@@ -57,11 +57,11 @@ class Circuits:
         return kept
 
     def edges(self, count: int) -> Bool[Tensor, "sources destinations"]:
-        """The best ``count`` edges less those that are cut off from input or logits."""
+        """The best ``count`` edges, without those cut off from the input or the logits."""
         return prune(self.graph, top_edges(self.graph, self.scores, count, absolute=self.absolute))
 
     def links(self, count: int) -> list[Bool[Tensor, "prompts layers heads tokens tokens"]]:
-        """The best ``count`` links of each prompt less those from which no path leads to the last position."""
+        """The best ``count`` links of each prompt, without those from which no path leads to the last position."""
         return [prune_links(top_links(scores, count, absolute=self.absolute)) for scores in self.link_scores]
 
 
@@ -76,21 +76,21 @@ def find_circuits(
     batch_size: int = 16,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Circuits:
-    """Score the units of a model on a task, and measure how much the best of them explain.
+    """Score the units of a model on a task and measure how much the best units explain.
 
     Args:
         model: dense or gated, in ``eval()`` mode.
-        prompts: of the task.
+        prompts: the task's prompts.
         levels: which kinds of units.
-        score: what ranks the units.
+        score: the score that ranks the units.
         ablation: what units outside a circuit carry: a name in ``gossamer.circuits.ablations.ABLATIONS``.
-        absolute: choose the largest absolute scores; else the lowest: the units that help the metric most.
-        batch_size: rows in one forward pass: prompts, or several circuits on fewer prompts.
-        progress: is told in a few words what is being done.
+        absolute: choose the largest absolute scores instead of the lowest (the units that help the metric most).
+        batch_size: rows per forward pass: prompts, or several circuits on fewer prompts.
+        progress: called with a short description of the current step.
 
     Raises:
-        GossamerError: if the metric does not tell clean from corrupted prompts; if there is no such ablation; if it or
-            the score is not defined for links.
+        GossamerError: if the metric does not distinguish clean from corrupted prompts; if there is no such ablation; if
+            links are requested and the ablation or the score is not defined for them.
     """
     if "links" in levels and score.links is None:
         raise GossamerError(f"the score {score.name} is not defined for links")
@@ -116,7 +116,7 @@ def _score_units(
     absolute: bool,
     progress: Callable[[str], None],
 ) -> Circuits:
-    """The scores of all units of these levels, without curves."""
+    """Score all units of these levels; the result has no curves yet."""
     graph, count = graph_of(model), sum(len(batch.clean) for batch in batches)
     if score.search is not None:
         return _search_sets(model, batches, means, levels, score.search, ablation, absolute, progress)
@@ -150,7 +150,7 @@ def _search_sets(
     absolute: bool,
     progress: Callable[[str], None],
 ) -> Circuits:
-    """The sets of nodes and edges that a search finds, without curves."""
+    """Search for sets of nodes and edges; the result has no curves yet."""
     graph = graph_of(model)
     scores: dict[Level, Tensor] = {
         "nodes": torch.zeros(graph.sources),
@@ -166,7 +166,7 @@ def _search_sets(
 
 @dataclass(frozen=True)
 class _Proof:
-    """The metric of circuits of the best units, by intervention."""
+    """Measures the metric of circuits of the best units by intervention."""
 
     model: PreTrainedModel
     scored: Circuits
@@ -176,7 +176,7 @@ class _Proof:
     progress: Callable[[str], None]
 
     def total(self, level: Level) -> int:
-        """How many units the level has; links of one prompt, on average."""
+        """Number of units at the level; for links, the mean per prompt."""
         graph = self.scored.graph
         if level == "nodes":
             return graph.sources
@@ -186,10 +186,10 @@ class _Proof:
         return round(graph.layers * graph.heads * sum(n * (n + 1) / 2 for n in lengths) / len(lengths))
 
     def metrics(self, level: Level, sizes: list[int], *, cut: bool = False) -> list[float]:
-        """The metric, averaged over the prompts, of the best ``size`` units for each of ``sizes``.
+        """Return the mean metric over the prompts of the best ``size`` units, for each of ``sizes``.
 
         Args:
-            cut: measure everything but those units; the input is never cut.
+            cut: measure all units except these; the input node is never cut.
         """
         batches = self.scored.batches
         metrics = torch.zeros(len(sizes), dtype=torch.double)
@@ -205,13 +205,13 @@ class _Proof:
                 if cut:
                     circuits = self._everything(level, place) & ~circuits
                     if level == "nodes":
-                        circuits[:, 0] = True  # without the input nothing is left of any prompt
+                        circuits[:, 0] = True  # without the input, nothing of a prompt is left
                 values = _RUN[level](self.model, batch, circuits, ablation=outside, other=other)
                 metrics[some] += values.double().cpu().sum(1)
         return (metrics / sum(len(batch.clean) for batch in batches)).tolist()
 
     def left_when_cut(self, level: Level, curve: Curve) -> float | None:
-        """f of everything but the smallest circuit that explains enough; None where none does."""
+        """f when the smallest circuit that explains 90 % is cut; None if no circuit does."""
         if curve.first_size is None:
             return None
         (metric,) = self.metrics(level, [curve.first_size], cut=True)
@@ -252,19 +252,19 @@ def faithfulness_of(
     ablation: str = "patch",
     batch_size: int = 16,
 ) -> Point:
-    """How much one circuit of edges explains, less the edges that are cut off from input or logits.
+    """Measure how much one circuit of edges explains, after pruning edges cut off from the input or the logits.
 
     Args:
         model: dense or gated, in ``eval()`` mode.
-        prompts: of the task.
+        prompts: the task's prompts.
         kept: the circuit.
-        neurons: which dimensions of what a source writes its kept edges carry; all if None.
-        fed: sources that are not cut off though no kept edge leads to them; see :func:`gossamer.circuits.graph.prune`.
-        ablation: what everything else carries.
-        batch_size: prompts in one forward pass.
+        neurons: which dimensions of a source's output its kept edges carry; all if None.
+        fed: sources that are kept even if no kept edge leads to them; see :func:`gossamer.circuits.graph.prune`.
+        ablation: what all other edges carry.
+        batch_size: prompts per forward pass.
 
     Raises:
-        GossamerError: if the metric does not tell clean from corrupted prompts.
+        GossamerError: if the metric does not distinguish clean from corrupted prompts.
     """
     graph = graph_of(model)
     possible, pruned = graph.possible(), prune(graph, kept, fed=fed)
@@ -287,9 +287,10 @@ def faithfulness_of(
 def mean_source_outputs(
     model: PreTrainedModel, batches: tuple[Batch, ...]
 ) -> dict[int, Float[Tensor, "sources tokens d_model"]]:
-    """What each source writes on the corrupted prompts of a length, by position, averaged over all of them.
+    """Mean output of each source at each position over the corrupted prompts, separately for each prompt length.
 
-    Prompts of other lengths have other things at a position. Where one prompt alone has a length, its mean is itself.
+    Lengths are not mixed because a position means different things in prompts of different lengths. If only one prompt
+    has a length, the mean is that prompt's output.
     """
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
@@ -304,9 +305,9 @@ def mean_source_outputs(
 def top_links(
     scores: Float[Tensor, "prompts layers heads tokens tokens"], count: int, *, absolute: bool = True
 ) -> Bool[Tensor, "prompts layers heads tokens tokens"]:
-    """The ``count`` links of each prompt with the largest absolute scores, or the lowest: those that help most.
+    """Select the ``count`` links of each prompt with the largest absolute scores, or the lowest (those that help most).
 
-    Links have no name across prompts of other lengths: each prompt keeps the same number of its own best ones.
+    Links do not correspond across prompts of different lengths, so each prompt keeps the same number of its best links.
     """
     allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     ranked = (scores.abs() if absolute else -scores).masked_fill(~allowed, -torch.inf).flatten(1)

@@ -1,21 +1,22 @@
-"""A model's residual stream taken apart, through hooks on its own modules.
+"""Split a model's residual stream into its parts, with hooks on the model's modules.
 
-Within :func:`stream_hooks`, a :class:`StreamHooks` sees, and may change, what every part of a model reads and writes:
+Inside :func:`stream_hooks`, a :class:`StreamHooks` sees and can change what every part of a model reads and writes:
 
-    read_input(x)              the stream as it begins: token and position embeddings
+    read_input(x)              the initial stream: token and position embeddings
     read_attention(layer, x)   the stream that a layer's attention reads, before any norm
     project(layer, name, ...)  what enters and leaves each of the projections to q, k and v
     attend(layer, ...)         queries, keys (positions applied) and values of each head; returns the heads' outputs. If
-                               read_attention() repeated the batch, they are of all its repetitions, and the outputs of
-                               one are returned
+                               read_attention() repeated the batch, the inputs cover all repetitions and the outputs a
+                               single one
     norm_heads(layer, norm)    the norm between the heads and the stream, where there is one
     read_mlp(layer, x)         the stream that a layer's MLP reads, before any norm
-    write_heads(layer, c)      what each head adds to the stream, norms after attention included
+    write_heads(layer, c)      what each head adds to the stream, including a norm after attention
     write_mlp(layer, c)        what the MLP adds
     read_logits(x)             the stream that the last norm and the unembedding read
 
-Works for every family whose layers have no parts but those in :mod:`gossamer.models.structure`, dense or gated: the
-attention is computed here, by transformers' attention interface, from the same definition as :mod:`gossamer.ops.naive`.
+This works for every model family whose layers consist of the parts in :mod:`gossamer.models.structure`, dense or
+gated. Attention is computed here, through transformers' attention interface, from the same definition as
+:mod:`gossamer.ops.naive`.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,53 +39,53 @@ from gossamer.models.structure import Architecture, Branches
 from gossamer.ops.weights import attention_logits, attention_weights, causal_pairs, per_query_head
 
 IMPLEMENTATION = "gossamer_circuits"
-"""The name under which the visited attention is registered with transformers."""
+"""Name under which the hooked attention is registered with transformers."""
 
 
 Norm = Callable[[Tensor], Tensor]
 
 
 class StreamHooks:
-    """Sees everything and changes nothing; what a subclass overrides, it may change."""
+    """Base class of hooks, which changes nothing; subclasses override methods to record or change values."""
 
     def read_input(self, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
-        """Before the first layer."""
+        """Called before the first layer."""
         return x
 
     def read_attention(self, layer: int, x: Float[Tensor, "batch tokens d_model"], norm: Norm) -> Tensor:
-        """Before a layer's attention; ``norm`` is what the layer applies before it projects."""
+        """Called before a layer's attention; ``norm`` is what the layer applies before its projections."""
         return x
 
     def project(
         self, layer: int, name: str, x: Float[Tensor, "batch tokens d_model"], y: Float[Tensor, "batch tokens columns"]
     ) -> Tensor:
-        """After the projection ``name`` of x to y."""
+        """Called after the projection ``name`` of x to y."""
         return y
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: "Pattern"
     ) -> Float[Tensor, "batch heads tokens d_value"]:
-        """Heads' outputs; ``pattern(q, k)`` gives the attention weights with closed links at 0.
+        """Return the heads' outputs; ``pattern(q, k)`` returns the attention weights, 0 for closed links.
 
-        q, k and v are ``[batch, heads, tokens, ...]``: keys and values once for each query head.
+        q, k and v are ``[batch, heads, tokens, ...]``, with keys and values repeated for each query head.
         """
         return pattern(q, k) @ v
 
     def norm_heads(self, layer: int, norm: FixedNorm) -> None:
-        """The norm after attention, as what the heads write meets it; only where there is one."""
+        """Called with the norm after attention that is applied to what the heads write, if there is one."""
 
     def write_heads(self, layer: int, contributions: Float[Tensor, "heads batch tokens d_model"]) -> None:
-        """After a layer's attention."""
+        """Called after a layer's attention."""
 
     def read_mlp(self, layer: int, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
-        """Before a layer's MLP."""
+        """Called before a layer's MLP."""
         return x
 
     def write_mlp(self, layer: int, contribution: Float[Tensor, "batch tokens d_model"]) -> None:
-        """After a layer's MLP."""
+        """Called after a layer's MLP."""
 
     def read_logits(self, x: Float[Tensor, "batch tokens d_model"]) -> Tensor:
-        """Before the last norm."""
+        """Called before the last norm."""
         return x
 
 
@@ -100,7 +101,7 @@ class Pattern:
     def __call__(
         self, q: Float[Tensor, "batch heads tokens d"], k: Float[Tensor, "batch heads tokens d"]
     ) -> Float[Tensor, "batch heads tokens tokens"]:
-        """Keys are given once for each query head."""
+        """Return the attention weights; keys must be repeated for each query head."""
         logits = attention_logits(q, k, self.scale, self.softcap)
         allowed = causal_pairs(q.shape[2], k.shape[2], q.device) if self.mask is None else self.mask
         weights = attention_weights(logits, allowed)
@@ -110,20 +111,20 @@ class Pattern:
 
 
 def graph_of(model: PreTrainedModel) -> Graph:
-    """The units of a supported model.
+    """Return the graph of a supported model.
 
     Raises:
-        GossamerError: naming what of the model cannot be taken apart.
+        GossamerError: naming the part of the model that cannot be split.
     """
     branches = branches_of(model)
     return Graph(model.config.num_hidden_layers, model.config.num_attention_heads, branches.parallel)
 
 
 def branches_of(model: PreTrainedModel) -> Branches:
-    """Where the layers of a model read and write the residual stream.
+    """Return where the layers of a model read and write the residual stream.
 
     Raises:
-        GossamerError: naming what of the model cannot be taken apart.
+        GossamerError: naming the part of the model that cannot be split.
     """
     architecture = architecture_of(model)
     if architecture.opaque is not None or architecture.branches is None:
@@ -136,9 +137,9 @@ def branches_of(model: PreTrainedModel) -> Branches:
 
 @contextmanager
 def stream_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None]:
-    """Within it, forward passes of the model show everything to the hooks; afterwards the model is as before.
+    """Context manager in which forward passes of the model call the hooks; the model is restored on exit.
 
-    Sequences must not be padded, and a cache must not be used.
+    Sequences must not be padded, and no cache may be used.
     """
     architecture, branches = architecture_of(model), branches_of(model)
     before = model.config._attn_implementation
@@ -162,7 +163,7 @@ def stream_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None]:
 
 @contextmanager
 def attention_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None]:
-    """:func:`stream_hooks` of ``attend`` alone, for passes in which nothing else is looked at: they take less time."""
+    """:func:`stream_hooks` for ``attend`` only, which is faster when no other hook is needed."""
     before = model.config._attn_implementation
     with ExitStack() as stack:
         for layer, module in enumerate(attention_modules(model)):
@@ -174,17 +175,17 @@ def attention_hooks(model: PreTrainedModel, hooks: StreamHooks) -> Iterator[None
 
 
 class _AfterLast:
-    """The reading of the last norm, which some families use before the first layer too."""
+    """Calls ``read_logits`` at the last norm, but not where a family also uses it before the first layer."""
 
     def __init__(self, hooks: StreamHooks) -> None:
         self.hooks, self.due = hooks, False
 
     def note(self, *_: Any) -> None:
-        """The last layer has run."""
+        """Note that the last layer has run."""
         self.due = True
 
     def read(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The norm is about to run."""
+        """Called before the norm runs."""
         if not self.due:
             return None
         self.due = False
@@ -192,13 +193,13 @@ class _AfterLast:
 
 
 class _Attention:
-    """The attention of one layer."""
+    """Attention of one layer with hooks."""
 
     def __init__(self, layer: int, hooks: StreamHooks) -> None:
         self.layer, self.hooks = layer, hooks
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        """What transformers' attention function returns: ``[rows, tokens, heads, d_value]``."""
+        """Return the heads' outputs as transformers' attention functions do: ``[rows, tokens, heads, d_value]``."""
         heads = q.shape[1]
         outputs = self.hooks.attend(self.layer, q, per_query_head(k, heads), per_query_head(v, heads), pattern)
         return outputs.transpose(1, 2).contiguous()  # as eager attention; some models view it
@@ -225,7 +226,7 @@ class _Layer(_Attention):
         self.outputs: Tensor | None = None
 
     def attach(self, stack: ExitStack) -> None:
-        """Put the hooks on; they come off when the stack is left."""
+        """Register the hooks; they are removed when the stack exits."""
         hooks = [
             self.attention_in.register_forward_pre_hook(self._read_attention, with_kwargs=True),
             self.attention.register_forward_pre_hook(self._repeat_positions, with_kwargs=True),
@@ -253,7 +254,7 @@ class _Layer(_Attention):
         return _replace_first(args, kwargs, read)
 
     def _repeat_positions(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Where each row has rotary positions of its own, they are repeated with the batch."""
+        """Repeat rotary position embeddings with the batch if they differ between rows."""
         positions = kwargs.get("position_embeddings")
         if self.repetitions == 1 or not isinstance(positions, tuple) or len(positions[0]) == 1:
             return None
@@ -264,10 +265,10 @@ class _Layer(_Attention):
         return self.hooks.project(self.layer, name, args[0], result)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        """Rows are those of all streams."""
+        """Return the outputs, expanded to the rows of all repetitions."""
         outputs = super().attend(q, k, v, pattern)
         self.outputs = outputs
-        # With a repeated batch the other repetitions stand for nothing; _merge puts the outputs in.
+        # With a repeated batch these rows are placeholders; _merge inserts the outputs.
         return outputs if len(outputs) == len(q) else outputs.new_zeros(()).expand(len(q), *outputs.shape[1:])
 
     def _merge(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
@@ -285,7 +286,7 @@ class _Layer(_Attention):
         self.hooks.write_heads(self.layer, contributions)
 
     def output_map(self, heads: int) -> Float[Tensor, "heads d_value d_model"]:
-        """What maps a head's output to what it adds to the stream, but for a norm after attention."""
+        """Matrices that map each head's output to what it adds to the stream, without a norm after attention."""
         weight: Tensor = self.projection.weight  # type: ignore[assignment]
         rows = weight if isinstance(self.projection, Conv1D) else weight.mT
         return rows.reshape(heads, -1, rows.shape[-1]) * self.multiplier
@@ -321,7 +322,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def output_maps(model: PreTrainedModel) -> list[Float[Tensor, "heads d_value d_model"]]:
-    """What maps each head's output to what it adds to the stream, by layer, but for a norm after attention."""
+    """Matrices from each head's output to what it adds to the stream, by layer, without a norm after attention."""
     architecture, branches = architecture_of(model), branches_of(model)
     layers = enumerate(model.get_submodule(architecture.layers))
     heads = model.config.num_attention_heads

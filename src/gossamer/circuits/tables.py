@@ -1,4 +1,4 @@
-"""What ``circuits.json`` holds, as tables for the terminal."""
+"""Terminal tables of the contents of ``circuits.json``."""
 
 from statistics import mean, stdev
 from typing import Any
@@ -11,7 +11,7 @@ SHOWN = (0.001, 0.01, 0.1)
 
 
 def comparison_tables(record: dict[str, Any]) -> list[Table]:
-    """The record as the terminal shows it."""
+    """Build the terminal tables of a record."""
     dense, sparse = record["models"]["dense"], record["models"]["sparse"]
     ability = Table(title=f"{record['task']}, corruption {record['corruption']}, {record['prompts']} prompts")
     for column in ("model", "right (%)", "metric, clean", "metric, corrupted", "seconds", "peak memory (MB)"):
@@ -43,7 +43,7 @@ def comparison_tables(record: dict[str, Any]) -> list[Table]:
 
 
 def _faithfulness(curve: dict[str, Any], share: float) -> str:
-    """Of the circuit of that share; a record of an earlier version may have rounded its size otherwise."""
+    """Faithfulness of the circuit at a share; records of earlier versions may have rounded its size differently."""
     at = {0: 0.0, **{point["size"]: point["faithfulness"] for point in curve["points"]}}
     exact = share * curve["total"]
     value = at.get(int(exact) if int(exact) in curve["shares"] else max(1, round(exact)))

@@ -1,13 +1,13 @@
-"""The nodes or component edges of a model under masks, on the prompts of a task.
+"""Masks on the nodes or component edges of a model, on the prompts of a task.
 
     f(E) = (m(E) - m(nothing)) / (m(everything) - m(nothing))
 
-with m the task's metric, averaged over the prompts, where a unit carries z times its own value plus (1 - z) times the
-replacement of the ablation. At z = 0 and 1 that is :mod:`gossamer.circuits.intervention`, which measures sets; here the
-metric is differentiable by z.
+with m the task's mean metric over the prompts, where a unit carries z times its value plus (1 - z) times the ablation's
+replacement. At z = 0 and 1 this equals :mod:`gossamer.circuits.intervention`, which measures sets. Here the metric is
+differentiable with respect to z.
 
-The input is no unit among the nodes and always keeps its own value: without it nothing is left of any prompt, which
-would make every set of nodes that holds it a necessary one.
+Among the nodes, the input has no mask and always keeps its value. Without the input nothing of a prompt is left, so any
+set of nodes that contains it would count as necessary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,17 +37,17 @@ from gossamer.errors import GossamerError
 Units = Literal["nodes", "edges"]
 
 PROMPTS = 32
-"""At most, on which sets are measured in a search."""
+"""Maximum number of prompts on which a search measures sets."""
 
 PROMPTS_WITH_GRADIENTS = {"nodes": 16, "edges": 8}
-"""Masks times prompts in a pass with gradients."""
+"""Maximum of masks times prompts in a pass with gradients."""
 
 ROWS = 64
-"""Sets times prompts in one without."""
+"""Maximum of sets times prompts in a pass without gradients."""
 
 
 class _Masked(Patched):
-    """Keeps what the sources write in parts, by the first source: writing to a buffer in place leaves no gradient."""
+    """Stores what sources write in separate tensors, by first source: in-place writes to a buffer lose gradients."""
 
     parts: dict[int, Float[Tensor, "sources circuits prompts tokens d_model"]]
 
@@ -73,11 +73,11 @@ class _Masked(Patched):
 
 
 class _MaskedNodes(_Masked, PatchedNodes):
-    """Nodes, all destinations of a layer reading the same stream."""
+    """Masked nodes; destinations that read at the same place share one stream."""
 
 
 class _MaskedEdges(_Masked, PatchedEdges):
-    """Edges, every destination reading a stream of its own."""
+    """Masked edges; every destination reads a separate stream."""
 
 
 def metric_under_masks(
@@ -89,10 +89,11 @@ def metric_under_masks(
     ablation: str = "patch",
     other: ActivationCache,
 ) -> Float[Tensor, "circuits prompts"]:
-    """The task's metric on the clean prompts under each mask, differentiable by the masks.
+    """Return the task's metric on the clean prompts under each mask, differentiable with respect to the masks.
 
     Args:
-        masks: of the sources but the input, or of the possible edges in the order of ``graph.possible().nonzero()``.
+        masks: masks of all sources except the input, or of the possible edges in the order of
+            ``graph.possible().nonzero()``.
         other: the corrupted run.
     """
     graph = graph_of(model)
@@ -105,19 +106,19 @@ def metric_under_masks(
 
 
 def with_input(nodes: Shaped[Tensor, "*sets nodes"]) -> Shaped[Tensor, "*sets sources"]:
-    """Masks or sets of all sources from those of all but the input, which is kept."""
+    """Prepend the input, always kept, to masks or sets of the other sources."""
     return torch.cat([torch.ones_like(nodes[..., :1]), nodes], -1)
 
 
 class TaskMasks:
-    """The units of one kind, on the first prompts of a task.
+    """Maskable units of one kind, measured on the first prompts of a task.
 
     Args:
         model: dense or gated, in ``eval()`` mode.
-        batches: of the task.
-        units: which kind.
+        batches: the task's prompts.
+        units: ``nodes`` or ``edges``.
         ablation: what units outside a set carry.
-        means: what sources carry under mean ablation, by the prompts' length.
+        means: what sources carry under mean ablation, by prompt length.
 
     Raises:
         GossamerError: if replacing every unit does not change the metric.
@@ -149,11 +150,11 @@ class TaskMasks:
 
     @property
     def rows_with_gradients(self) -> int:
-        """How many masks :meth:`shares` takes at once: as many as keep a pass small, at least one."""
+        """Number of masks that :meth:`shares` takes at once, limited to keep a pass small; at least one."""
         return max(1, PROMPTS_WITH_GRADIENTS[self.units] // max(len(batch.clean) for batch in self.graded))
 
     def shares(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
-        """f under each mask on a few prompts, other ones in each call; differentiable by the masks."""
+        """Return f under each mask on a few prompts, which rotate between calls; differentiable in the masks."""
         batch = self.graded[self.turn % len(self.graded)]
         self.turn += 1
         masks = torch.stack([row.mask for row in rows]).to(self.model.device)
@@ -165,18 +166,18 @@ class TaskMasks:
     def evaluate(
         self, sets: list[Bool[Tensor, " units"]], *, cut: bool = True
     ) -> tuple[Float[Tensor, " sets"], Float[Tensor, " sets"]]:
-        """f(E) and f(not E) of some sets, on all prompts of the search."""
+        """Return f(E) and f(not E) of some sets, on all prompts of the search."""
         found = self._metrics([*sets, *([~each for each in sets] if cut else [])])
         shares = (found - self.nothing) / (self.full - self.nothing)
         kept = shares[: len(sets)]
         return kept, shares[len(sets) :] if cut else torch.full_like(kept, torch.nan)
 
     def reaching(self, chosen: Bool[Tensor, " units"]) -> Bool[Tensor, " units"]:
-        """Of edges, those that are not cut off from input or logits; all nodes."""
+        """Return the chosen edges that are not cut off from input or logits, or all chosen nodes."""
         return chosen if self.units == "nodes" else prune(self.graph, self.scattered(chosen))[self.possible]
 
     def scattered(self, values: Tensor) -> Tensor:
-        """Values of the possible edges at their places: ``[sources, destinations]``."""
+        """Scatter values of the possible edges into a ``[sources, destinations]`` tensor."""
         return values.new_zeros(self.possible.shape).masked_scatter(self.possible, values)
 
     def _other(self, batch: Batch) -> ActivationCache:

@@ -1,1 +1,1 @@
-"""Figures of a finished run: loss, KL to the dense model, open links, the top-k baseline."""
+"""Metrics of a finished run: loss, KL to the dense model, open links, the top-k baseline."""

@@ -1,7 +1,7 @@
-"""What the models of a run can still do: tasks of lm-eval-harness, sparse beside dense and the dense control.
+"""Capabilities of a run's models on tasks of lm-eval-harness: sparse model, dense model and dense control.
 
-The harness pads multiple-choice requests on the right and generates from prompts padded on the left, with a cache;
-gated attention gives padding no links, so a request's result does not depend on what it is batched with.
+The harness pads multiple-choice requests on the right, and generates from left-padded prompts with a cache. Gated
+attention has no links to padding, so a request's result does not depend on the rest of its batch.
 """
 
 import copy
@@ -34,15 +34,15 @@ class TasksConfig:
     """Tasks of lm-eval-harness, and how they are measured.
 
     Attributes:
-        tasks: names of tasks, groups or tags that the harness has, or of tasks in ``task_path``.
-        task_path: a directory with your own tasks, YAML files as the harness reads them; ``data_files`` in them are
-            found from that directory.
-        allow_task_code: whether these may run code of their own: see :mod:`gossamer.evaluation.task_files`.
-        shots: examples before each question; None leaves it to the task.
-        limit: at most so many examples of each task; None takes all.
-        batch_size: requests in one forward pass.
-        precision: ``bf16`` runs the matrix products under autocast.
-        seed: of the choice of shots.
+        tasks: names of tasks, groups or tags of the harness, or of tasks in ``task_path``.
+        task_path: a directory with custom tasks as YAML files in the harness's format; ``data_files`` in them are
+            relative to that directory.
+        allow_task_code: whether custom tasks may run code: see :mod:`gossamer.evaluation.task_files`.
+        shots: examples before each question; None: the task's default.
+        limit: maximum number of examples of each task; None: all.
+        batch_size: requests per forward pass.
+        precision: ``bf16`` runs matrix products under autocast.
+        seed: seed of the choice of shots.
     """
 
     tasks: Sequence[str]
@@ -58,20 +58,20 @@ class TasksConfig:
 def measure_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TasksConfig
 ) -> dict[str, dict[str, Any]]:
-    """Results of one model on tasks of lm-eval-harness.
+    """Evaluate one model on tasks of lm-eval-harness.
 
     Args:
         model: dense or gated, with hard gates.
-        tokenizer: of the model.
-        config: which tasks.
+        tokenizer: the model's tokenizer.
+        config: the tasks and how to measure them.
 
     Returns:
-        For each task: ``version``, ``shots``, ``examples``, and ``metrics``, which for each metric has ``value``,
-        ``stderr`` (None where the harness knows none) and ``higher_is_better``.
+        For each task: ``version``, ``shots``, ``examples``, and ``metrics``, which has for each metric ``value``,
+        ``stderr`` (None if the harness has none) and ``higher_is_better``.
 
     Raises:
-        GossamerError: if lm-eval is not installed, a task is unknown or cannot be loaded, or the tokenizer has no token
-            that begins or ends a text, or has tokens that the model does not know.
+        GossamerError: if lm-eval is not installed; if a task is unknown or cannot be loaded; if the tokenizer has no
+            token that begins or ends a text, or has tokens that the model does not know.
     """
     require_vocabulary(model, tokenizer, "a task")
     manager, loaded = _load(config)
@@ -87,7 +87,7 @@ def measure_tasks(
         found = simple_evaluate(
             reader,
             tasks=loaded,
-            task_manager=manager,  # else it reads all its own tasks again
+            task_manager=manager,  # else the harness reads all its tasks again
             num_fewshot=config.shots,
             limit=config.limit,
             log_samples=False,
@@ -104,8 +104,8 @@ def add_tasks(run: Run, config: TasksConfig, *, progress: Callable[[str], None] 
 
     Args:
         run: the run.
-        config: which tasks.
-        progress: is told in a few words which model is at work.
+        config: the tasks and how to measure them.
+        progress: called with a short description of the current step.
 
     Returns:
         The contents of ``metrics.json``.
@@ -129,7 +129,7 @@ def add_tasks(run: Run, config: TasksConfig, *, progress: Callable[[str], None] 
 
 
 def check_tasks(run: Run, config: TasksConfig) -> None:
-    """Stop at a task or a tokenizer that cannot be used, before anything long begins.
+    """Check that the tasks and the tokenizer can be used, before any long computation.
 
     Raises:
         GossamerError: naming the task, or what the tokenizer lacks.
@@ -139,7 +139,7 @@ def check_tasks(run: Run, config: TasksConfig) -> None:
 
 
 def _ending_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that the harness takes for the end of a text, and for the start of one that has nothing before it."""
+    """Token that the harness uses as the end of a text, and as the start of a text without context."""
     end = end_of_text(tokenizer)
     if not end:
         raise GossamerError(
@@ -150,7 +150,7 @@ def _ending_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _reader(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
-    """The harness's view of a model; a copy of the tokenizer, which the harness changes."""
+    """Wrap a model for the harness, with a copy of the tokenizer because the harness changes it."""
     from lm_eval.models.huggingface import HFLM
 
     end = _ending_of(tokenizer)
@@ -159,7 +159,7 @@ def _reader(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
         own.pad_token = own.convert_ids_to_tokens(end)  # else the harness may add a token that the model has no row for
 
     class Reader(HFLM):
-        """Contexts without the token that the tokenizer puts after a text: what is scored would come after it."""
+        """Drops the token that the tokenizer appends to a text; the scored continuation would follow it."""
 
         @property
         def eot_token_id(self) -> int:
@@ -198,7 +198,7 @@ def _models(run: Run) -> dict[str, Callable[[], PreTrainedModel]]:
 
 
 def _load(config: TasksConfig) -> tuple[Any, list[Any]]:
-    """The harness's task manager, and its task and group objects in the order named."""
+    """Return the harness's task manager, and its task and group objects in the given order."""
     task_path = config.task_path
     manager = _manager(config)
     known = set(manager.all_tasks)
@@ -211,7 +211,7 @@ def _load(config: TasksConfig) -> tuple[Any, list[Any]]:
         for name in config.tasks:
             try:
                 loaded = manager.load([name])
-            # A task is anybody's YAML, code and data set: whatever it raises, the task is at fault.
+            # A task can be third-party YAML, code and data, so any exception is reported as the task's error.
             except Exception as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise GossamerError(f"the task {name!r} cannot be loaded: {reason}") from error
@@ -238,7 +238,7 @@ def _manager(config: TasksConfig) -> Any:
 
 @cache
 def _all_tasks(task_path: Path | None) -> Any:
-    """Those of the harness too: it reads some 15,000 files for that, which takes seconds."""
+    """Task manager that includes the harness's tasks; it reads some 15,000 files, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=task_path)
@@ -260,7 +260,7 @@ def _within(folder: Path | None) -> Iterator[None]:
 
 
 def _metrics(task: str, found: dict[str, Any]) -> dict[str, Any]:
-    """One task's part of the harness's results, whose metrics are called ``acc,none`` and ``acc_stderr,none``."""
+    """Extract one task from the harness's results, with metrics named ``acc,none`` and ``acc_stderr,none``."""
     own = found["results"][task]
     better = found["higher_is_better"].get(task, {})
     metrics = {}

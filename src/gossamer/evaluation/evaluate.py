@@ -1,4 +1,4 @@
-"""All metrics of a run: ``metrics.json``.
+"""Measure all metrics of a run and write ``metrics.json``.
 
 The keys are documented in ``docs/metrics.md``.
 """
@@ -28,7 +28,7 @@ from gossamer.training.constraints import CONSTRAINTS, Constraint
 
 TOPK = (1, 2, 4, 8, 16, 32, 64)
 TOPK_TOKENS = 2_048
-"""About so many held-out tokens, at least one block, measure each point of the top-k curve."""
+"""Approximate number of held-out tokens per point of the top-k curve; at least one block is used."""
 
 
 def evaluate_run(
@@ -41,20 +41,20 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a finished run on its held-out blocks and write ``metrics.json``.
 
-    Keys of an earlier ``metrics.json`` that are not measured here stay in it: those of ``gossamer demo``.
+    Keys of an earlier ``metrics.json`` that are not measured here are kept, for example those of ``gossamer demo``.
 
     Args:
         run: a finished run.
-        precision: of the forward passes, ``fp32`` or ``bf16``.
-        batch_size: blocks in one forward pass.
-        topk: points of the top-k curve; those with k below the sequence length are measured.
-        progress: is told in a few words what is being measured.
+        precision: precision of the forward passes, ``fp32`` or ``bf16``.
+        batch_size: blocks per forward pass.
+        topk: points of the top-k curve; only those with k below the sequence length are measured.
+        progress: called with a short description of the current step.
 
     Returns:
         The contents of ``metrics.json``.
 
     Raises:
-        GossamerError: if the run is not finished, or another process is at work on it.
+        GossamerError: if the run is not finished, or another process is working on it.
     """
     with run.locked():
         return _evaluate(run, precision, batch_size, topk, progress)
@@ -128,7 +128,7 @@ def _loss_metrics(sparse: LanguageMetrics, dense: LanguageMetrics, control_loss:
 
 
 def _constraint_metrics(constraint: Constraint, sparse: LanguageMetrics, dense: LanguageMetrics) -> dict[str, Any]:
-    """The constraint in numbers and in words, for readers that know nothing of its kind."""
+    """The constraint's values and labels, for readers that do not know its type."""
     outcome = constraint.outcome(sparse, dense)
     bounds = {kind.bound_name: None for kind in CONSTRAINTS.values()}
     return {
@@ -158,7 +158,7 @@ def _link_metrics(links: LinkCounter) -> dict[str, Any]:
 def _topk_metrics(
     dense: PreTrainedModel, blocks: Int[Tensor, "blocks tokens"], topk: tuple[int, ...], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The curve, and the dense model's loss, on some of the blocks."""
+    """Measure the top-k curve and the dense model's loss on a subset of the blocks."""
     count, seq_len = blocks.shape
     some = blocks[:: math.ceil(count / max(1, TOPK_TOKENS // seq_len))]
     curve = topk_curve(dense, some, tuple(k for k in topk if k < seq_len), **options)

@@ -1,4 +1,4 @@
-"""How far a sparse model holds beyond the length that it was trained at."""
+"""Measure a sparse model at sequence lengths other than its training length."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -28,23 +28,23 @@ def add_lengths(
 ) -> dict[str, Any]:
     """Measure a finished, evaluated run at several sequence lengths and add them to its ``metrics.json``.
 
-    The blocks are cut anew from the part of the run's text that was held out; the validation blocks, which moved lambda
-    and chose the checkpoint, may be among them.
+    New blocks are cut from the held-out part of the run's text. They may overlap with the validation blocks, which were
+    used to adapt lambda and to select the checkpoint.
 
     Args:
         run: the run.
         lengths: tokens in a block.
-        held_out_tokens: at each length, as far as the held-out text goes; None for about as many as the run's own
-            metrics stand on.
-        precision: of the forward passes, ``fp32`` or ``bf16``.
-        progress: is told in a few words what is being measured.
+        held_out_tokens: tokens to measure at each length, limited by the held-out text; None: about as many as the
+            run's other metrics use.
+        precision: precision of the forward passes, ``fp32`` or ``bf16``.
+        progress: called with a short description of the current step.
 
     Returns:
         The contents of ``metrics.json``, with the list ``lengths``.
 
     Raises:
-        GossamerError: on a length that the model does not take, and if the run has a prompt in every block, so that its
-            text has one length only.
+        GossamerError: if the model does not support a length; if every block of the run has a prompt, so that its text
+            has one length only.
     """
     config, before = run.config(), run.read_metrics()
     if config.training.prompt_tokens:
@@ -57,7 +57,7 @@ def add_lengths(
     sparse = load_sparse(run)
     dense = dense.to(sparse.device)
     rows = []
-    # Another seed, so that text from the model itself is not the text that it was trained on.
+    # Use another seed, so that text sampled from the model differs from its training text.
     asked = replace(
         config,
         text=run.text,
@@ -89,7 +89,7 @@ def _tell_sampled(progress: Callable[[str], None], length: int, done: int, total
 def measure_at_length(
     sparse: PreTrainedModel, dense: PreTrainedModel, blocks: Int[Tensor, "blocks tokens"], precision: str
 ) -> dict[str, Any]:
-    """Loss, KL and open links on some blocks, as an entry of the list ``lengths`` of ``metrics.json``."""
+    """Measure loss, KL and open links on some blocks; return an entry of ``lengths`` in ``metrics.json``."""
     options: dict[str, Any] = {"batch_size": max(1, 2_048 // blocks.shape[1]), "precision": precision}
     sparse_metrics, dense_metrics = measure_beside_dense(sparse, dense, blocks, **options)
     assert sparse_metrics.kls is not None

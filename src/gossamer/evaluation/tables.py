@@ -1,4 +1,4 @@
-"""What ``metrics.json`` holds, as tables and a sentence for the terminal."""
+"""Terminal tables and a summary sentence of the contents of ``metrics.json``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from gossamer.tables import Table
 
 
 def summary_tables(metrics: dict[str, Any]) -> list[Table]:
-    """The contents of ``metrics.json`` as tables for the terminal."""
+    """Build the terminal tables of ``metrics.json``."""
     tasks = [task_table(metrics)] if "tasks" in metrics else []
     return [_losses(metrics), _links(metrics), _topk(metrics), *tasks]
 
 
 def verdict(metrics: dict[str, Any]) -> str:
-    """In plain words whether the constraint was met, and whether this much text can tell."""
+    """State whether the constraint was met, and whether the amount of text is enough to tell."""
     value, bound = metrics["constraint_value"], metrics["constraint_bound"]
     said = f"held-out {metrics['constraint_label']} {value:.4f} nat, bound {bound:.4f}"
     said = (
@@ -82,7 +82,7 @@ def _topk(metrics: dict[str, Any]) -> Table:
 
 
 def lengths_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """What :func:`measure_at_length` measured."""
+    """Build the table of results of :func:`measure_at_length`."""
     table = Table(title=escape(title))
     headings = ("T", "dense (nat)", "sparse (nat)", "sparse minus dense", "KL (nat)", "open (%)", "links per query")
     for heading in headings:
@@ -101,7 +101,7 @@ def lengths_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def task_table(metrics: dict[str, Any]) -> Table:
-    """The entry ``tasks`` of ``metrics.json`` for the terminal."""
+    """Build the terminal table of the entry ``tasks`` in ``metrics.json``."""
     names = [name for name in ("dense", "sparse", "control") if _have(metrics, name)]
     table = Table(title="Tasks (value ± standard error)")
     for heading in ("task", "metric", "examples", *names, "sparse minus dense"):

@@ -1,8 +1,8 @@
-"""Task files for lm-eval-harness that bring no code of their own.
+"""Check task files for lm-eval-harness for code.
 
-The harness runs Python from a task's YAML: functions that it names (``!function``), classes, metrics that it does not
-have itself, which it takes from elsewhere, and whatever a template calls. A directory of tasks is read for all of that
-before the harness sees it, and templates are filled where they can call nothing.
+The harness can run Python from a task's YAML: functions (``!function``), classes, metrics that it does not have and
+loads from elsewhere, and calls in templates. All files in a task directory are checked for these before the harness
+reads them, and templates are rendered in a sandbox.
 """
 
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ from gossamer.inputs import read_text, reason
 FLAG = "--allow-task-code"
 
 _LONGEST = 1_000_000
-"""Characters of a task file; the harness's own are a hundredth of that."""
+"""Maximum number of characters in a task file; the harness's files have a hundredth of that."""
 
 
 def check_task_files(folder: Path) -> None:
-    """Stop at a task that brings code.
+    """Check that no task in a directory contains code.
 
     Raises:
-        GossamerError: naming the file, the line and what it brings.
+        GossamerError: if one does; names the file, the line and the code.
     """
     for file in sorted(folder.rglob("*.y*ml")):
         text = read_text(file)
@@ -33,7 +33,7 @@ def check_task_files(folder: Path) -> None:
             raise GossamerError(f"{file} has {len(text):,} characters; a task has at most {_LONGEST:,}")
         try:
             node = yaml.compose(text, yaml.SafeLoader)
-        except Exception as error:  # what is no YAML fails in many ways
+        except Exception as error:  # invalid YAML fails in many ways
             raise GossamerError(f"{file} is not YAML: {reason(error)}") from error
         if node is not None:
             for line, what in _code_in(node, file.parent, folder):
@@ -44,8 +44,8 @@ def check_task_files(folder: Path) -> None:
 
 
 def _code_in(node: Any, here: Path, folder: Path, seen: tuple[int, ...] = ()) -> Iterator[tuple[int, str]]:
-    """Lines, and what stands there that runs code, or may."""
-    if id(node) in seen:  # an alias within what it stands for
+    """Yield each line that can run code, with a description of what it contains."""
+    if id(node) in seen:  # an alias inside the node it refers to
         return
     seen = (*seen, id(node))
     line = node.start_mark.line + 1
@@ -81,7 +81,7 @@ def _own_metrics() -> set[str]:
 
 @contextmanager
 def templates_without_code() -> Iterator[None]:
-    """Within it, the harness's templates can read the example and call nothing that leads out of it."""
+    """Context manager in which the harness renders templates in a sandbox, where they can only use the example."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
 

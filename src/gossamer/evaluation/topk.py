@@ -1,6 +1,6 @@
-"""The baseline that must collapse: keep each query's k largest attention weights of the dense model.
+"""Top-k baseline, which is expected to collapse: keep the k largest attention weights of each query in the dense model.
 
-Not renormalised, as the gates are not, and renormalised as a second line.
+The weights are not renormalised, as with gates; a second curve renormalises them.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ IMPLEMENTATION = "gossamer_topk"
 
 @dataclass(frozen=True)
 class TopkPoint:
-    """One point of the curve: ``loss`` in nats with the ``k`` largest weights of each query kept."""
+    """One point of the curve: ``loss`` in nats when the ``k`` largest weights of each query are kept."""
 
     k: int
     renormalised: bool
@@ -33,7 +33,7 @@ class TopkPoint:
 def topk_pattern(
     pattern: Float[Tensor, "*rows keys"], allowed: Bool[Tensor, "*rows keys"], k: int, renormalise: bool
 ) -> Float[Tensor, "*rows keys"]:
-    """The attention pattern with all but its k largest allowed weights per row set to zero."""
+    """Set all but the k largest allowed weights in each row of an attention pattern to zero."""
     kept = pattern.masked_fill(~allowed, -1.0).topk(min(k, pattern.shape[-1]), dim=-1).indices
     sparse = pattern * torch.zeros_like(pattern).scatter_(-1, kept, 1.0) * allowed
     return sparse / sparse.sum(-1, keepdim=True).clamp_min(1e-30) if renormalise else sparse
@@ -41,10 +41,10 @@ def topk_pattern(
 
 @contextmanager
 def topk_attention(model: PreTrainedModel, k: int, *, renormalise: bool) -> Iterator[list[tuple[int, int]]]:
-    """Within it, a dense model attends to each query's k strongest keys only.
+    """Context manager in which a dense model attends only to the k strongest keys of each query.
 
     Yields:
-        A list that gets (open links, allowed links) of one head and sequence batch per layer and forward pass.
+        A list that receives (open links, allowed links) of one head over the batch, for each layer and forward pass.
     """
     links: list[tuple[int, int]] = []
 
@@ -90,7 +90,7 @@ def topk_curve(
     precision: str = "fp32",
     prompt_tokens: int = 0,
 ) -> list[TopkPoint]:
-    """Loss against open fraction of the dense model under top-k attention, both lines."""
+    """Measure loss and open fraction of the dense model under top-k attention, without and with renormalisation."""
     points = []
     for renormalise in (False, True):
         for k in ks:

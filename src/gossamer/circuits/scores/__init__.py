@@ -1,6 +1,6 @@
-"""The scores by name: they rank the units of a model; interventions then say how much the best of them explain.
+"""Scores by name. They rank the units of a model; interventions then measure how much the best units explain.
 
-The command line reads the names, so a score is imported when it is asked for.
+The command line reads the names, so each score is imported only when it is used.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,14 +37,14 @@ class _Scores(Mapping[str, "Score"]):
 
 
 SCORES: Mapping[str, "Score"] = _Scores()
-"""Every score, the default first."""
+"""All scores, the default first."""
 
 
 def find_score(name: str) -> "Score":
-    """The score of that name.
+    """Look up a score by name.
 
     Raises:
-        GossamerError: if there is none.
+        GossamerError: if there is no score of that name.
     """
     if name not in SCORES:
         raise GossamerError(f"there is no score {name!r}; there are {', '.join(SCORES)}")

@@ -1,6 +1,7 @@
-"""What a score is: an estimate, for each unit, of how much the metric changes when the unit carries something else.
+"""Interfaces of scores.
 
-Or the result of a search for a set of units, which ranks those of the set before all others.
+A score estimates, for each unit, how much the metric changes when the unit's value is replaced. Alternatively, it is
+the result of a search for a set of units and ranks the units in the set before all others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,17 +30,17 @@ class UnitScores(Protocol):
     ) -> Tensor:
         """
         Args:
-            ablation: what a unit would carry instead of its own value.
+            ablation: what a unit carries instead of its value.
             mean: what sources carry under mean ablation; the mean over the batch's corrupted runs if None.
 
         Returns:
-            nodes ``[sources]``, edges ``[sources, destinations]``.
+            Scores of nodes ``[sources]`` or edges ``[sources, destinations]``.
         """
         ...
 
 
 class SetSearch(Protocol):
-    """A search, on all prompts of a task together, for a set of nodes or edges that does what the model does."""
+    """A search over all prompts of a task for a set of nodes or edges that does what the model does."""
 
     def __call__(
         self,
@@ -55,17 +56,17 @@ class SetSearch(Protocol):
         Args:
             units: ``nodes`` or ``edges``.
             ablation: what units outside the set carry.
-            means: what sources carry under mean ablation, by the prompts' length.
-            progress: is told in a few words what is being done.
+            means: what sources carry under mean ablation, by prompt length.
+            progress: called with a short description of the current step.
 
         Returns:
-            Scores of the units, as :class:`UnitScores` gives them, lowest for the set's own; and the set.
+            Scores of the units, as in :class:`UnitScores`, lowest for units in the set; and the set.
         """
         ...
 
 
 LinkScores = Callable[..., Float[Tensor, "prompts layers heads tokens tokens"]]
-"""Scores of the attention links of each prompt, from model, batch and ``ablation``, which is ``patch`` or ``zero``."""
+"""Computes scores of each prompt's attention links from model, batch and ``ablation`` (``patch`` or ``zero``)."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Score:
     """A way to score the units of a model.
 
     Attributes:
-        name: in the registry, on the command line and in records.
-        edges: of component edges.
-        nodes: of nodes; None where a node's score is the sum over the edges that leave it.
-        links: of attention links; None if it is not defined for them.
-        search: finds sets of nodes and of edges, where the score is not one of each unit by itself; then ``edges`` and
-            ``nodes`` are None.
+        name: used in the registry, on the command line and in records.
+        edges: scores component edges.
+        nodes: scores nodes; if None, a node's score is the sum over its outgoing edges.
+        links: scores attention links; None if the score is not defined for them.
+        search: finds sets of nodes or edges, for scores that do not rate each unit separately; ``edges`` and ``nodes``
+            are then None.
     """
 
     name: str

@@ -3,8 +3,8 @@
     for each block n (embeddings, the attention and the MLP of each layer) and k = 1 .. m:
         a run on the clean prompts in which n writes  k/m a_n(clean) + (1 - k/m) a_n(corrupted)
 
-All heads of a layer are one block, and every run counts for every edge, as in EAP-IG's own code (Hanna et al. 2024,
-arXiv 2403.17806). It takes (2 layers + 1)(m - 1) + 1 runs.
+All heads of a layer form one block, and every run counts for every edge, as in the original EAP-IG code (Hanna et al.
+2024, arXiv 2403.17806). This takes (2 layers + 1)(m - 1) + 1 runs.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch
 
 STEPS = 5
-"""m; that of MIB."""
+"""Number of steps m, as in MIB."""
 
 
 def edge_scores(

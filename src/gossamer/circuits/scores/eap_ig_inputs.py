@@ -17,7 +17,7 @@ from gossamer.circuits.scores.gradients import change, link_products, products
 from gossamer.circuits.tasks.base import Batch
 
 STEPS = 5
-"""m; that of MIB."""
+"""Number of steps m, as in MIB."""
 
 
 def edge_scores(

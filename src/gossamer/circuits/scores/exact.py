@@ -1,4 +1,4 @@
-"""Exact patching: one unit at a time carries something else. Slow; the truth that the other scores estimate."""
+"""Exact patching: ablate one unit at a time. Slow, but the ground truth that the other scores estimate."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch
 
 AT_ONCE = 8
-"""Units that are patched in one forward pass, each in a copy of the batch."""
+"""Number of units patched in one forward pass, each in a separate copy of the batch."""
 
 
 def edge_scores(
@@ -26,7 +26,7 @@ def edge_scores(
     ablation: str = "patch",
     mean: Float[Tensor, "sources tokens d_model"] | None = None,
 ) -> Float[Tensor, "sources destinations"]:
-    """The change of the metric when one edge alone is ablated, summed over the batch."""
+    """Measure the change in the metric when a single edge is ablated, summed over the batch."""
     possible = graph_of(model).possible()
     keep = partial(run_with_edges, model, batch, ablation=ablation, other=_other(model, batch, mean))
     return _one_at_a_time(keep, possible).sum(-1)
@@ -39,7 +39,7 @@ def node_scores(
     ablation: str = "patch",
     mean: Float[Tensor, "sources tokens d_model"] | None = None,
 ) -> Float[Tensor, " sources"]:
-    """The change of the metric when one node alone is ablated, summed over the batch."""
+    """Measure the change in the metric when a single node is ablated, summed over the batch."""
     nodes = torch.ones(graph_of(model).sources, dtype=torch.bool)
     keep = partial(run_with_nodes, model, batch, ablation=ablation, other=_other(model, batch, mean))
     return _one_at_a_time(keep, nodes).sum(-1)
@@ -48,7 +48,7 @@ def node_scores(
 def link_scores(
     model: PreTrainedModel, batch: Batch, *, ablation: LinkAblation = "patch"
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
-    """The change of the metric when one attention link alone is ablated, by prompt."""
+    """Measure the change in the metric when a single attention link is ablated, for each prompt."""
     graph, (prompts, tokens) = graph_of(model), batch.clean.shape
     other = run_with_cache(model, batch.corrupted, links=True)
     links = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(graph.layers, graph.heads, tokens, tokens)
@@ -68,7 +68,7 @@ def _other(model: PreTrainedModel, batch: Batch, mean: Tensor | None) -> Activat
 
 @torch.no_grad()
 def _one_at_a_time(keep: Callable[[Tensor], Tensor], everything: Tensor) -> Tensor:
-    """``[*units, prompts]``: metric without one unit, less the metric with all of them; one forward pass for some."""
+    """Metric without each unit minus the metric with all units, ``[*units, prompts]``; several units per pass."""
     units = everything.flatten().nonzero()[:, 0]
     clean = keep(everything[None]).cpu()[0]
     scores = torch.zeros(everything.numel(), len(clean), dtype=clean.dtype)

@@ -1,13 +1,13 @@
-"""What all scores by attribution share: gradients of the metric at every destination, and their products.
+"""Shared parts of the attribution scores: gradients of the metric at every destination, and their products.
 
     edges    (a_u(other) - a_u(clean)) . dm/din_v, summed over batch and positions
     links    w'_ij (v'_j . g_i) - w_ij (v_j . g_i), g the gradient at the head's output, primes the corrupted run
 
-Where units outside a circuit carry zero or a mean, that stands in the place of the corrupted run's values.
+If units outside a circuit carry zero or a mean, it replaces the corrupted run's values.
 
-Gradients are taken before the norm of the destination. All edges of a batch need one forward and one backward pass;
-then the gradient at q, k or v of each head goes back through its own rows of the projection, and through the norm, for
-some of them at a time. So the memory is that of what the sources wrote in one run.
+Gradients are taken before the norm of the destination. All edges of a batch need one forward and one backward pass.
+The gradient at each head's q, k or v is then propagated back through that head's rows of the projection and through the
+norm, a few destinations at a time. Memory is thus bounded by what the sources write in one run.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,18 +28,18 @@ from gossamer.circuits.tasks.base import Batch
 from gossamer.models.frozen import frozen
 
 AT_ONCE = 32
-"""Destinations whose gradients at the stream are held at once."""
+"""Number of destinations whose gradients at the stream are held at once."""
 
 
 @dataclass
 class _Taps(StreamHooks):
-    """Keeps the places at which gradients are wanted, each a node of its own in the graph of autograd.
+    """Keeps the tensors whose gradients are needed, each as a separate node of the autograd graph.
 
     Attributes:
-        links: whether they are wanted at the heads' outputs, not at what the heads and MLPs read.
-        begin: what the streams begin with instead of the prompts' embeddings.
-        difference: from which what the sources write is taken off on the way; if given, ``begin`` must not be.
-        shift: sources, and what is added to every stream that all of them have written to.
+        links: whether gradients are needed at the heads' outputs, instead of at what heads and MLPs read.
+        begin: initial stream that replaces the prompts' embeddings.
+        difference: tensor from which each source's output is subtracted in place; cannot be combined with ``begin``.
+        shift: sources, and what to add to every stream that all of them have written to.
     """
 
     graph: Graph
@@ -113,11 +113,11 @@ def products(
     begin: Float[Tensor, "batch tokens d_model"] | None = None,
     shift: tuple[slice, Float[Tensor, "batch tokens d_model"]] | None = None,
 ) -> Float[Tensor, "sources destinations"]:
-    """``difference`` of each source times the gradient at each destination, in one run on the clean prompts.
+    """Multiply each source's ``difference`` by the gradient at each destination, in one run on the clean prompts.
 
     Args:
-        begin: what the streams begin with, if not with the prompts' embeddings.
-        shift: sources whose outputs are replaced in this run, and by how much their sum changes.
+        begin: initial stream; the prompts' embeddings if None.
+        shift: sources whose outputs are replaced in this run, and the resulting change of their sum.
     """
     taps = _Taps(graph_of(model), projections_of(model), begin=begin, shift=shift)
     _run(model, batch, taps)
@@ -130,7 +130,7 @@ def change(
     ablation: str,
     mean: Float[Tensor, "sources tokens d_model"] | None,
 ) -> tuple[Float[Tensor, "sources batch tokens d_model"], Tensor, Tensor]:
-    """By how much ablation changes what each source writes, and the embeddings of clean and corrupted prompts."""
+    """Change of each source's output under ablation, and the embeddings of the clean and the corrupted prompts."""
     corrupted = source_outputs(model, batch.corrupted)
     start = corrupted[0].clone()
     difference = find_ablation(ablation).replace(corrupted, mean)
@@ -146,7 +146,7 @@ def products_of_clean_run(
     ablation: str,
     mean: Float[Tensor, "sources tokens d_model"] | None,
 ) -> Float[Tensor, "sources destinations"]:
-    """:func:`products` with :func:`change`, without a run of its own for what the sources write on clean prompts."""
+    """:func:`products` of :func:`change`, without an extra run for what the sources write on clean prompts."""
     difference = find_ablation(ablation).replace(source_outputs(model, batch.corrupted), mean)
     taps = _Taps(graph_of(model), projections_of(model), difference=difference)
     _run(model, batch, taps)
@@ -174,7 +174,7 @@ def _scores_of_run(taps: _Taps, difference: Tensor) -> Tensor:
 
 
 def _run(model: PreTrainedModel, batch: Batch, taps: _Taps) -> None:
-    """One forward and one backward pass; the graph of autograd is kept for the way from q, k and v to the stream."""
+    """Run one forward and one backward pass; the autograd graph is kept to go from q, k and v to the stream."""
     with frozen(model), stream_hooks(model, taps), torch.enable_grad():
         logits = model(input_ids=batch.clean.to(model.device), use_cache=False, logits_to_keep=1).logits[:, -1]
         total = batch.measure(logits).sum()
@@ -185,7 +185,7 @@ def _run(model: PreTrainedModel, batch: Batch, taps: _Taps) -> None:
 def _at_stream(
     taps: _Taps, layer: int, kind: str, place: Projection, heads: list[int]
 ) -> Float[Tensor, "heads batch tokens d_model"]:
-    """The gradient at the stream by way of q, k or v of one head only, for each of the heads."""
+    """For each of the heads, the gradient at the stream through q, k or v of that head only."""
     inner, projected = taps.wanted[kind, layer], taps.projected[place.name, layer]
     gradients = inner.new_empty(len(heads), *inner.shape[:1], *taps.streams[layer].shape[1:])
     for turn in _turns(place, heads):
@@ -204,7 +204,7 @@ def _at_stream(
 
 
 def _turns(place: Projection, heads: list[int]) -> list[list[int]]:
-    """Heads that can be carried back together, since no two of them share columns of the projection."""
+    """Group heads for the backward step, such that no two heads in a group share columns of the projection."""
     shared = place.sharing()
     turns: list[list[int]] = []
     for head in heads:
@@ -230,13 +230,13 @@ def link_products(
     ablation: LinkAblation,
     beginnings: Callable[[Tensor, Tensor], Sequence[Tensor]] = lambda clean, corrupted: [clean],
 ) -> Float[Tensor, "prompts layers heads tokens tokens"]:
-    """Attribution scores of all attention links, by prompt, with the gradient averaged over some runs.
+    """Compute attribution scores of all attention links, for each prompt, with the gradient averaged over several runs.
 
-    Under ``zero`` the corrupted run's links count as nothing: the score estimates what cutting the link changes.
+    Under ``zero``, the corrupted run's links are taken as zero: the score estimates the effect of cutting the link.
 
     Args:
-        beginnings: what the streams of each run begin with, from the embeddings of clean and corrupted prompts,
-            ``[batch, tokens, d_model]`` each.
+        beginnings: returns the initial stream of each run from the embeddings of the clean and the corrupted prompts,
+            each ``[batch, tokens, d_model]``.
     """
     clean, corrupted = (run_with_cache(model, ids, links=True) for ids in (batch.clean, batch.corrupted))
     total: Tensor | None = None

@@ -1,10 +1,10 @@
-"""A hard mask learned on all prompts of a task together: a search for a small set of nodes or of edges.
+"""Learned hard masks: search for one small set of nodes or edges on all prompts of a task.
 
-The method is that of :mod:`gossamer.circuits.mask_search`, whose objective is gossamer's own, with masks instead of
-gates. Masks on edges were learned before by edge pruning (Bhaskar et al. 2024, arXiv 2406.16778).
+The method is :mod:`gossamer.circuits.mask_search`, whose objective is gossamer's training objective with masks instead
+of gates. Edge pruning learned masks on edges before (Bhaskar et al. 2024, arXiv 2406.16778).
 
-A sufficient set keeps nine tenths of the metric when all other units are replaced. A complete one is necessary too: at
-most one tenth is left when it is replaced itself.
+A sufficient set keeps nine tenths of the metric when all other units are replaced. A complete set is also necessary: at
+most one tenth is left when the set itself is replaced.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +32,10 @@ def search_set(
     means: Mapping[int, Tensor],
     progress: Callable[[str], None],
 ) -> tuple[Tensor, UnitSet]:
-    """The set, and scores that rank its units by theta before all others, by theta too; all negative.
+    """Search for a set; return negative scores that rank its units first, each part ordered by theta, and the set.
 
     Args:
-        complete: whether the set has to be necessary too.
+        complete: whether the set must also be necessary.
     """
 
     def show(done: float, size: int) -> None:

@@ -1,4 +1,4 @@
-"""The tasks by name. One's own is a :class:`Task` given to :func:`register`, or a JSONL file.
+"""Tasks by name. To add a task, pass a :class:`Task` to :func:`register`, or use a JSONL file.
 
 def examples(source, tokenizer, corruption):    # endless, random only through source
     while True:
@@ -41,7 +41,7 @@ TASKS: dict[str, Task] = {
 
 
 def register(task: Task) -> None:
-    """Make a task known by its name.
+    """Register a task under its name.
 
     Raises:
         GossamerError: if the name is taken.
@@ -52,19 +52,19 @@ def register(task: Task) -> None:
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, or of that JSONL file.
+    """Look up a task by name, or load it from a JSONL file.
 
-    A file's task is called as the file without its ending, but with it where the name alone could be that of a record
-    of another task: ``ioi.jsonl``, ``ioi-zero.jsonl``, ``own-mean.jsonl``.
+    A task from a file is named after the file without its extension. The extension stays if the name could otherwise be
+    that of another task's record: ``ioi.jsonl``, ``ioi-zero.jsonl``, ``own-mean.jsonl``.
 
     Raises:
-        GossamerError: if there is none.
+        GossamerError: if there is no such task.
     """
     if name in TASKS:
         return TASKS[name]
     if name.endswith(".jsonl"):
         task = task_from_jsonl(name)
-        # Records are called TASK, TASK-CORRUPTION, TASK-ABLATION; some file systems do not tell case apart.
+        # Records are called TASK, TASK-CORRUPTION, TASK-ABLATION; some file systems ignore case.
         called = task.name.lower()
         taken = any(f"{called}-".startswith(f"{known.lower()}-") for known in TASKS)
         taken |= called.endswith(tuple(f"-{ablation}" for ablation in ABLATIONS))

@@ -1,11 +1,11 @@
-"""Two-digit addition, digit by digit: after ``37+58=0`` comes 9. Operands and answer have zeros in front.
+"""Two-digit addition, digit by digit: after ``37+58=0`` comes 9. Operands and answer are zero-padded.
 
-Wrong is the digit that the corrupted sum has at the same place. Corruptions: ``other_sum``, another sum, with its own
-answer up to that place; ``carry``, only a ones digit is another, so that the carry into the tens is the other way, and
-the tens digit is asked for (sums whose hundreds digit hangs on that carry are left out).
+The wrong answer is the digit of the corrupted sum at the same place. Corruptions: ``other_sum``, another sum with its
+answer up to that place; ``carry``, a changed ones digit that flips the carry into the tens, where the tens digit is
+asked for (sums whose hundreds digit depends on that carry are left out).
 
-A tokenizer that can write lines gets worked examples before the sum, of the same form; one that cannot, as that of
-``gossamer demo``, gets the sum alone.
+If the tokenizer can encode line breaks, solved sums of the same form precede the prompt. If it cannot, as the one of
+``gossamer demo``, the prompt is the sum alone.
 """
 
 import random
@@ -17,10 +17,10 @@ from gossamer.circuits.tasks.base import Example, Task
 from gossamer.errors import GossamerError
 
 WORKED = ((12, 34), (58, 67), (29, 5), (81, 73), (46, 18))
-"""The sums worked out before the one that is asked."""
+"""Solved sums that precede the one asked for."""
 
 PLACES = 3
-"""Digits of an answer."""
+"""Number of digits of an answer."""
 
 
 def _text(a: int, b: int) -> str:
@@ -28,7 +28,7 @@ def _text(a: int, b: int) -> str:
 
 
 def _before(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before the sum, by what the tokenizer can write."""
+    """Text before the sum; empty if the tokenizer cannot encode line breaks."""
     ids = tokenizer("1\n", add_special_tokens=False, verbose=False)["input_ids"]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         return ""

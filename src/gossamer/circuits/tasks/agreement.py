@@ -1,6 +1,6 @@
-"""Subject-verb agreement: the number of the subject decides the verb, not the noun that stands nearer.
+"""Subject-verb agreement: the verb agrees with the subject, not with the noun closest to it.
 
-The corrupted prompt has the subject in the other number. (Linzen et al. 2016, arXiv 1611.01368, for the task.)
+The corrupted prompt has the subject in the other number. The task follows Linzen et al. (2016, arXiv 1611.01368).
 """
 
 import random

@@ -1,9 +1,8 @@
-"""What a task is: pairs of prompts of equal token length that differ in what decides the answer.
+"""Tasks: pairs of prompts with the same number of tokens that differ in what decides the answer.
 
-A task writes text; here it meets a tokenizer. Answers are continuations of the prompt: the tokens of prompt + answer
-have to be those of the prompt and one more. Tokens are what is measured: answers that are the same token count once,
-and so do examples that are the same tokens. An example that does not fit is dropped, with the reason, and another one
-is drawn in its place.
+A task generates text, which is tokenized here. Answers are continuations of the prompt: the tokens of prompt + answer
+must be those of the prompt plus one more. Everything is counted in tokens: answers with the same token count once, and
+so do examples with the same tokens. An example that does not fit is dropped with a reason, and another one is drawn.
 """
 
 import random
@@ -24,10 +23,10 @@ from gossamer.models.tokenizers import prompt_ids
 MetricKind = Literal["logit_difference", "probability_difference"]
 
 ATTEMPTS = 50
-"""Examples drawn for each one asked for, before a task is given up."""
+"""Maximum number of draws per requested example before an error is raised."""
 
 IN_VAIN = 10_000
-"""Examples drawn one after another of which none is new, before it is given up too."""
+"""Maximum number of consecutive draws without a new example before an error is raised."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Example:
 
     Attributes:
         clean: the prompt.
-        corrupted: the same with what decides the answer changed.
-        answers: continuations of ``clean`` that are right.
-        wrong: continuations that are wrong.
+        corrupted: the same prompt with what decides the answer changed.
+        answers: right continuations of ``clean``.
+        wrong: wrong continuations of ``clean``.
     """
 
     clean: str
@@ -57,11 +56,11 @@ class DroppedExample:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """An example in tokens.
+    """A tokenized example.
 
     Attributes:
         clean, corrupted: ``[tokens]``, of equal length.
-        answers, wrong: token ids of the continuations, each once.
+        answers, wrong: token ids of the continuations, without duplicates.
     """
 
     example: Example
@@ -77,7 +76,7 @@ class Batch:
 
     Attributes:
         clean, corrupted: ``[prompts, tokens]``.
-        answers, wrong: of each prompt.
+        answers, wrong: token ids of each prompt's continuations.
         metric: what is measured at the last position.
     """
 
@@ -88,10 +87,10 @@ class Batch:
     metric: MetricKind
 
     def measure(self, logits: Float[Tensor, "prompts vocab"]) -> Float[Tensor, " prompts"]:
-        """The task's metric by prompt, from the logits at the last position; differentiable.
+        """Compute the task's metric for each prompt from the logits at the last position; differentiable.
 
-        ``logit_difference``: mean logit of the answers less that of the wrong ones. ``probability_difference``: the
-        summed probabilities instead.
+        ``logit_difference``: mean logit of the answers minus that of the wrong ones. ``probability_difference``:
+        the same difference of summed probabilities.
         """
         if self.metric == "logit_difference":
             rows = [row[a].mean() - row[w].mean() for row, a, w in zip(logits, self.answers, self.wrong, strict=True)]
@@ -110,7 +109,7 @@ class Prompts:
     dropped: tuple[DroppedExample, ...]
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """The examples in batches of one length each, in a fixed order."""
+        """Yield the examples in batches of equal length, in a fixed order."""
         ordered = sorted(self.kept, key=lambda tokens: len(tokens.clean))
         for _, same in groupby(ordered, key=lambda tokens: len(tokens.clean)):
             group = list(same)
@@ -126,21 +125,21 @@ class Prompts:
 
 
 Examples = Callable[[random.Random, PreTrainedTokenizerBase, str], Iterator[Example]]
-"""Endless examples from a random source, for a tokenizer and a corruption."""
+"""Generates examples from a random source, for a tokenizer and a corruption."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """How to make examples.
+    """A task: how to generate examples.
 
     Attributes:
-        name: as the command line has it.
-        summary: one line.
+        name: name on the command line.
+        summary: one-line description.
         metric: what is measured.
         corruptions: names that ``examples`` understands, the default first.
-        examples: where they come from.
+        examples: generates the examples.
         phrasings: other sets of templates by name, to see whether a circuit depends on the wording.
-        file_checksum: of the examples, where they stand in a file; another file may have the same name.
+        file_checksum: checksum of the examples if they come from a file; another file may have the same name.
     """
 
     name: str
@@ -160,7 +159,7 @@ class Task:
         corruption: str | None = None,
         phrasing: str | None = None,
     ) -> Prompts:
-        """``count`` examples that differ in tokens.
+        """Generate ``count`` examples that differ in their tokens.
 
         Raises:
             GossamerError: on an unknown corruption or phrasing; if the tokenizer leaves too few examples.
@@ -201,7 +200,7 @@ class Task:
 
 
 def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> TokenizedExample | DroppedExample:
-    """The example in tokens, or why it cannot be used."""
+    """Tokenize an example, or return why it cannot be used."""
     clean, corrupted = (prompt_ids(tokenizer, text) for text in (example.clean, example.corrupted))
     if not clean or not corrupted:
         return DroppedExample(example, f"the {'corrupted' if clean else 'clean'} prompt has no token")
@@ -225,14 +224,14 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase) -> TokenizedE
 
 
 def next_tokens(prompt: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Those of the texts that continue the prompt by exactly one token, each with that token."""
+    """Map each text that continues the prompt by exactly one token to that token."""
     ids = prompt_ids(tokenizer, prompt)
     wholes = {text: prompt_ids(tokenizer, prompt + text) for text in texts}
     return {text: whole[-1] for text, whole in wholes.items() if whole[:-1] == ids}
 
 
 def _measured(tokens: TokenizedExample) -> tuple[tuple[int, ...], ...]:
-    """What of an example a model sees and is asked for."""
+    """Key of what a model sees of an example: prompts, answers and wrong answers as tokens."""
     parts = tokens.clean, tokens.corrupted, tokens.answers.sort().values, tokens.wrong.sort().values
     return tuple(tuple(part.tolist()) for part in parts)
 

@@ -1,11 +1,11 @@
-"""A task of one's own from a JSONL file in UTF-8, one object a line.
+"""Custom tasks from a JSONL file in UTF-8, with one object per line.
 
 The keys are those of :class:`gossamer.circuits.tasks.base.Example`:
 
     {"clean": "The capital of France is", "corrupted": "The capital of Italy is",
      "answers": [" Paris"], "wrong": [" Rome"]}
 
-(on one line). ``metric`` may stand in the first line: ``logit_difference``, the default, or ``probability_difference``.
+(on one line). The first line may also have ``metric``: ``logit_difference`` (default) or ``probability_difference``.
 """
 
 import json
@@ -26,17 +26,17 @@ _KEYS = {"clean": str, "corrupted": str, "answers": list, "wrong": list}
 
 
 def task_from_jsonl(file: str | Path) -> Task:
-    """The task whose examples are the lines of a file; a seed chooses their order.
+    """Load a task whose examples are the lines of a file; the seed determines their order.
 
     Raises:
-        GossamerError: naming the file, the line and what is wrong with it.
+        GossamerError: naming the file, the line and the problem.
     """
     file = Path(file)
     if file.stem.startswith("."):
         raise GossamerError(f"{file} is called by a dot and nothing before it; give the file a name, as own.jsonl")
-    # Not splitlines(): U+2028, U+0085 and others end no line of JSON.
+    # Not splitlines(): it also splits at U+2028, U+0085 and others, which JSON strings may contain.
     lines = read_text(file).split("\n")
-    # A byte-order mark stands where a file begins, also one that others were put together into.
+    # A file starts with a byte-order mark; in concatenated files, a later line can have one too.
     numbered = ((number, line.removeprefix("\ufeff")) for number, line in enumerate(lines, 1))
     rows = [_row(file, number, line) for number, line in numbered if line.strip()]
     if not rows:
@@ -66,7 +66,7 @@ def _row(file: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _check_text(file: Path, number: int, key: str, text: str) -> None:
-    """Refuse half a character, which JSON can write and no tokenizer takes."""
+    """Reject lone surrogates, which JSON allows but tokenizers do not accept."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

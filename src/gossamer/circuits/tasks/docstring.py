@@ -1,7 +1,7 @@
 """Docstring (Heimersheim and Janiak 2023): the next ``:param`` of a docstring is the next argument of the function.
 
-The corrupted prompt has other arguments in the definition, so that the docstring no longer follows it. Wrong are all
-argument names of both prompts but the right one.
+The corrupted prompt has other arguments in the definition, so that the docstring no longer matches it. The wrong
+answers are all argument names of both prompts except the right one.
 """
 
 import random

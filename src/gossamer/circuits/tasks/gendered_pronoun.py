@@ -1,6 +1,6 @@
 """Gendered pronoun (Mathwin et al. 2023): a person's name decides between "he" and "she".
 
-The corrupted prompt has a name of the other kind.
+The corrupted prompt has a name of the other gender.
 """
 
 import random

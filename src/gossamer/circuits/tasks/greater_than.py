@@ -1,12 +1,12 @@
 """Greater-than (Hanna et al. 2023, arXiv 2305.00586): a war that began in 1732 ends in a later year of the century.
 
-The corrupted prompt begins in year 01, after which every year is later. Tokenizers write years differently, and the
-form is found by trying:
+In the corrupted prompt the war begins in year 01, so that every later year is right. Tokenizers split years
+differently; the form is found by trial:
 
-- two digits a token (GPT-2, for some years): the next token is the year of the century, right if it is greater;
-- one digit a token (SmolLM2, Qwen, Gemma): the next token is the tens digit, right if greater than the first year's,
-  wrong if smaller; the same digit would be decided by the one after it, and does not count;
-- three digits and one (Llama 3): the next token is century and tens digit, judged likewise.
+- two digits per token (GPT-2, for some years): the next token is the year of the century, right if it is greater;
+- one digit per token (SmolLM2, Qwen, Gemma): the next token is the tens digit, right if it is greater than the first
+  year's, wrong if smaller; an equal digit does not count, since the ones digit would decide;
+- three digits, then one (Llama 3): the next token is century and tens digit, with the same rule.
 """
 
 import random
@@ -38,7 +38,7 @@ YEARS = range(2, 99)
 
 
 def _years(form: str, century: int) -> list[str]:
-    """What may come next, in ascending order."""
+    """Possible next texts, in ascending order."""
     return {
         "years": [f"{year:02}" for year in range(100)],
         "tens": [str(tens) for tens in range(10)],

@@ -1,4 +1,4 @@
-"""Induction: a list of words is said again, and its last word has to be copied (Olsson et al. 2022, arXiv 2209.11895).
+"""Induction: copy the last word of a repeated list of words (Olsson et al. 2022, arXiv 2209.11895).
 
 The corrupted prompt has another last word in the first list.
 """
@@ -12,7 +12,7 @@ from gossamer.circuits.tasks.base import Example, Task
 from gossamer.circuits.tasks.words import PLAIN_WORDS
 
 LENGTH = 8
-"""Words in the list."""
+"""Number of words in the list."""
 
 
 def _examples(source: random.Random, tokenizer: PreTrainedTokenizerBase, corruption: str) -> Iterator[Example]:

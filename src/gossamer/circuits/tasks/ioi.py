@@ -1,7 +1,7 @@
 """Indirect object identification (Wang et al. 2022, arXiv 2211.00593).
 
-Two people are somewhere, one of them (S, said twice) gives something to the other (IO, said once), whose name comes
-next. Half of the prompts say IO first (ABBA), half S (BABA). Corruptions: ``abc``, all three names become other names;
+Two people are at a place. One of them (S, named twice) gives something to the other (IO, named once), whose name comes
+next. Half of the prompts name IO first (ABBA), half S (BABA). Corruptions: ``abc``, all three names become other names;
 ``s2_io_flip``, the second S becomes IO; ``s2_third``, the second S becomes a third name.
 """
 

@@ -1,4 +1,4 @@
-"""Words that several tasks draw from; common ones, so that most tokenizers have a token for each."""
+"""Words shared by several tasks; common words, so that most tokenizers encode each as one token."""
 
 MALE_NAMES = (
     "Adam", "Alan", "Andrew", "Anthony", "Ben", "Brian", "Carl", "Charles", "Chris", "Daniel", "David", "Edward",
