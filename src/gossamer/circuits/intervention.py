@@ -103,7 +103,7 @@ class PatchedEdges(Patched):
     """Patches edges: every destination reads a separate stream.
 
     Query heads that share columns of a projection cannot be computed in the same row. The batch is therefore repeated
-    (:func:`repetitions`), and head h is computed in repetition h modulo the number of repetitions.
+    (``repetitions``), and head h is computed in repetition h modulo the number of repetitions.
     """
 
     def __init__(
