@@ -8,6 +8,8 @@ from gossamer.ops import make_pairs, noise_of
 from gossamer.ops.gates import noise_keys
 
 GPU = torch.cuda.is_available()
+GROUPS = 2
+"""Query heads per key head; few, since interpreted kernels take time for each head."""
 TRITON = pytest.param("triton", marks=[pytest.mark.gpu] if GPU else [])
 """Runs on the GPU where there is one (-m gpu), else in Triton's interpreter."""
 IMPLEMENTATIONS = ("naive", "chunked", TRITON)
@@ -35,7 +37,7 @@ PADDING = {
 def inputs(
     tokens: int,
     d: int = 16,
-    groups: int = 3,
+    groups: int = GROUPS,
     dtype: torch.dtype | None = None,
     kv_heads: int = 2,
     implementation: str = "naive",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention_cases import FAST, PADDING, inputs
+from attention_cases import FAST, GROUPS, PADDING, inputs
 from gossamer import OpenLinks, gated_attention, open_links
 
 
@@ -33,7 +33,7 @@ def test_links_rebuild_the_output(implementation: str) -> None:
     batch, heads, tokens, _ = tensors["q"].shape
     pattern = torch.zeros(batch * heads, tokens, tokens, device=links.weights.device)
     pattern[links.head, links.query, links.key] = links.weights
-    values = tensors["v"].repeat_interleave(3, dim=1).flatten(0, 1).float()
+    values = tensors["v"].repeat_interleave(GROUPS, dim=1).flatten(0, 1).float()
     torch.testing.assert_close((pattern @ values).view_as(result.output), result.output.float(), rtol=1e-4, atol=1e-5)
 
 
