@@ -284,7 +284,7 @@ def check_explanations(dense: PreTrainedModel) -> None:
     ids = tuple(range(5, 14))
     masks = LinkMasks(model, Prediction(ids, target=20))
     everything = torch.ones(len(masks), dtype=torch.bool)
-    kept, _ = masks.evaluate([everything], cut=False)
+    kept = masks.kept([everything])
     _near("links kept", kept, torch.ones(1), 1e-3)
     link_effects(masks, everything, torch.arange(2))
     splitter = GateSplitter(model, ids)

@@ -71,7 +71,7 @@ def test_shares_go_from_nothing_to_everything(units: str) -> None:
     model, batch = model_of("gpt2", gated=True), batch_of(4, 5)
     masks = TaskMasks(model, [batch], units, "patch", {})
     none = torch.zeros(len(masks), dtype=torch.bool)
-    kept, left = masks.evaluate([none, ~none])
+    kept, left = masks.kept([none, ~none]), masks.left_when_cut([none, ~none])
     torch.testing.assert_close(kept, torch.tensor([0.0, 1.0]).double())
     torch.testing.assert_close(left, torch.tensor([1.0, 0.0]).double())
     rows = [MaskRow(each.double(), False) for each in (none, ~none)]

@@ -87,9 +87,9 @@ def test_effects_are_measured_by_cutting(model, tokenizer) -> None:
     for each in found.details[:3]:
         alone = torch.zeros(len(masks), dtype=torch.bool)
         alone[places[each.link]] = True
-        _, left = masks.evaluate([alone])
+        left = masks.left_when_cut([alone])
         assert each.effect.alone == pytest.approx(1 - left.item(), abs=1e-5)
-        kept, _ = masks.evaluate([chosen, chosen & ~alone])
+        kept = masks.kept([chosen, chosen & ~alone])
         assert each.effect.in_set == pytest.approx((kept[0] - kept[1]).item(), abs=1e-5)
         assert each.reason.gate > 0
 

@@ -29,7 +29,7 @@ def test_kept_and_cut_are_what_the_definition_gives(family: str, gated: bool) ->
     model = model_of(family, gated).requires_grad_(False)
     masks = LinkMasks(model, PREDICTION)
     chosen = torch.rand(len(masks), generator=torch.Generator().manual_seed(0)) < 0.6
-    kept, left = masks.evaluate([chosen])
+    kept, left = masks.kept([chosen]), masks.left_when_cut([chosen])
     everything = torch.ones(3, model.config.num_attention_heads, len(IDS), len(IDS), dtype=torch.bool)
     full, nothing = plainly(model, IDS, 20, everything), plainly(model, IDS, 20, ~everything)
     own = dense_mask(model, masks, chosen)

@@ -18,13 +18,12 @@ one prompt (:mod:`gossamer.explanations.link_masks`), or the nodes or edges for 
 (:mod:`gossamer.circuits.task_masks`).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 STEPS = 80
@@ -44,11 +43,14 @@ LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.1, 50.0
 SLACK = 0.02
 """Margin to the constraints while the mask is learned; removing units afterwards uses it up."""
 
-REMOVED_AT_ONCE = (0.5, 0.3, 0.15, 0.07, 0.03)
-"""Shares of the remaining units whose removal is tried in one pass."""
+MOST_AT_ONCE, LEAST_AT_ONCE = 0.5, 0.03
+"""Shares of the units that are removed at once, at first and at last."""
 
 ONE_BY_ONE = 8
 """Number of units whose individual removal is tried in one pass."""
+
+RESORTED = 0.9
+"""Gradients are computed again when this share of the units is left."""
 
 _PATH = (0.25, 0.5, 0.75, 1.0)
 
@@ -82,10 +84,12 @@ class Masks(Protocol):
         """Return f under each mask, differentiable with respect to the masks; for a task, on some of its prompts."""
         ...
 
-    def evaluate(
-        self, sets: list[Bool[Tensor, " units"]], *, cut: bool = True
-    ) -> tuple[Float[Tensor, " sets"], Float[Tensor, " sets"]]:
-        """Return f(E) and f(not E) of some sets; the second is NaN if ``cut`` is False."""
+    def kept(self, sets: list[Bool[Tensor, " units"]]) -> Float[Tensor, " sets"]:
+        """Return f(E) of some sets."""
+        ...
+
+    def left_when_cut(self, sets: list[Bool[Tensor, " units"]]) -> Float[Tensor, " sets"]:
+        """Return f(not E) of some sets."""
         ...
 
     def reaching(self, chosen: Bool[Tensor, " units"]) -> Bool[Tensor, " units"]:
@@ -148,8 +152,7 @@ class MaskSearch:
 
     def result(self) -> UnitSet:
         """Measure the best set so far."""
-        kept, left = self.masks.evaluate([self.best])
-        return UnitSet(self.best, kept.item(), left.item())
+        return UnitSet(self.best, self.masks.kept([self.best]).item(), self.masks.left_when_cut([self.best]).item())
 
     def at_share(self, share: float) -> UnitSet:
         """Find a set for another share, from the learned ranking and the set already found."""
@@ -160,11 +163,17 @@ class MaskSearch:
         other.remove()
         return other.result()
 
+    def __len__(self) -> int:
+        """Number of units of the best set so far."""
+        return int(self.best.sum())
+
     def accepts(self, sets: list[Bool[Tensor, " units"]]) -> list[bool]:
         """Return for each set whether it meets the constraints."""
-        kept, left = self.masks.evaluate(sets, cut=self.complete)
-        inside = kept >= self.share
-        return (inside & (left <= 1 - self.share) if self.complete else inside).tolist()
+        inside = self.masks.kept(sets) >= self.share
+        if self.complete and inside.any():
+            sufficient = [each for each, one in zip(sets, inside.tolist(), strict=True) if one]
+            inside[inside.clone()] = self.masks.left_when_cut(sufficient) <= 1 - self.share
+        return inside.tolist()
 
     def attribution(self) -> Float[Tensor, " units"]:
         """Mean absolute gradient of f with respect to each unit's mask, along the path from no unit to all units."""
@@ -220,23 +229,43 @@ class MaskSearch:
 
     def remove(self) -> None:
         """Remove from the best set all units that the constraints do not need."""
-        start = len(self.best.nonzero())
         self._try([self.masks.reaching(self.best)])
+        self._remove_shares()
+        self._remove_one_by_one()
+        self._try([self.masks.reaching(self.best)])
+
+    def _remove_shares(self) -> None:
+        """Remove the same share of the units at a time, those with the smallest gradients; halve it when that fails."""
+        share = MOST_AT_ONCE
+        order = self._free(torch.zeros_like(self.best))
+        while share >= LEAST_AT_ONCE and (count := int(len(order) * share)):
+            self.progress(0.7 + 0.1 * (1 - share / MOST_AT_ONCE), int(self.best.sum()))
+            if self._try([self._without(order[:count])]):
+                order = self._free(torch.zeros_like(self.best))
+            else:
+                share /= 2
+
+    def _remove_one_by_one(self) -> None:
+        """Try every unit alone, those with the smallest gradients first."""
         needed = torch.zeros_like(self.best)
-        while len(free := (self.best & ~needed).nonzero()[:, 0]):
-            left = math.log(len(free) + 1) / math.log(start + 1)
-            self.progress(1 - 0.3 * left, int(self.best.sum()))
-            order = free[self.gradients()[free].argsort()]
-            counts = sorted({max(1, int(len(order) * share)) for share in REMOVED_AT_ONCE}, reverse=True)
-            if self._try([self._without(order[:count]) for count in counts]):
-                continue
-            single = order[:ONE_BY_ONE]
-            accepted = torch.tensor(self.accepts([self._without(unit) for unit in single]))
-            needed[single[~accepted]] = True
-            together = single[accepted]
+        order, sorted_at = self._free(needed), len(self)
+        while len(order):
+            self.progress(0.8 + 0.2 * float(needed.sum() / self.best.sum()), len(self))
+            some = order[:ONE_BY_ONE]
+            accepted = torch.tensor(self.accepts([self._without(unit) for unit in some]))
+            needed[some[~accepted]] = True
+            together = some[accepted]
             while len(together) and not self._try([self._without(together)]):
                 together = together[: len(together) // 2]
-        self._try([self.masks.reaching(self.best)])
+            if len(self) < RESORTED * sorted_at:
+                order, sorted_at = self._free(needed), len(self)
+            else:
+                order = order[(self.best & ~needed)[order]]
+
+    def _free(self, needed: Bool[Tensor, " units"]) -> Int[Tensor, " free"]:
+        """The units of the best set that are not known to be needed, those with the smallest gradients first."""
+        free = (self.best & ~needed).nonzero()[:, 0]
+        return free[self.gradients()[free].argsort()] if len(free) else free
 
     def _without(self, units: Tensor) -> Bool[Tensor, " units"]:
         return self.best.clone().index_fill_(0, units.reshape(-1), False)

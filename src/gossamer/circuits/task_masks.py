@@ -162,15 +162,13 @@ class TaskMasks:
         values = metric_under_masks(self.model, batch, masks, self.units, ablation=self.ablation, other=other)
         return (values.mean(1) - self.nothing) / (self.full - self.nothing)
 
-    @torch.no_grad()
-    def evaluate(
-        self, sets: list[Bool[Tensor, " units"]], *, cut: bool = True
-    ) -> tuple[Float[Tensor, " sets"], Float[Tensor, " sets"]]:
-        """Return f(E) and f(not E) of some sets, on all prompts of the search."""
-        found = self._metrics([*sets, *([~each for each in sets] if cut else [])])
-        shares = (found - self.nothing) / (self.full - self.nothing)
-        kept = shares[: len(sets)]
-        return kept, shares[len(sets) :] if cut else torch.full_like(kept, torch.nan)
+    def kept(self, sets: list[Bool[Tensor, " units"]]) -> Float[Tensor, " sets"]:
+        """Return f(E) of some sets, on all prompts of the search."""
+        return (self._metrics(sets) - self.nothing) / (self.full - self.nothing)
+
+    def left_when_cut(self, sets: list[Bool[Tensor, " units"]]) -> Float[Tensor, " sets"]:
+        """Return f(not E) of some sets, on all prompts of the search."""
+        return self.kept([~each for each in sets])
 
     def reaching(self, chosen: Bool[Tensor, " units"]) -> Bool[Tensor, " units"]:
         """Return the chosen edges that are not cut off from input or logits, or all chosen nodes."""

@@ -91,7 +91,7 @@ def _losses(masks: LinkMasks, chosen: Tensor, places: Tensor) -> tuple[list[floa
     """Shares of the metric that are lost when each link is cut from the whole model, and from the set."""
     single = [torch.zeros_like(chosen).index_fill_(0, place, True) for place in places]
     alone = masks.left_when_cut(single)
-    kept, _ = masks.evaluate([chosen, *(chosen & ~each for each in single)], cut=False)
+    kept = masks.kept([chosen, *(chosen & ~each for each in single)])
     return (1 - alone).tolist(), (kept[0] - kept[1:]).tolist()
 
 

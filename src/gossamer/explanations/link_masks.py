@@ -165,22 +165,13 @@ class LinkMasks:
         return (metrics - self.nothing) / (self.full - self.nothing)
 
     @torch.no_grad()
-    def evaluate(
-        self, sets: list[Bool[Tensor, " links"]], *, cut: bool = True
-    ) -> tuple[Float[Tensor, " sets"], Float[Tensor, " sets"]]:
-        """Compute f(E) and f(not E) of several sets of links, batched in as few passes as memory allows.
-
-        Args:
-            sets: True where a link is in the set.
-            cut: whether to compute f(not E); otherwise it is NaN.
-        """
-        rows = [MaskRow(each.float(), False) for each in sets]
-        kept = self._measured(rows)
-        return kept, self.left_when_cut(sets) if cut else torch.full_like(kept, torch.nan)
+    def kept(self, sets: list[Bool[Tensor, " links"]]) -> Float[Tensor, " sets"]:
+        """Measure f(E) of several sets of links, batched in as few passes as memory allows."""
+        return self._measured([MaskRow(each.float(), False) for each in sets])
 
     @torch.no_grad()
     def left_when_cut(self, sets: list[Bool[Tensor, " links"]]) -> Float[Tensor, " sets"]:
-        """Compute only f(not E) of several sets of links."""
+        """Measure f(not E) of several sets of links."""
         return self._measured([MaskRow(1 - each.float(), True) for each in sets])
 
     def _measured(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
