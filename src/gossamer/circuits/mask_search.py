@@ -40,6 +40,12 @@ PROPORTIONAL, INTEGRAL = 10.0, 0.5
 
 LEAST_MULTIPLIER, MOST_MULTIPLIER = 0.1, 50.0
 
+COLLAPSED = 0.5
+"""A sample that keeps less than this part of the share has collapsed."""
+
+CERTAIN = 6.0
+"""theta of the units without which samples collapsed."""
+
 SLACK = 0.02
 """Margin to the constraints while the mask is learned; removing units afterwards uses it up."""
 
@@ -191,23 +197,42 @@ class MaskSearch:
         sides = 2 if self.complete else 1
         samples = max(1, min(SAMPLES, self.masks.rows_with_gradients // sides))
         multipliers = [_Multiplier() for _ in range(sides)]
+        good, critical = torch.ones_like(self.best), torch.zeros_like(self.best)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * min(1.0, max(0.1, (1 - step / STEPS) / 0.4))
-            rows = []
-            for _ in range(samples):
-                mask = self._sampled(theta)
-                rows.append(MaskRow(mask, False))
-                rows += [MaskRow(1 - mask, True)] if self.complete else []
-            shares = self.masks.shares(rows).view(samples, sides).mean(0)
-            violations = [self.share + SLACK - shares[0], *(shares[1:] - (1 - self.share - SLACK))]
-            objective = theta.sigmoid().sum().log()
-            for multiplier, violation in zip(multipliers, violations, strict=True):
-                objective = objective + multiplier.dual_step(violation.item()) * violation
-            optimizer.zero_grad()
-            objective.backward()
-            optimizer.step()
+            masks = [self._sampled(theta) for _ in range(samples)]
+            rows = [[MaskRow(each, False), *([MaskRow(1 - each, True)] if self.complete else [])] for each in masks]
+            shares = self.masks.shares([row for both in rows for row in both]).view(samples, sides)
+            collapsed = shares[:, 0] < COLLAPSED * self.share
+            for each in collapsed.nonzero()[:, 0].tolist():
+                critical[self._critical(masks[each] > 0.5, good, theta)] = True
+            if not collapsed.all():
+                good = masks[int(collapsed.int().argmin())].detach() > 0.5
+                means = shares[~collapsed].mean(0)
+                violations = [self.share + SLACK - means[0], *(means[1:] - (1 - self.share - SLACK))]
+                objective = theta.sigmoid().sum().log()
+                for multiplier, violation in zip(multipliers, violations, strict=True):
+                    objective = objective + multiplier.dual_step(violation.item()) * violation
+                optimizer.zero_grad()
+                objective.backward()
+                optimizer.step()
+            theta.data[critical] = CERTAIN
             self.progress(0.7 * (step + 1) / STEPS, int((theta > 0).sum()))
         return theta.detach()
+
+    @torch.no_grad()
+    def _critical(
+        self, collapsed: Bool[Tensor, " units"], good: Bool[Tensor, " units"], theta: Float[Tensor, " units"]
+    ) -> Tensor:
+        """Find by bisection the unit of a good set that brings a collapsed set back."""
+        missing = (good & ~collapsed).nonzero()[:, 0]
+        missing = missing[theta[missing].argsort(descending=True)]
+        few, many = 0, len(missing)
+        while many - few > 1:
+            middle = (few + many) // 2
+            filled = collapsed.clone().index_fill_(0, missing[:middle], True)
+            few, many = (few, middle) if self.masks.kept([filled])[0] >= COLLAPSED * self.share else (middle, many)
+        return missing[few:many]
 
     def _sampled(self, theta: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
         noise = torch.logit(torch.rand(len(theta), generator=self.generator), eps=1e-6)

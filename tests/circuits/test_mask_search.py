@@ -1,0 +1,59 @@
+"""The search on units whose share of the metric is a formula."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gossamer.circuits import mask_search
+from gossamer.circuits.mask_search import MaskRow, MaskSearch
+
+UNITS, USEFUL, SWITCHES = 200, 10, 3
+
+
+class SwitchedMasks:
+    """f: the mean mask of the useful units, times a switch for each of three units.
+
+    A switch is a steep function of its unit's mask, as where a norm saturates: cutting the unit leaves nothing, and the
+    gradient at mask 1 is almost 0.
+    """
+
+    rows_with_gradients = 8
+
+    def __len__(self) -> int:
+        return UNITS
+
+    def shares(self, rows: list[MaskRow]) -> Tensor:
+        masks = torch.stack([row.mask for row in rows])
+        switches = torch.sigmoid(40 * (masks[:, -SWITCHES:] - 0.4)).prod(1)
+        return switches * masks[:, :USEFUL].mean(1)
+
+    def kept(self, sets: list[Tensor]) -> Tensor:
+        return self.shares([MaskRow(each.float(), False) for each in sets])
+
+    def left_when_cut(self, sets: list[Tensor]) -> Tensor:
+        return self.kept([~each for each in sets])
+
+    def reaching(self, chosen: Tensor) -> Tensor:
+        return chosen
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_units_without_which_all_is_lost_are_kept_although_their_gradient_is_zero(complete: bool, seed: int) -> None:
+    masks = SwitchedMasks()
+    search = MaskSearch(masks, share=0.9, complete=complete, seed=seed)
+    learned = search.learn() > 0
+    assert learned[-SWITCHES:].all()
+    assert masks.kept([learned]).item() > 0.8
+    found = MaskSearch(masks, share=0.9, complete=complete, seed=seed).run()
+    assert len(found) == USEFUL - 1 + SWITCHES
+    assert found.chosen[-SWITCHES:].all()
+    assert found.kept == pytest.approx(0.9, abs=1e-3)
+    assert found.left_when_cut == pytest.approx(0.0, abs=1e-3)
+
+
+def test_without_bisection_samples_collapse_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the test above could not fail."""
+    monkeypatch.setattr(mask_search, "COLLAPSED", -1.0)
+    kept = [SwitchedMasks().kept([MaskSearch(SwitchedMasks(), seed=seed).learn() > 0]).item() for seed in range(5)]
+    assert min(kept) < 0.1
