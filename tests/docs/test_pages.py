@@ -110,7 +110,7 @@ def run_shell(script: str, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in GUIDES if any(not b.not_run for b in blocks(page))], ids=name_of)
 def test_blocks_run(page: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They run in the order of the page, in a folder with some texts and two finished runs."""
+    """They run in the order of the page, in a folder with some texts and a finished run, under up to two names."""
     (tmp_path / "runs").mkdir()
     for file in ("texts.jsonl", "texts.jsonl.gz", "page.txt", "quick.yaml", "runs/first"):
         (tmp_path / file).symlink_to(workspace / file)
