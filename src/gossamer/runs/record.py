@@ -43,7 +43,7 @@ class Run:
     """The directory of a run.
 
     Raises:
-        GossamerError: when a file that is read does not exist.
+        GossamerError: when a required file is missing or damaged.
     """
 
     folder: Path
@@ -139,7 +139,7 @@ class Run:
             )
 
     def _fingerprint(self, of: str) -> str | None:
-        """Get a recorded fingerprint; None in records of earlier versions."""
+        """Get a recorded fingerprint; None if there is none, as in records of earlier versions."""
         found = self.record().get("fingerprints", {}).get(of)
         return None if found is None else str(found)
 
