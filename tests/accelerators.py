@@ -1,6 +1,6 @@
-"""The command line with CPUs that pass for accelerators: accelerate shards models over accelerators only.
+"""The command line with CPUs presented as accelerators, because accelerate shards models only over accelerators.
 
-Everything else is the real thing: accelerate's configuration, FSDP2, gloo between the processes.
+Everything else is real: accelerate's configuration, FSDP2, and gloo between the processes.
 """
 
 from accelerate import PartialState

@@ -1,4 +1,4 @@
-"""Implementations of the op, inputs for it and the comparison with the definition, shared by the tests in ``ops``."""
+"""Implementations of the op, its inputs and the comparison with the definition, shared by the tests in ``ops``."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ GPU = torch.cuda.is_available()
 GROUPS = 2
 """Query heads per key head; few, since interpreted kernels take time for each head."""
 TRITON = pytest.param("triton", marks=[pytest.mark.gpu] if GPU else [])
-"""Runs on the GPU where there is one (-m gpu), else in Triton's interpreter."""
+"""Runs on the GPU if there is one (-m gpu), otherwise in Triton's interpreter."""
 IMPLEMENTATIONS = ("naive", "chunked", TRITON)
 TRITON_FUSED = pytest.param("triton_fused", marks=[pytest.mark.gpu] if GPU else [])
-"""The same with another backward pass."""
+"""The same with the fused backward pass."""
 DTYPES = {"naive": torch.float64, "chunked": torch.float64, "triton": torch.float32, "triton_fused": torch.float32}
-"""Most exact inputs: Triton has no matrix products in float64."""
+"""The most precise dtype of each implementation: Triton has no matrix products in float64."""
 FAST = ("chunked", TRITON)
 FIELDS = ("output", "expected_open", "open_links", "allowed_links", "log_sum_exp")
 
@@ -42,7 +42,7 @@ def inputs(
     kv_heads: int = 2,
     implementation: str = "naive",
 ) -> dict[str, torch.Tensor]:
-    """Random tensors in the given or the most exact dtype, on the device where the implementation runs."""
+    """Create random tensors in the given or the most precise dtype, on the implementation's device."""
     generator = torch.Generator().manual_seed(tokens * 1000 + d + groups)
     shapes = {
         "q": (2, kv_heads * groups, tokens, d),
@@ -57,7 +57,7 @@ def inputs(
 
 
 def place(x: torch.Tensor, implementation: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A leaf that requires gradients, where the implementation runs."""
+    """Copy a tensor to the implementation's device as a leaf that requires gradients."""
     device = "cuda" if implementation.startswith("triton") and GPU else "cpu"
     return x.detach().to(device, dtype or DTYPES[implementation]).requires_grad_()
 
@@ -65,7 +65,10 @@ def place(x: torch.Tensor, implementation: str, dtype: torch.dtype | None = None
 def run(
     tensors: dict[str, torch.Tensor], kept: torch.Tensor | None = None, **options
 ) -> tuple[GatedAttentionOutput, list[torch.Tensor]]:
-    """The result, and the gradients of a fixed random function of output and expected links of the queries kept."""
+    """Compute the result, and the gradients of a fixed random function of its output and expected links.
+
+    The function depends only on the ``kept`` queries; None keeps all.
+    """
     result = gated_attention(**tensors, **options)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(result.output.shape, generator=generator, dtype=torch.float64)
@@ -77,7 +80,7 @@ def run(
 
 
 def without_close_calls(exact: dict[str, torch.Tensor], sample: bool = False, seed: int = 0, **options) -> torch.Tensor:
-    """[batch, heads, queries]: no gate of the query is so near its threshold that rounding in float32 decides it."""
+    """Mark the queries, [batch, heads, queries], of which no gate is decided by rounding in float32."""
     q, k, bias = (exact[name].detach() for name in ("q", "k", "gate_bias"))
     scale, softcap = options.get("scale", q.shape[-1] ** -0.5), options.get("softcap")
     logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * scale
@@ -97,7 +100,7 @@ def without_close_calls(exact: dict[str, torch.Tensor], sample: bool = False, se
 
 
 def assert_same(tensors, tolerance: float, implementation: str, **options) -> None:
-    """The result and all gradients are those of the definition in float64, gates that rounding decides left out."""
+    """Compare the result and all gradients with the definition in float64, without gates that rounding decides."""
     exact = {name: x.detach().cpu().double().requires_grad_() for name, x in tensors.items()}
     kept = without_close_calls(exact, **options)
     assert kept.double().mean() > 0.9

@@ -1,4 +1,4 @@
-"""A page as a person meets it: in a real browser."""
+"""Pages opened in a real browser, as a user sees them."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ if (BROWSER is None or DRIVER is None) and not os.environ.get("CI"):
 
 @contextmanager
 def opened(page: Path) -> Iterator[webdriver.Chrome]:
-    """The page, opened; afterwards the browser may not have complained of anything."""
+    """Open the page; check at the end that the browser has logged no errors."""
     assert BROWSER is not None, "no chromium: scripts/setup dev installs it"
     assert DRIVER is not None, "no chromedriver: scripts/setup dev installs it"
     options = Options()

@@ -1,4 +1,4 @@
-"""Tiny models, prompts and comparisons that the tests of circuits share."""
+"""Tiny models, prompts and comparisons shared by the tests of circuits."""
 
 import torch
 from family_table import tiny_model as any_tiny_model
@@ -10,8 +10,8 @@ from gossamer.circuits.tasks.base import Batch
 FAMILIES = tuple(CONFIGS)
 
 STRUCTURES = (*FAMILIES, "cohere", "codegen", "glm4", "granitemoeshared", "nanochat")
-"""With what those do not have: one norm for attention and MLP, projections in an order of their own, norms before and
-after both, two MLPs that are added up, and a last norm that is used at the beginning too."""
+"""With structures that those families lack: one norm for attention and MLP, projections in an unusual order, norms
+before and after both, two MLPs whose outputs are added, and a final norm that is also applied at the start."""
 
 
 def model_of(family: str, gated: bool = False):

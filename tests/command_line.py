@@ -1,4 +1,4 @@
-"""The command line in a process of its own, for tests."""
+"""The command line in a separate process, for tests."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COL
 
 @dataclass(frozen=True)
 class Finished:
-    """A run, the model and the text it was made from, its other arguments but --out, and what it printed."""
+    """A finished run, its model, its text, its other arguments without --out, and its output."""
 
     out: Path
     model: Path
@@ -30,7 +30,7 @@ class Finished:
 
 
 def quick(**settings: object) -> list[str]:
-    """Options of a small run, with a file of these settings besides."""
+    """Build the options of a small run, including a file with the given settings."""
     return ["--seq-len", "16", *config(held_out_tokens=128, precision="fp32", **settings)]
 
 
@@ -43,7 +43,7 @@ def weights(run: Path, part: str = "model/gossamer.safetensors") -> dict[str, to
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
-    """Sparse model and control of two runs are equal bit for bit."""
+    """Check that the sparse models and controls of two runs are equal bit for bit."""
     for part in ("model/gossamer.safetensors", "control/model.safetensors"):
         first, second = weights(a, part), weights(b, part)
         assert first.keys() == second.keys()

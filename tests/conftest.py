@@ -1,4 +1,4 @@
-"""A real tokenizer, real text and a saved tiny model, made once; no network."""
+"""A real tokenizer, real text and a saved tiny model, made once and without a network."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# Before Triton is imported, which transformers may do: without a GPU its kernels run in its interpreter.
+# Without a GPU, Triton runs its kernels in an interpreter. Set before transformers may import Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -22,20 +22,20 @@ WORDS = ("the sparse model reads one two three four tokens and closes every link
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
-    """Documents of random words."""
+    """Create documents of random words."""
     random_words = random.Random(seed)
     return [" ".join(random_words.choices(WORDS, k=12)) + "." for _ in range(count)]
 
 
 def write_documents(file: Path) -> Path:
-    """400 documents, as a .jsonl.gz file."""
+    """Write 400 documents to a .jsonl.gz file."""
     with gzip.open(file, "wt", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": sentence}) + "\n" for sentence in sentences(400))
     return file
 
 
 def save_llama(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A tiny dense llama with its tokenizer, as transformers saves them."""
+    """Save a tiny dense llama and its tokenizer with transformers."""
     tiny_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

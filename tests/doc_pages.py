@@ -1,4 +1,4 @@
-"""Blocks of code and links of the documentation's pages."""
+"""Code blocks and links in the pages of the documentation."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = sorted(
     [ROOT / "README.md", *(page for part in ("tutorials", "guides") for page in (ROOT / "docs" / part).glob("*.md"))]
 )
-"""Pages whose code is run. Others are records of runs that were made, formulas, or the reference."""
+"""Pages whose code is run. Other pages are records of past runs, formulas, or the reference."""
 
 _MADE_BY_THE_SITE = ("commands.md", "settings.md", "smollm2-sparse.md")
 PAGES = sorted(
@@ -35,7 +35,7 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The blocks of a page in order. One that is only indented has no language."""
+    """Yield the code blocks of a page in order. An indented block has no language."""
     before = ""
     for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
         if token.type in ("fence", "code_block"):
@@ -45,7 +45,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def gossamer_lines(script: str) -> Iterator[list[str]]:
-    """The arguments of every ``gossamer`` in a shell script, also where another command starts it."""
+    """Yield the arguments of every ``gossamer`` in a shell script, including those that a launcher starts."""
     for inner in re.findall(r"\$\((gossamer [^)]*)\)", script):
         yield shlex.split(inner)[1:]
     for line in re.sub(r"\\\n", " ", re.sub(r"\$\([^)]*\)", "substituted", script)).splitlines():
@@ -55,13 +55,13 @@ def gossamer_lines(script: str) -> Iterator[list[str]]:
 
 
 def inline_code(page: Path) -> Iterator[str]:
-    """What stands between backticks in running text."""
+    """Yield the inline code of a page."""
     for token in MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8")):
         yield from (child.content for child in token.children or () if child.type == "code_inline")
 
 
 def links(page: Path) -> Iterator[str]:
-    """Where the links and pictures of a page lead."""
+    """Yield the targets of a page's links and images."""
     for token in MarkdownIt().enable("table").parse(page.read_text(encoding="utf-8")):
         for child in token.children or ():
             target = child.attrs.get("href") or child.attrs.get("src")
@@ -70,7 +70,7 @@ def links(page: Path) -> Iterator[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that a page's headings have on GitHub and on the site."""
+    """Get the anchors of a page's headings on GitHub and on the site."""
     parsed = MarkdownIt().parse(page.read_text(encoding="utf-8"))
     headings = [after.content for token, after in pairwise(parsed) if token.type == "heading_open"]
     plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "") for heading in headings)

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, with the settings that make each one special."""
+"""Tiny random models of the main families, with the settings that distinguish each one."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -50,13 +50,13 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 
 
 def tiny_config(name: str):
-    """The config of a tiny model."""
+    """Create the config of a tiny model."""
     model_type, settings = CONFIGS[name]
     return AutoConfig.for_model(model_type, **settings)
 
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model with eager attention; its weights are large enough for attention to be uneven."""
+    """Create a tiny random model with eager attention; its weights are large enough for uneven attention."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(name), attn_implementation="eager")
@@ -67,5 +67,5 @@ def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids, none of them padding."""
+    """Create random token ids without padding."""
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))

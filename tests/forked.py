@@ -1,4 +1,4 @@
-"""The command line in processes of its own, forked from one that has loaded torch and transformers already."""
+"""The command line in separate processes, forked from one that has already loaded torch and transformers."""
 
 import multiprocessing
 import os
@@ -16,8 +16,8 @@ from torch.distributed import TCPStore
 import small_disk
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Nothing of gossamer.cli, which reads the environment when it is imported. Installed modules only: in Python 3.11 the
-# server does not know the folders that pytest added to the path.
+# Nothing from gossamer.cli, which reads the environment when it is imported. Installed modules only: in Python 3.11,
+# the server does not know the folders that pytest added to the path.
 _CONTEXT.set_forkserver_preload(
     ["gossamer.circuits.compare", "gossamer.demo.demonstrate", "gossamer.runs.job", "gossamer.runs.plan"]
 )
@@ -32,10 +32,12 @@ def run_command(
     kill_at: tuple[int, Path] | None = None,
     disk: small_disk.Disk | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """What ``gossamer`` prints and how it ends; only what is read when an interpreter starts is that of the server.
+    """Run ``gossamer`` and return its output and exit code.
 
-    ``kill_at``: it is killed when it is about to change something in that folder for the n-th time; where it does not
-    come to that, it says how often it did. ``disk``: what it writes to.
+    Settings that an interpreter reads at its start are those of the server.
+
+    ``kill_at``: kill the process just before it changes something in that folder for the n-th time; if it ends before,
+    it prints the number of changes. ``disk``: the small disk that it writes to.
     """
     with tempfile.TemporaryDirectory() as folder:
         started = Command(arguments, environment, Path(folder), cwd, kill_at, disk)
@@ -44,7 +46,7 @@ def run_command(
 
 @contextmanager
 def started_command(arguments: Sequence[object], environment: Mapping[str, str]) -> Iterator["Command"]:
-    """The same while it runs; at the end of the block it is killed, unless it has ended by then."""
+    """Start ``gossamer`` without waiting; kill it at the end of the block if it is still running."""
     with tempfile.TemporaryDirectory() as folder:
         started = Command(arguments, environment, Path(folder))
         try:
@@ -57,9 +59,9 @@ def started_command(arguments: Sequence[object], environment: Mapping[str, str])
 def run_together(
     arguments: Sequence[object], environment: Mapping[str, str], count: int, *, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """The same in several processes that torchrun would have started, which meet as its own do.
+    """Run ``gossamer`` in several processes that connect like those of torchrun.
 
-    Nobody ends the others when one of them does: for that, start torchrun itself.
+    If one process ends, the others are not stopped; a test of that has to start torchrun itself.
     """
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {**environment, "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(count)}
@@ -75,7 +77,7 @@ def run_together(
 
 
 class Command:
-    """A command that was started; its output goes to the folder."""
+    """A started command; its output goes to the folder."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Command:
 
     @property
     def errors(self) -> str:
-        """What it has written to stderr so far."""
+        """The stderr output so far."""
         return self.err.read_text() if self.err.exists() else ""
 
     def send(self, number: signal.Signals) -> None:
@@ -106,7 +108,7 @@ class Command:
             os.kill(self.process.pid, number)
 
     def wait_until(self, reached: Callable[[], bool], timeout: float = 120) -> None:
-        """Wait for something that it does while it runs."""
+        """Wait until the running command has reached a state; fail if it ends first."""
         deadline = time.monotonic() + timeout
         while not reached():
             assert self.running, f"ended too early: {self.errors}"
@@ -128,7 +130,7 @@ _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
 def _kill_at_change(number: int, folder: Path) -> Callable[[], int]:
-    """Gives what tells how often something was changed so far."""
+    """Kill this process at the n-th change in a folder; return a function that counts the changes so far."""
     place, count = str(folder), 0
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -161,7 +163,7 @@ def _run(
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = ["gossamer", *line]
-    multiprocessing.set_start_method(None, force=True)  # else its own workers would come from another such server
+    multiprocessing.set_start_method(None, force=True)  # otherwise its workers would come from another fork server
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
 
     from gossamer.cli import main

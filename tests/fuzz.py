@@ -1,4 +1,4 @@
-"""Commands on damaged files and with odd flags: a seed makes a case, and a case says what is wrong with its end."""
+"""Commands on damaged files and with odd options. A seed determines a case; faults in how it ends are listed."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from gossamer.cli import main
 
 SECONDS = 60
-"""After which a case hangs."""
+"""Time limit of a case, in seconds."""
 
 _RUN = "--config settings.yaml --seq-len 16 --tokens 128"
 
@@ -61,14 +61,14 @@ COMMANDS: tuple[tuple[int, str], ...] = (
     (1, "settings"),
     (1, "launch-file ddp"),
 )
-"""How often, relative to each other, and what; the words are places in the world that the cases share."""
+"""Relative frequencies and commands; their paths are those of the folder of test files (the world)."""
 
 ODD = (
     "-1", "0", "1", "3", "1e300", "nan", "-inf", "99999999999999999999", "", " ", "x", "\udcff", "💥", "a" * 300,
     "/proc/x", ".", "..", "none.txt", "nobody/nothing", "model", "run", "run/model", "adapter", "own.jsonl",
     "text.jsonl", "..jsonl", "model/config.json", "true", "a,b", "[1]", "--resume",
 )  # fmt: skip
-"""What is put in the place of an argument."""
+"""Values that replace an argument."""
 
 OPTIONS = (
     "--seed", "--precision", "--tokens", "--batch-size", "--seq-len", "--lengths", "--corruption", "--levels",
@@ -76,10 +76,10 @@ OPTIONS = (
     "--slack", "--tau", "--epsilon", "--train", "--start-from", "--preset", "--config", "--target", "--against",
     "--share", "--figures", "--tokenizer", "--heads", "--vocab-size", "--dense", "--report-to", "--no-such",
 )  # fmt: skip
-"""What is put behind a command, with an odd value."""
+"""Options that are appended to a command with an odd value."""
 
 LEAVES = (None, -1, 0, 10**30, 1e300, "x", "", [], {}, True, float("nan"), [[1, 2]], {"a": 1}, "💥")
-"""What is put in the place of a value of a record."""
+"""Values that replace a value in a record."""
 
 
 @dataclass
@@ -87,9 +87,9 @@ class Case:
     """One command on a copy of the world.
 
     Attributes:
-        seed: makes all of it.
+        seed: determines the case.
         line: the arguments.
-        done: what was done to files, in words.
+        done: descriptions of the damage to files.
     """
 
     seed: int
@@ -102,7 +102,7 @@ class Case:
 
 
 def make_case(seed: int, world: Path) -> Case:
-    """The case of a seed; damages the world, which is a copy of its own."""
+    """Make the case of a seed; damages files in the world, which must be a copy for this case."""
     source = random.Random(seed)
     case = Case(seed)
     weights, commands = zip(*COMMANDS, strict=True)
@@ -136,7 +136,7 @@ def _change_argument(source: random.Random, arguments: list[str]) -> None:
 
 
 def _files_of(line: list[str], world: Path) -> list[Path]:
-    """The files that the command may read, each directory's as probable as a file by itself."""
+    """List the files that the command may read, including those in directories; all are equally likely."""
     found: list[Path] = []
     for word in line[1:]:
         place = world / word
@@ -155,7 +155,7 @@ def _damage(source: random.Random, file: Path) -> str:
     if chosen is not None and source.random() < 0.65:
         with suppress(
             ValueError, IndexError, RuntimeError, SafetensorError, UnpicklingError, EOFError
-        ):  # damaged before
+        ):  # already damaged
             return chosen(source, file)
     return source.choice(general)(source, file)
 
@@ -204,7 +204,7 @@ def _change_json(source: random.Random, file: Path) -> str:
 
 
 def _change_value(source: random.Random, content: Any) -> str:
-    """Change one value, deep or shallow, in place."""
+    """Change one value at any depth, in place."""
     path, here = [], content
     while True:
         keys = list(here) if isinstance(here, dict) else list(range(len(here)))
@@ -295,7 +295,7 @@ def run_case(case: Case, world: Path) -> End:
                 main()
             except SystemExit as stopped:
                 code = stopped.code
-            except Exception as error:  # what would be a traceback
+            except Exception as error:  # would print a traceback
                 code = f"Traceback: {type(error).__name__}: {error}"
     finally:
         sys.argv = before
@@ -325,7 +325,7 @@ def _alarm() -> Iterator[None]:
 
 
 def snapshot(world: Path) -> dict[str, bytes]:
-    """Everything that is in the world."""
+    """Read all files in the world."""
     return {str(path.relative_to(world)): path.read_bytes() for path in sorted(world.rglob("*")) if path.is_file()}
 
 
@@ -333,7 +333,7 @@ USES_DENSE = ("evaluate run", "report run --tokens", "view run", "circuits run",
 
 
 def faults(case: Case, end: End, before: dict[str, bytes], world: Path) -> list[str]:
-    """What is wrong with the end of a case."""
+    """List the faults in how a case ended."""
     found = []
     after = snapshot(world)
     if end.code not in (0, 2):

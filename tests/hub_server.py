@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face Hub: as much of its HTTP API as the client's own code asks for.
+"""A stand-in for the Hugging Face Hub with the parts of its HTTP API that the client uses.
 
-Repositories are kept in memory: commits with their files, by branch and by their own id. Files that a client sends by
-LFS go through the batch endpoint and an upload of their own, as on the Hub.
+Repositories are kept in memory, with the files of each commit by branch and by id. Files that a client sends by LFS go
+through the batch endpoint and a separate upload, as on the Hub.
 """
 
 import base64
@@ -19,7 +19,7 @@ TOKEN = "hf_standin"
 
 
 class Hub:
-    """What the server knows."""
+    """The state of the server."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, Any]] = {}
@@ -42,7 +42,7 @@ class Hub:
 
 @contextmanager
 def served_hub() -> Iterator[Hub]:
-    """A Hub on a free port of this machine."""
+    """Serve a Hub on a free local port."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def answer_range(self, content: bytes, **headers: str) -> None:
-        """The whole content, or the part of it that is asked for."""
+        """Send the whole content or the requested range."""
         if (found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")) is None:
             return self.answer(200, content, **headers)
         start, stop = int(found[1]), min(int(found[2] or len(content) - 1), len(content) - 1)

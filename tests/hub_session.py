@@ -1,4 +1,4 @@
-"""What test_hub.py does with the Hub, in a process of its own: prints what came of it as a line of JSON."""
+"""The calls of test_hub.py to the Hub, in a separate process that prints the results as a line of JSON."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from gossamer.cli import main
 
 
 def told(do: Callable[[], object]) -> str:
-    """What a fault says."""
+    """Get the message of an error, or the result's repr if there is none."""
     try:
         return repr(do())
     except gossamer.GossamerError as error:
@@ -25,7 +25,7 @@ def told(do: Callable[[], object]) -> str:
 
 
 def command(*line: str) -> tuple[object, str, str]:
-    """Exit code, output and errors."""
+    """Run the command line; return exit code, stdout and stderr."""
     sys.argv = ["gossamer", *line]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -46,7 +46,7 @@ def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
 
 
 def online(folder: str) -> dict[str, Any]:
-    """``folder`` holds whole/, adapter/ and run/."""
+    """Push, load and use models; ``folder`` contains whole/, adapter/ and run/."""
     found: dict[str, Any] = {}
     whole, tokenizer = gossamer.load(f"{folder}/whole"), gossamer.load_tokenizer(f"{folder}/whole")
     found["address"] = gossamer.push_to_hub(whole, "org/whole", tokenizer, license="apache-2.0", private=True)
@@ -74,7 +74,7 @@ def online(folder: str) -> dict[str, Any]:
 
 
 def offline() -> tuple[bool, str]:
-    """After ``online``, with the same cache."""
+    """Load a model without a network, after ``online`` with the same cache."""
     return gossamer.is_gated(gossamer.load("org/whole")), told(lambda: gossamer.load("org/never-fetched"))
 
 

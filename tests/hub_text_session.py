@@ -1,4 +1,4 @@
-"""What runs/test_fingerprints.py does with a data set on the Hub, in a process of its own: prints a line of JSON."""
+"""The runs of runs/test_fingerprints.py on a Hub data set, in a separate process that prints a line of JSON."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def session(hub: Hub, folder: Path, model: str) -> dict[str, Any]:
     from gossamer.training.settings import TrainingConfig
 
     class Stops(Console):
-        """Interrupts the training when it is told of the second step."""
+        """Interrupts the training after the second step."""
 
         def print(self, *_: object, **__: object) -> None:
             log = folder / "begun" / "training.jsonl"
@@ -70,6 +70,6 @@ def session(hub: Hub, folder: Path, model: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with served_hub() as hub:
-        # The client reads them when it is imported.
+        # The client reads these when it is imported.
         os.environ.update(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_HOME=sys.argv[1], HF_HUB_DISABLE_XET="1")
         print(json.dumps(session(hub, Path(sys.argv[1]), sys.argv[2])))

@@ -1,9 +1,9 @@
-"""A model wired by hand, so that its circuit is known: induction by a previous-token head and a copying head.
+"""A model with weights set by hand, so that its circuit is known: a previous-token head and an induction head.
 
-The stream is four blocks of eight dimensions: token, position, token before, answer. Head 0.0 finds the position
-before (q: position, k: position + 1) and moves its token to "token before"; head 1.0 finds where the present token
-stood before (q: token, k: token before) and moves that place's token to "answer", which the unembedding reads. Heads
-0.1 and 1.1 and the MLPs add nothing.
+The residual stream has four blocks of eight dimensions: token, position, previous token, answer. Head 0.0 attends to
+the previous position (q: position, k: position + 1) and writes its token to "previous token". Head 1.0 attends to the
+position after an earlier occurrence of the current token (q: token, k: previous token) and writes the token there to
+"answer", which the unembedding reads. Heads 0.1 and 1.1 and the MLPs add nothing.
 """
 
 import torch
@@ -15,7 +15,7 @@ HEAD = 2 * SIZE
 
 
 def induction_model() -> GPT2LMHeadModel:
-    """The model, in ``eval()`` mode."""
+    """Create the model in ``eval()`` mode."""
     width = 4 * SIZE
     config = GPT2Config(
         vocab_size=SIZE, n_positions=SIZE, n_embd=width, n_layer=2, n_head=2, tie_word_embeddings=False,
@@ -41,7 +41,7 @@ def induction_model() -> GPT2LMHeadModel:
 
 
 def induction_prompts(count: int = 6) -> list[tuple[list[int], list[int], int]]:
-    """0 x A B y A, where B has to follow; corrupted: the first A is another token, and nothing has to follow."""
+    """Create prompts 0 x A B y A, which B follows; in the corrupted ones, the first A is another token."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(count):

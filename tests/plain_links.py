@@ -1,4 +1,4 @@
-"""A prediction under cut attention links, from the definition of the op alone: nothing of gossamer computes here."""
+"""A prediction under cut attention links, from the plain definition of the op, without code from gossamer."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from transformers.masking_utils import sdpa_mask
 
 
 def plainly(model, ids: Sequence[int], target: int, kept: Tensor) -> Tensor:
-    """log p(target) after the tokens by an attention written down here: hard gates, softmax, and only ``kept`` links.
+    """Compute log p(target) after the tokens with the attention below: hard gates, softmax, and only ``kept`` links.
 
     ``kept``: [layers, heads, tokens, tokens].
     """

@@ -1,4 +1,4 @@
-"""Files for --config."""
+"""Settings files for --config."""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +9,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="gossamer-settings-")
 
 
 def config(**values: object) -> list[str]:
-    """The option, with a file of these settings."""
+    """Build the option --config with a file of the given settings."""
     with tempfile.NamedTemporaryFile("w", dir=_FOLDER.name, suffix=".yaml", delete=False) as file:
         yaml.safe_dump(values, file)
     return ["--config", str(Path(file.name))]

@@ -1,4 +1,4 @@
-"""A disk of a few bytes for a process and those that it starts, in a namespace of its own; Linux, no rights needed."""
+"""A tiny disk for a process and its children, in a separate namespace; needs Linux, but no privileges."""
 
 import ctypes
 import multiprocessing
@@ -13,21 +13,21 @@ from functools import cache
 from pathlib import Path
 
 _NEW_NAMESPACES = 0x20000 | 0x10000000
-"""Of mounts and of users."""
+"""Flags for new mount and user namespaces."""
 
 _PRIVATE = 0x4000 | 0x40000
-"""A change to what is mounted is seen nowhere else."""
+"""Flags that hide changes of mounts from other namespaces."""
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A folder that is a disk of its own.
+    """A folder that is mounted as a separate disk.
 
     Attributes:
-        folder: what it holds is on the disk when the command begins, and in the folder again when it has ended.
-        size: bytes; a file takes whole pages.
+        folder: the folder; its content is copied to the disk when the command starts, and back when it has ended.
+        size: size in bytes; files occupy whole pages.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class Disk:
 
 @contextmanager
 def mounted(disk: Disk) -> Iterator[None]:
-    """Within the block, the last one of this process, the folder is the disk. Says how much was in use at most."""
+    """Mount the disk on its folder within the block, the last one of this process; print the peak usage."""
     with tempfile.TemporaryDirectory() as beside:
         shutil.copytree(disk.folder, beside, dirs_exist_ok=True, symlinks=True)
         back = os.open(disk.folder, os.O_RDONLY)
@@ -63,7 +63,7 @@ def _used(folder: Path) -> int:
 
 
 def _give_back(disk: Path, folder: Path) -> None:
-    """Put what is on the disk into the folder below it."""
+    """Copy the content of the disk to the folder below it."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.copytree(disk, folder, dirs_exist_ok=True, symlinks=True)
@@ -93,7 +93,7 @@ def _try(folder: Path) -> None:
 
 @cache
 def possible() -> bool:
-    """Whether this machine lets a process have such a disk."""
+    """Check whether this machine allows such a disk."""
     if sys.platform != "linux":
         return False
     with tempfile.TemporaryDirectory() as folder:

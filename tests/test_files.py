@@ -1,4 +1,4 @@
-"""What is written has the modes that the umask gives, and appears whole or not at all."""
+"""Written files have the modes that the umask gives, and appear completely or not at all."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ def mode(path: Path) -> int:
 
 
 def test_a_saved_model_has_the_modes_of_new_files(umask: int, tmp_path: Path) -> None:
-    for _ in range(2):  # the second replaces the first
+    for _ in range(2):  # the second time replaces the directory
         gossamer.save(gossamer.add_gates(tiny_model("llama")), tmp_path / "model")
         assert mode(tmp_path / "model") == 0o777 & ~umask
         assert {mode(file) for file in (tmp_path / "model").iterdir()} == {0o666 & ~umask}
@@ -103,7 +103,7 @@ def test_what_a_killed_write_left_of_a_file_goes(tmp_path: Path) -> None:
 
 
 def test_a_directory_is_replaced_at_once(tmp_path: Path) -> None:
-    """A reader finds the old one or the new one at any moment, never none."""
+    """At any moment, a reader finds either the old or the new directory."""
     stop = threading.Event()
     missing = []
 
@@ -127,7 +127,7 @@ def test_a_directory_is_replaced_at_once(tmp_path: Path) -> None:
 
 
 def test_what_was_about_to_be_replaced_comes_back(tmp_path: Path) -> None:
-    """Where a file system cannot exchange directories, a kill may fall between two renames."""
+    """On file systems that cannot exchange directories, a kill may happen between two renames."""
     (tmp_path / ".own.0123456789ab.old").mkdir()
     (tmp_path / ".own.0123456789ab.old" / "circuits.json").write_text("{}")
     remove_staging(tmp_path / "own")

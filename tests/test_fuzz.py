@@ -1,4 +1,4 @@
-"""Damaged files, odd flags and inputs that do not belong together end in exit code 0 or 2, and leave nothing."""
+"""Damaged files, odd options and mismatched inputs end with exit code 0 or 2, and leave no partial files."""
 
 import io
 import json
@@ -44,7 +44,7 @@ lora_rank: 2
 
 
 class _Stops(Console):
-    """A console that interrupts the training when it is told of a step."""
+    """A console that interrupts the training at the n-th call of print."""
 
     def __init__(self, after: int) -> None:
         super().__init__(file=io.StringIO())
@@ -58,7 +58,7 @@ class _Stops(Console):
 
 @pytest.fixture(scope="module")
 def world(saved_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, texts, a run with records of every kind, one that was begun, adapters, circuits, a checkpoint."""
+    """A folder with a model, texts, a run with all records, an interrupted run, adapters, circuits and a checkpoint."""
     world = tmp_path_factory.mktemp("world")
     before = Path.cwd()
     os.chdir(world)
@@ -122,14 +122,14 @@ def _call(*line: str) -> None:
 
 
 def copy_world(world: Path, folder: Path) -> None:
-    """A copy that is moved: what its records say of places is the copy's."""
+    """Copy the world; paths in its records are changed to those of the copy."""
     shutil.copytree(world, folder)
     for name in ("run/config.json", "begun/config.json", "adapter/adapter_config.json"):
         (folder / name).write_text((folder / name).read_text().replace(str(world), str(folder)))
 
 
 def wrong_with(seed: int, world: Path, folder: Path) -> list[str]:
-    """What is wrong with how the case of a seed ends."""
+    """List the faults in how the case of a seed ends."""
     copy_world(world, folder)
     case = fuzz.make_case(seed, folder)
     before = fuzz.snapshot(folder)
@@ -146,7 +146,7 @@ def check_seeds(seeds: range, world: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_every_command_ends_well_on_what_is_whole(world: Path, tmp_path: Path) -> None:
-    """Else the cases below would test nothing: a command that is always refused refuses damage too."""
+    """Otherwise the cases below test nothing: a command that always fails also fails on damaged files."""
     folder = tmp_path / "world"
     copy_world(world, folder)
     for _, command in fuzz.COMMANDS:

@@ -1,4 +1,4 @@
-"""Models on the Hub: pushed and fetched by its own client, over HTTP, to and from a stand-in for the server."""
+"""Models on the Hub: pushed and fetched over HTTP by the official client, with a stand-in for the server."""
 
 import json
 import os
@@ -32,7 +32,7 @@ SESSION = Path(__file__).parent / "hub_session.py"
 def folder(
     saved_llama: Path, text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A whole model, adapters and a run with adapters."""
+    """A folder with a complete model, adapters and a run with adapters."""
     folder = tmp_path_factory.mktemp("pushed")
     gossamer.save(gossamer.add_gates(tiny_model("llama"), gate_bias=0.1), folder / "whole", tokenizer)
     adapted = gossamer.add_gates(load_dense(str(saved_llama))[0], gate_bias=0.1)
@@ -46,7 +46,7 @@ def folder(
 
 
 def environment(hub: Hub, cache: Path, **more: str) -> dict[str, str]:
-    # The client's other way of sending large files, Xet, has a server of its own.
+    # Xet, the client's other way to send large files, needs a separate server.
     settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(cache), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     return {**os.environ, "HF_HUB_OFFLINE": "0", "COLUMNS": "200", **settings, **more}
 
@@ -60,7 +60,7 @@ def hub() -> Iterator[Hub]:
 
 
 def said_by_session(*arguments: object, env: dict[str, str]) -> Any:
-    """The client reads its settings when it is imported: a process of its own."""
+    """Run the session in a separate process, because the client reads its settings when it is imported."""
     line = [sys.executable, str(SESSION), *map(str, arguments)]
     result = subprocess.run(line, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -120,7 +120,7 @@ def test_the_card_of_a_run_holds_its_figures(found: dict[str, Any], hub: Hub, fo
     adapters = card(hub, "org/run-adapter").data
     assert adapters.library_name == "peft"
     assert adapters.license is None
-    assert adapters.base_model is None  # a directory of this machine
+    assert adapters.base_model is None  # the base is a local directory
 
 
 def test_commands_take_an_id(found: dict[str, Any]) -> None:

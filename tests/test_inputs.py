@@ -1,4 +1,4 @@
-"""Whatever is wrong with a file is one line that names it, what is wrong, and what to do."""
+"""Errors in files are reported in one line: the file, what is wrong, and what to do."""
 
 import json
 import os

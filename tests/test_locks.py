@@ -1,4 +1,4 @@
-"""One writer at a time, for as long as it lives."""
+"""Locks: one writer at a time, until its process ends."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ def hold(place: Path, told: Connection) -> None:
 
 @pytest.fixture
 def held(tmp_path: Path):
-    """A place that another process holds, and the process."""
+    """A path that another process has locked, and that process."""
     here, there = FORK.Pipe()
     process = FORK.Process(target=hold, args=(tmp_path / "run", there))
     process.start()

@@ -1,4 +1,4 @@
-"""Tables at widths from that of a hand to that of a wall: every number can be read."""
+"""Tables at narrow and wide widths: every number stays readable."""
 
 import io
 import random

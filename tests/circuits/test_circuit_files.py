@@ -1,4 +1,4 @@
-"""Circuits written for other tools and read back; the files as EAP-IG's own code would take them."""
+"""Circuits written for other tools and read back; the files have the layout that EAP-IG reads."""
 
 import json
 import pickle
@@ -74,7 +74,7 @@ def test_networkx_sees_the_paths(circuit: Circuit, tmp_path: Path) -> None:
     drawn = networkx.read_graphml(tmp_path / "c.graphml", force_multigraph=True)
     assert drawn.number_of_edges() == int(circuit.kept.sum())
     assert networkx.is_directed_acyclic_graph(drawn)
-    for node in drawn:  # the circuit is pruned: every node lies between input and logits
+    for node in drawn:  # the circuit is pruned: every node is on a path from the input to the logits
         assert networkx.has_path(drawn, "input", node)
         assert networkx.has_path(drawn, node, "logits")
 
@@ -106,7 +106,7 @@ def test_files_that_are_no_graphs_are_refused(circuit: Circuit, tmp_path: Path, 
 
 @pytest.fixture(scope="module")
 def model() -> GPT2LMHeadModel:
-    """One layer of two heads."""
+    """A model with one layer of two heads."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2, attn_implementation="eager")
@@ -119,14 +119,14 @@ def model() -> GPT2LMHeadModel:
 SOURCES = ("input", "a0.h0", "a0.h1", "m0")
 DESTINATIONS = ("a0.h0<q>", "a0.h1<q>", "a0.h0<k>", "a0.h1<k>", "a0.h0<v>", "a0.h1<v>", "m0", "logits")
 READ = {**dict.fromkeys(DESTINATIONS[:6], 1), "m0": 3, "logits": 4}
-"""How many sources, from the first on, each destination reads."""
+"""Number of sources, counted from the first, that each destination reads."""
 
 
 def written(model: GPT2LMHeadModel, ids: torch.Tensor, carried=None, other=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """In plain PyTorch: what each source writes, and the logits at the last position.
+    """Compute in plain PyTorch the output of each source and the logits at the last position.
 
-    A destination reads of each source what ``other`` has of it, and of the difference to that the share ``carried``,
-    ``[sources, destinations, d_model]``.
+    For each source, a destination reads the output in ``other`` plus the share ``carried``,
+    ``[sources, destinations, d_model]``, of the difference from it.
     """
     body, layer = model.transformer, model.transformer.h[0]
     own = [body.wte(ids) + body.wpe(torch.arange(ids.shape[1]))]
@@ -175,7 +175,7 @@ def prompts_of_numbers() -> Prompts:
 
 
 def eap_ig_file(file: Path, edges: torch.Tensor, neurons: torch.Tensor | None = None, form: str = "") -> None:
-    """A graph as EAP-IG's to_pt and to_json lay it out: real edges by name in JSON, a full matrix in .pt."""
+    """Write a graph in the layout of EAP-IG's to_pt and to_json: a full matrix, or real edges by name."""
     cfg = {"n_layers": 1, "n_heads": 2, "parallel_attn_mlp": False, "d_model": 8}
     if file.suffix == ".pt":
         content = {
@@ -221,7 +221,7 @@ def test_kept_edges_carry_the_neurons_that_are_chosen(
     neurons, prompts = NEURONS[chosen], prompts_of_numbers()
     torch.manual_seed(3)
     for edges in (real(), real() & (torch.rand(4, 8) < 0.8)):
-        edges[0, :] = real()[0]  # so that nothing is cut off
+        edges[0, :] = real()[0]  # nothing may be cut off
         edges[:, -1] = True
         suffix, _, layout = form.partition(" ")
         eap_ig_file(tmp_path / f"graph{suffix}", edges, neurons, layout)
@@ -235,7 +235,7 @@ def test_kept_edges_carry_the_neurons_that_are_chosen(
 
 
 def test_eap_ig_lets_chosen_neurons_through_all_edges_between_nodes(model: GPT2LMHeadModel) -> None:
-    """Its evaluate_graph corrupts an edge by (1 - neuron) (1 - edge of a node that is chosen as a whole)."""
+    """EAP-IG's evaluate_graph corrupts an edge by (1 - neuron) (1 - edge of a node that is chosen as a whole)."""
     neurons, prompts, edges = NEURONS["one of each"], prompts_of_numbers(), real()
     edges[0, 6] = edges[1, 7] = False
     whole = neurons.all(1).double()
@@ -248,7 +248,7 @@ def test_eap_ig_lets_chosen_neurons_through_all_edges_between_nodes(model: GPT2L
 
 def test_nodes_chosen_as_a_whole_have_rows_of_edges_that_do_not_exist(model: GPT2LMHeadModel, tmp_path: Path) -> None:
     edges = torch.zeros(4, 8, dtype=torch.bool)
-    edges[[0, 2, 3]] = True  # apply_topn(level="node") on input, a0.h1 and m0, as it is before and after prune()
+    edges[[0, 2, 3]] = True  # apply_topn(level="node") on input, a0.h1 and m0; below, before and after prune()
     for columns in (range(8), (1, 3, 5, 6, 7)):
         pruned = edges & (torch.arange(8)[None] == torch.tensor(columns)[:, None]).any(0)
         eap_ig_file(tmp_path / "nodes.pt", pruned)
@@ -265,7 +265,7 @@ def test_nodes_chosen_as_a_whole_have_rows_of_edges_that_do_not_exist(model: GPT
 def test_nodes_chosen_as_a_whole_stay_where_nothing_feeds_them(
     chosen: list[int], ablation: str, model: GPT2LMHeadModel, tmp_path: Path
 ) -> None:
-    """To EAP-IG's prune() the edges that lead backwards are edges: a chosen node always has one that leads to it."""
+    """EAP-IG's prune() also counts edges that lead backwards, so a chosen node always has an incoming edge."""
     edges = torch.zeros(4, 8, dtype=torch.bool)
     edges[chosen] = True
     eap_ig_file(tmp_path / "nodes.pt", edges)
@@ -297,7 +297,7 @@ def test_a_circuit_without_scores_is_one_of_mibs_forms(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".json", ".pt"])
 def test_scores_alone_say_what_to_choose(suffix: str, tmp_path: Path) -> None:
-    """Scores of files are those of a loss: the largest help most. Units without a score stay."""
+    """Scores in files are scores of a loss: units with the largest help most. Units without a score stay."""
     graph, nan = Graph(1, 2), torch.nan
     nothing = torch.zeros(4, 8)
     nodes = torch.tensor([0.1, -0.4, 0.3, nan])
@@ -329,8 +329,8 @@ def test_scores_alone_say_what_to_choose(suffix: str, tmp_path: Path) -> None:
     assert torch.equal(again.neuron_scores.isnan(), neurons.isnan())
     with pytest.raises(GossamerError, match="no place for neurons"):
         write_circuit(tmp_path / "chosen.graphml", chosen)
-    assert torch.equal(choose(again, "edges", 1).neurons, wanted)  # chosen before, so they count
-    assert choose(replace(found, neurons=nothing.bool()), "edges", 1).neurons is None  # none were
+    assert torch.equal(choose(again, "edges", 1).neurons, wanted)  # the file has chosen neurons, so they are kept
+    assert choose(replace(found, neurons=nothing.bool()), "edges", 1).neurons is None  # no neurons were chosen
     only = Circuit(graph, 8, nothing, nothing.bool(), nodes)
     with pytest.raises(GossamerError, match=r"c\.pt has scores of nodes, none of edges to choose 3 by"):
         choose(only, "edges", 3, name="c.pt")

@@ -1,4 +1,4 @@
-"""Scores against real interpolation of edges, interventions against the runs they must equal, on tiny random models."""
+"""Scores compared with actual interpolation of edges, and interventions with equivalent runs, on tiny random models."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from gossamer.circuits.tasks.base import Batch, Example, Prompts, TokenizedExamp
 
 
 class Interpolated(PatchedEdges):
-    """Patched edges that autograd can follow."""
+    """Patched edges that autograd can differentiate."""
 
     def _write(self, sources: slice, values: torch.Tensor) -> None:
         rows = values.unflatten(1, self.change.shape[1:3]) - self.replacement[sources, None]
@@ -81,13 +81,13 @@ def test_eap_is_the_limit_of_patching_one_edge_a_little(family: str) -> None:
 
 
 def test_integrated_gradients_average_over_the_embeddings() -> None:
-    """One step takes the gradient at the corrupted embeddings: EAP with the prompts' roles exchanged."""
+    """One step takes the gradient at the corrupted embeddings, which is EAP with the prompts exchanged."""
     model, batch = model_of("llama"), batch_of()
     swapped = Batch(batch.corrupted, batch.clean, batch.answers, batch.wrong, batch.metric)
     near(eap_ig_inputs.edge_scores(model, batch, steps=1), -eap.edge_scores(model, swapped))
     exact = (metric(model, batch, batch.corrupted) - metric(model, batch, batch.clean)).sum()
     rough, fine = ((eap_ig_inputs.edge_scores(model, batch, steps=steps)[0].sum() - exact).abs() for steps in (1, 200))
-    assert fine < 0.02 * exact.abs() < rough  # all paths from the input: the integral is the change itself
+    assert fine < 0.02 * exact.abs() < rough  # edges of the input are on all paths: the integral is the change
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -130,7 +130,7 @@ def test_nodes_edges_and_links_agree_where_they_must(family: str) -> None:
 
 
 def _without_heads(model, batch: Batch, layer: int) -> torch.Tensor:
-    """The metric with the output projection of a layer fed with zeros."""
+    """Measure the metric with a zero input to the output projection of a layer."""
     from gossamer.models.architectures import architecture_of, attention_modules
 
     attention = list(attention_modules(model))[layer]
@@ -148,7 +148,7 @@ def test_ablations_keep_everything_or_nothing(ablation: str) -> None:
     possible = graph_of(model).possible()
     near(run_with_edges(model, batch, possible, ablation=ablation), metric(model, batch, batch.clean), 1e-6)
     nothing = run_with_edges(model, batch, torch.zeros_like(possible), ablation=ablation)
-    # All prompts are the same when nothing of them is left; only their answers differ.
+    # With everything ablated, all prompts are the same; only their answers differ.
     assert nothing.isfinite().all()
     assert not torch.allclose(nothing, metric(model, batch, batch.corrupted))
 
@@ -163,7 +163,7 @@ def test_link_scores_are_derivatives_of_interpolating_each_link(family: str, gat
     links = torch.ones(2, graph.layers, graph.heads, 5, 5, dtype=torch.double)
     for place in ((0, 0, 1, 4, 2), (1, 1, 0, 3, 3), (0, 2, 3, 4, 0), (1, 2, 1, 4, 4)):
         values = []
-        for share in (1e-2, -1e-2):  # Gemma's norms round to float32: of a smaller step, that would be what is seen
+        for share in (1e-2, -1e-2):  # Gemma's norms round to float32; rounding would hide a smaller step
             kept = links.clone()
             kept[place] -= share
             values.append(run_with_links(model, batch, kept, ablation=ablation).sum())
@@ -225,7 +225,7 @@ def test_pruned_links_lead_to_the_last_position() -> None:
     for place in ((1, 0, 3, 2), (0, 0, 2, 1), (0, 0, 3, 0), (0, 0, 1, 0), (1, 0, 2, 0)):
         kept[place] = True
     pruned = prune_links(kept[None])[0]
-    # (0, 1, 0): position 1 is read by 2 in the same layer, before the link could tell it anything.
+    # (0, 1, 0): position 2 reads position 1 in the same layer, before this link can change it.
     # (1, 2, 0): nothing reads position 2 after layer 1.
     assert {tuple(link) for link in pruned.nonzero().tolist()} == {(1, 0, 3, 2), (0, 0, 2, 1), (0, 0, 3, 0)}
 
@@ -252,7 +252,7 @@ def test_several_circuits_in_one_pass_are_each_alone() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_exact_patching_is_what_eap_estimates(family: str) -> None:
-    """When clean and corrupted differ very little; not less, for norms round to float32 in a model of float64 too."""
+    """Clean and corrupted differ very little, but not less: norms round to float32 even in a float64 model."""
     torch.manual_seed(0)
     model, batch = model_of(family), batch_of(2, 5)
     embeddings = model.get_input_embeddings().weight
@@ -291,7 +291,7 @@ def prompts_of_two_lengths() -> Prompts:
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])
 def test_what_is_measured_is_the_circuit_that_is_reported(ablation: str) -> None:
-    """What is cut off matters under these ablations: it still writes its biases."""
+    """Under these ablations, units that are cut off still matter: they write their biases."""
     model, prompts = model_of("gpt2"), prompts_of_two_lengths()
     found = find_circuits(model, prompts, levels=("edges",), score=SCORES["eap"], ablation=ablation, batch_size=4)
     points = {point.size: point.metric for point in found.curves["edges"].points}
@@ -319,7 +319,7 @@ def test_the_mean_is_that_of_all_prompts_of_a_length() -> None:
 
 
 class Inner(StreamHooks):
-    """Keeps what attention gets in layer 1."""
+    """Records the inputs of attention in layer 1."""
 
     def attend(self, layer, q, k, v, pattern):
         if layer == 1:

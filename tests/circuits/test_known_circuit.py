@@ -42,7 +42,7 @@ def test_the_wired_model_does_induction(model: GPT2LMHeadModel, batch: Batch) ->
 
 
 def test_the_circuit_is_found_exactly(model: GPT2LMHeadModel, batch: Batch) -> None:
-    """By EAP-IG. EAP ranks a1.h0<v> above a1.h0<k>: the clean run's attention is saturated, its gradient near zero."""
+    """EAP-IG finds it. EAP ranks a1.h0<v> above a1.h0<k>: the clean attention is saturated, its gradient near zero."""
     graph = graph_of(model)
     scores = eap_ig_inputs.edge_scores(model, batch, steps=5)
     assert names(graph, prune(graph, top_edges(graph, scores, 3))) == TRUTH
@@ -75,7 +75,7 @@ def test_without_one_edge_of_the_circuit_nothing_is_left(model: GPT2LMHeadModel,
 
 
 def test_the_links_of_the_circuit_suffice(model: GPT2LMHeadModel, batch: Batch) -> None:
-    """Of 84 allowed links two carry it: B reads A in head 0.0, the last A reads B in head 1.0."""
+    """Two of 84 allowed links carry the answer: B reads A in head 0.0, and the last A reads B in head 1.0."""
     weights = run_with_cache(model, batch.clean, links=True).weights
     assert (weights[0][:, 0, 3, 2] > 0.99).all()
     assert (weights[1][:, 0, 5, 3] > 0.9).all()
@@ -97,7 +97,7 @@ def test_all_levels_are_searched_at_once(model: GPT2LMHeadModel, batch: Batch) -
     assert curves["nodes"].first_size == 3
     assert curves["edges"].first_size == 3
     assert names(found.graph, found.edges(3)) == TRUTH
-    assert curves["links"].first_size == 3  # the copying head's attention is 0.9, the third link a part of the rest
+    assert curves["links"].first_size == 3  # the copying head's attention is only 0.9; the third link adds to it
     for batch, links in zip(found.batches, found.links(2), strict=True):
         wanted = torch.zeros_like(links)
         wanted[:, 0, 0, 3, 2] = True

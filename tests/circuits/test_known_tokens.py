@@ -1,4 +1,4 @@
-"""Prompts with tokens that a model has no embedding for are refused in one line, with both sizes."""
+"""Prompts with tokens for which the model has no embedding are refused in one line that gives both sizes."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ SAID = r"'<a19>' \(number 97\); the tokenizer has 98 tokens, the model embedding
 
 @pytest.fixture
 def larger(tokenizer):
-    """The tokenizer with one token more than the tiny models know."""
+    """The tokenizer with one token more than the tiny models have embeddings for."""
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens([f"<a{number}>" for number in range(20)])
     assert len(larger) == 98

@@ -1,4 +1,4 @@
-"""Links inside circuits of nodes, against the weights that the models give them."""
+"""Links inside circuits of nodes, compared with the models' attention weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Faithfulness, its integrals and circuit sizes on curves known by hand."""
+"""Faithfulness, its integrals and circuit sizes on curves with known values."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from gossamer.errors import GossamerError
 
 
 def test_a_linear_curve() -> None:
-    """f(k) = k: CPR and CMD are the areas of the trapezoid from 0.001 to 1 below k and 1 - k."""
+    """f(k) = k: CPR and CMD are the areas below k and 1 - k from 0.001 to 1."""
     curve = measure_curve(1000, lambda sizes: [2.0 + 3.0 * size / 1000 for size in sizes])
     assert (curve.nothing, curve.everything) == (2.0, 5.0)
     assert [point.size for point in curve.shares] == [int(share * 1000) for share in SHARES]
@@ -19,7 +19,7 @@ def test_a_linear_curve() -> None:
 
 @pytest.mark.parametrize("total", [7, 157, 1999, 32491])
 def test_sizes_and_integrals_are_those_of_the_mib_benchmark(total: int) -> None:
-    """It keeps int(p N) units and integrates over the nominal p, though so few units are less than p of them."""
+    """MIB keeps int(p N) units but integrates over the nominal p, although the kept share is smaller."""
 
     def metric(size: int) -> float:
         return 1.5 * (size / total) ** 0.3 - 0.2 * (size > total / 3)

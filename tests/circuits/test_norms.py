@@ -1,4 +1,4 @@
-"""Norms as linear maps with their scale held fixed, whatever their class."""
+"""Norms of many classes as linear maps with their scale held fixed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""EAP beside TransformerLens' attribution patching, which is written another way and scores by position."""
+"""EAP compared with TransformerLens' attribution patching, an independent implementation that scores by position."""
 
 import copy
 
@@ -16,7 +16,7 @@ KINDS = {"q_input": "q", "k_input": "k", "v_input": "v", "mlp_in": "mlp", "logit
 
 
 def test_edge_scores_are_transformer_lens_summed_over_positions() -> None:
-    """TransformerLens takes the gradient in the corrupted run, so the prompts' roles are exchanged."""
+    """TransformerLens takes the gradient in the corrupted run, so the prompts are exchanged here."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
     from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
 
@@ -27,7 +27,7 @@ def test_edge_scores_are_transformer_lens_summed_over_positions() -> None:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         clean, corrupted = (torch.randint(50, (2, 5)) for _ in range(2))
-    # The bridge takes the modules of what it is given apart.
+    # The bridge changes the modules of the model it is given.
     bridge = build_bridge_from_module(copy.deepcopy(model), "GPT2LMHeadModel", hf_config=config).eval()
     theirs = attribution_patch(
         bridge,
@@ -41,7 +41,7 @@ def test_edge_scores_are_transformer_lens_summed_over_positions() -> None:
     graph = graph_of(model)
     summed, edges = torch.zeros_like(ours), set()
     for (writer, reader), score in theirs.edge_scores.items():
-        if writer.kind == "embed":  # TransformerLens' is the token embedding alone, without that of the position
+        if writer.kind == "embed":  # TransformerLens' source is the token embedding without the position embedding
             continue
         source = graph.head(writer.layer, writer.head) if writer.kind == "attn_head_out" else graph.mlp(writer.layer)
         destination = graph.read(reader.layer, KINDS[reader.kind], reader.head or 0)

@@ -1,4 +1,4 @@
-"""Every score of the registry, and the ones with a definition of their own against it."""
+"""All registered scores; those with their own definition are compared with it."""
 
 import inspect
 
@@ -71,7 +71,7 @@ def test_an_unknown_score_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("ablation", ["patch", "zero"])
 def test_activations_are_interpolated_block_by_block(ablation: str) -> None:
-    """Against hooks on GPT-2's own modules, at the destinations that take one gradient each: MLPs and logits."""
+    """Compared with hooks on GPT-2's modules, at the destinations with one gradient each: MLPs and logits."""
     steps, model, batch = 3, model_of("gpt2"), batch_of(3, 6)
     graph = graph_of(model)
     clean, other = source_outputs(model, batch.clean), source_outputs(model, batch.corrupted)
@@ -95,7 +95,7 @@ def test_activations_are_interpolated_block_by_block(ablation: str) -> None:
 
 
 def gradients_with(model, batch: Batch, graph: Graph, module, change: Tensor) -> dict[int, Tensor]:
-    """The gradients at what MLPs and logits read, when ``change`` is added to a module's output."""
+    """Compute the gradients at the inputs of MLPs and logits when ``change`` is added to a module's output."""
     read: dict[int, Tensor] = {}
 
     def keep(destination: int):

@@ -76,7 +76,7 @@ def test_shares_go_from_nothing_to_everything(units: str) -> None:
     torch.testing.assert_close(left, torch.tensor([1.0, 0.0]).double())
     rows = [MaskRow(each.double(), False) for each in (none, ~none)]
     with torch.no_grad():
-        torch.testing.assert_close(masks.shares(rows), kept)  # one batch of four prompts holds all
+        torch.testing.assert_close(masks.shares(rows), kept)  # all four prompts are in one batch
 
 
 def test_a_search_looks_at_the_first_prompts_in_turn() -> None:
@@ -106,7 +106,7 @@ def test_a_search_finds_a_set_that_does_what_it_has_to(name: str) -> None:
         assert 0 < len(chosen) < found.curves[level].total
         assert chosen.kept >= 0.9
         assert chosen.left_when_cut <= 0.1 or name == "learned-mask"
-        # The set's own units are ranked first, so that the best so many are the set.
+        # The set's units are ranked first, so the best units of the same number are the set.
         size = len(chosen) + (level == "nodes")
         best = units(size)
         assert torch.equal(best[1:] if level == "nodes" else best[found.graph.possible()], chosen.chosen)
@@ -122,7 +122,7 @@ def test_what_is_left_without_a_circuit_is_measured_by_intervention() -> None:
         everything = torch.ones_like(kept) if level == "nodes" else found.graph.possible()
         others = everything & ~kept
         if level == "nodes":
-            others[0] = True  # the input
+            others[0] = True  # the input is always kept
         metric = run(model, batch, others).mean().item()
         share = (metric - curve.nothing) / (curve.everything - curve.nothing)
         assert found.left_when_cut[level] == pytest.approx(share)

@@ -1,4 +1,4 @@
-"""Tasks with a real tokenizer: what they say, what they drop, and which bad input they name."""
+"""Tasks with a real tokenizer: their prompts, the examples they drop, and messages for bad input."""
 
 import importlib.util
 import json
@@ -94,7 +94,7 @@ def test_greater_than_asks_a_tokenizer_of_digits_for_the_tens(smollm2) -> None:
 
 
 def digits_tokenizer(pieces: list[str]) -> PreTrainedTokenizerFast:
-    """Numbers are written in the given pieces, the rest in words."""
+    """Create a tokenizer that splits numbers into the given pieces and other text into words."""
 
     vocabulary = {"<unk>": 0, **{piece: place for place, piece in enumerate(pieces, 1)}}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_dropped_with_the_reason(
 
 
 def ending_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-case words with special tokens around every text, as of an encoder."""
+    """Create a tokenizer of lower-case words that adds special tokens around every text, like an encoder's."""
     words = ["[CLS]", "[SEP]", "[UNK]", "the", "capital", "of", "france", "italy", "is", "paris", "rome", "lyon"]
     backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.Lowercase()
@@ -181,7 +181,7 @@ def test_answers_that_are_one_token_count_once(metric: str, tmp_path: Path) -> N
     else:
         wanted = (logits[9] + logits[11]) / 2 - logits[10]
     assert measure_ability(model, task.prompts(tokenizer, 1)).clean == pytest.approx(wanted.item(), abs=1e-6)
-    with pytest.raises(GossamerError, match="only 1 of 2 examples"):  # the second line is the first in tokens
+    with pytest.raises(GossamerError, match="only 1 of 2 examples"):  # the second line has the same tokens as the first
         task.prompts(tokenizer, 2)
 
 
@@ -235,7 +235,7 @@ def test_characters_that_end_no_line_of_json(mark: str, tmp_path: Path, tokenize
 
 
 def test_a_byte_order_mark_at_the_beginning_of_a_line_is_none_of_its_text(tmp_path: Path) -> None:
-    """Two files with such a mark, put together."""
+    """As in two files with such a mark that were concatenated."""
     row = lines({"clean": "the", "corrupted": "a", "answers": [" one"], "wrong": [" two"]})
     (tmp_path / "own.jsonl").write_text(row + row, encoding="utf-8-sig")
     assert find_task(str(tmp_path / "own.jsonl")).name == "own"
@@ -324,7 +324,7 @@ def test_a_task_that_a_model_cannot_do_is_refused_with_the_number() -> None:
 
 
 def sum_of(text: str) -> tuple[int, int, str]:
-    """Operands of the last sum of a prompt, and the digits of its answer that are there already."""
+    """Parse the operands of the last sum of a prompt and the digits of its answer so far."""
     a, b, said = re.search(r"(\d\d)\+(\d\d)=(\d*)$", text).groups()
     return int(a), int(b), said
 
@@ -373,7 +373,7 @@ def test_smollm2_does_ioi(smollm2) -> None:
 
 @pytest.mark.parametrize("name", ["..jsonl", "...jsonl", ".own.jsonl"])
 def test_a_file_that_is_called_by_dots_alone_is_refused(name: str, tmp_path: Path) -> None:
-    """Its record would take the place of the folder of all records."""
+    """Its record would replace the folder of all records."""
     (tmp_path / name).write_text('{"clean": "a", "corrupted": "b", "answers": ["c"], "wrong": ["d"]}\n')
     with pytest.raises(GossamerError, match="called by a dot"):
         find_task(str(tmp_path / name))

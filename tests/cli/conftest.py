@@ -18,7 +18,7 @@ from gossamer.cli import main
 
 @pytest.fixture(scope="session")
 def finished(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run of 60 steps that nothing interrupted, made once for all processes of pytest: tests change copies of it."""
+    """An uninterrupted run of 60 steps, made once for all pytest processes; tests modify only copies of it."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -39,13 +39,13 @@ def finished(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def copied(finished: Finished, tmp_path: Path) -> Path:
-    """A copy of the run that a test may change."""
+    """A copy of the run that a test may modify."""
     return Path(shutil.copytree(finished.out, tmp_path / "finished"))
 
 
 @pytest.fixture(scope="module")
 def own_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Examples that the tiny tokenizer can write."""
+    """A task file that the tiny tokenizer can encode."""
     file = tmp_path_factory.mktemp("tasks") / "own.jsonl"
     rows = [
         {"clean": f"the sparse {a} reads", "corrupted": f"the sparse {b} reads", "answers": [" two"], "wrong": [" one"]}
@@ -68,7 +68,7 @@ def folder_of_text(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def command_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The command line in this process, where everything is imported already: exit code, stdout, stderr."""
+    """A function that runs the command line in this process; returns exit code, stdout and stderr."""
 
     def run(*arguments: object, columns: int = 400) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])

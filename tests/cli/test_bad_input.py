@@ -1,4 +1,4 @@
-"""Bad input ends in one line and exit code 2, and leaves nothing."""
+"""Bad input ends with a one-line message and exit code 2, and leaves no files."""
 
 import shutil
 from pathlib import Path

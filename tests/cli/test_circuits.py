@@ -1,4 +1,4 @@
-"""gossamer circuits for sparse models that no run has made."""
+"""gossamer circuits for sparse models outside a run."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def call(*arguments: object) -> None:
 
 @pytest.fixture
 def sparse(saved_llama: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    """A saved sparse model that does not say what it was made from."""
+    """A saved sparse model that does not record its dense model."""
     gossamer.save(gossamer.add_gates(tiny_model("llama"), gate_bias=0.2), tmp_path / "sparse", tokenizer)
     return tmp_path / "sparse"
 
@@ -47,7 +47,7 @@ def test_circuits_of_a_saved_model_lie_where_they_are_asked_for(
     for model in record["models"].values():
         found = model["sets"]["nodes"]
         assert found["kept"] >= 0.9
-        assert model["levels"]["nodes"]["first_size"] <= found["size"] + 1  # the input
+        assert model["levels"]["nodes"]["first_size"] <= found["size"] + 1  # one more: the input
         assert len(model["circuit"]["nodes"]["names"]) == model["levels"]["nodes"]["first_size"]
     assert set(load_file(out / "circuits" / "own" / "scores.safetensors")) == {"dense", "sparse"}
     printed = capsys.readouterr().out

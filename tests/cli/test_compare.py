@@ -1,4 +1,4 @@
-"""gossamer compare: a sparse model beside the dense model it was made from, on a text."""
+"""gossamer compare: a sparse model and the dense model it was made from, on a text."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Two writers, kills at any moment, signals: what the command line leaves, and what it says."""
+"""Concurrent writers, kills at any moment, and signals: the files and messages that remain."""
 
 import json
 import os
@@ -30,7 +30,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COL
 
 
 def sparsify(model: Path, text: Path, out: Path, *more: object, steps: int = 4, **settings: object) -> list[object]:
-    """The command line of a small run."""
+    """Build the arguments of a small run."""
     small = {"held_out_tokens": 64, "validation_tokens": 64, "precision": "fp32", "batch_size": 2, **settings}
     tokens = steps * int(small["batch_size"]) * 16
     sizes = ["--seq-len", 16, "--tokens", tokens]
@@ -67,7 +67,7 @@ def test_of_two_resumptions_at_once_one_is_refused(saved_llama: Path, text: Path
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: run_command(line, ENVIRONMENT), range(2)))
     refused = [result for result in both if result.returncode]
-    assert len(refused) <= 1  # the other may have begun when the first was through
+    assert len(refused) <= 1  # one may have started after the other had finished
     for result in refused:
         assert_refused(result, "another process is at work on", str(tmp_path / "run"))
     steps = [json.loads(row)["step"] for row in (tmp_path / "run" / "training.jsonl").read_text().splitlines()]
@@ -78,7 +78,7 @@ def test_of_two_resumptions_at_once_one_is_refused(saved_llama: Path, text: Path
 def test_a_place_that_another_process_holds_is_refused_and_left_alone(
     verb: str, saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    """What that process has half written too."""
+    """This includes the other process's half-written files."""
     out, theirs = tmp_path / "run", tmp_path / ".run.0123456789ab.partial"
     resumed = sparsify(saved_llama, text, out, "--resume", steps=40, checkpoint_every=5)
     if "resume" in verb:
@@ -100,13 +100,13 @@ def test_a_place_that_another_process_holds_is_refused_and_left_alone(
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """Of all files but locks: to open one and close it again would give the lock up."""
+    """Read all files except locks: opening and closing a lock file would release the lock."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-lock"))
     return {path: path.read_bytes() for path in files}
 
 
 def adapter(model: Path, folder: Path) -> Path:
-    """Untrained adapters with gates."""
+    """Save untrained adapters with gates."""
     gated = gossamer.add_gates(load_dense(str(model))[0])
     add_adapters(gated, rank=2, alpha=4.0)
     gossamer.save_adapter(gated, folder / "adapter")
@@ -155,7 +155,7 @@ sys.addaudithook(hook)
 from gossamer.__main__ import main
 main()
 """
-"""The command line, to which a signal comes when it is about to import the n-th module."""
+"""A script that runs the command line and sends itself a signal before it imports the n-th module."""
 
 
 @pytest.mark.parametrize("count", [1, 100, 1_000])
@@ -173,14 +173,14 @@ def test_a_signal_while_modules_are_imported_is_said_in_one_line(
 
 
 def hear() -> None:
-    """Signals that are ignored in the background are heard."""
+    """Restore the default handlers of signals, which background processes ignore."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
 def whole(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A run that nothing interrupted, and how often it changed something on the disk."""
+    """An uninterrupted run, and the number of changes that it made on the disk."""
     folder = tmp_path_factory.mktemp("whole")
     line = sparsify(saved_llama, text, folder / "run", checkpoint_every=1)
     result = run_command(line, ENVIRONMENT, kill_at=(1 << 30, folder))
@@ -198,7 +198,7 @@ def shares(points: int) -> list[float]:
 def test_a_run_killed_at_any_write_ends_as_one_that_was_not(
     share: float, whole: tuple[Path, int], saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, and nothing is left of the first attempt."""
+    """The results are equal bit for bit, and nothing of the first attempt remains."""
     known, changes = whole
     out = tmp_path / "run"
     line = sparsify(saved_llama, text, out, checkpoint_every=1)
@@ -215,7 +215,7 @@ def test_a_run_killed_at_any_write_ends_as_one_that_was_not(
 def test_what_killed_commands_left_in_a_run_goes(
     whole: tuple[Path, int], saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Checkpoints whose removal was begun, what was to become a record, beside the run and in it."""
+    """Partly removed checkpoints and unfinished records, beside the run and in it."""
     known, _ = whole
     out = tmp_path / "run"
     shutil.copytree(known, out)

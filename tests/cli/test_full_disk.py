@@ -1,4 +1,4 @@
-"""A disk that fills up: one line, nothing half written, and a run goes on once there is room."""
+"""A full disk: a one-line message, no half-written files, and a run can be resumed once there is space."""
 
 import json
 import os
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not small_disk.possible(), reason="no disk of it
 
 
 def told(errors: str) -> str:
-    """The line that a command ended with, which is the only one."""
+    """Get the message that a command ended with; it must be the only line."""
     (line,) = [line for line in errors.splitlines() if line.strip()]
     assert line.startswith("gossamer: cannot write "), line
     assert NO_SPACE.search(line), line
@@ -43,7 +43,7 @@ def sparsify(model: Path, text: Path, out: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def whole(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A run with room enough, and the most that it took at any moment."""
+    """A run with enough disk space, and the peak number of bytes that it used."""
     disk = Disk(tmp_path_factory.mktemp("whole"), 2**26)
     result = run_command(sparsify(saved_llama, text, disk.folder / "run"), ENVIRONMENT, disk=disk)
     assert result.returncode == 0, result.stderr
@@ -56,7 +56,7 @@ def whole(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
 def test_a_run_goes_on_when_there_is_room_again(
     share: float, whole: tuple[Path, int], saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    """And ends bit for bit as one that never lacked it."""
+    """The result is bit for bit that of a run that always had enough space."""
     known, most = whole
     disk = Disk(tmp_path / "disk", int(share * most))
     disk.folder.mkdir()

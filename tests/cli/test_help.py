@@ -1,4 +1,4 @@
-"""Help, and what the command line loads before it has to."""
+"""Help, and the modules that the command line imports early."""
 
 import re
 import subprocess

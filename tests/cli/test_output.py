@@ -1,4 +1,4 @@
-"""A reader that goes away, and an output that takes no more, end a command without a traceback."""
+"""A closed pipe and a full output device end a command without a traceback."""
 
 import os
 import subprocess
@@ -13,19 +13,19 @@ from settings_files import config
 COMMAND = [sys.executable, "-m", "gossamer"]
 ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 SIGPIPE = 141
-"""What a shell says of a command that the signal ended."""
+"""A shell's exit code for a command that this signal ended."""
 
 
 @pytest.fixture(params=["", "1"], ids=["buffered", "unbuffered"])
 def environment(request: pytest.FixtureRequest) -> dict[str, str]:
-    """What is buffered is written when the command has ended."""
+    """Buffered output is written only when the command ends."""
     return {**ENVIRONMENT, "PYTHONUNBUFFERED": request.param}
 
 
 def without_reader(
     *line: object, both: bool = False, env: dict[str, str] = ENVIRONMENT
 ) -> subprocess.CompletedProcess[str]:
-    """A command that writes to a pipe whose reader has gone; ``both``: its errors too."""
+    """Run a command that writes its output, and with ``both`` its errors, to a pipe without a reader."""
     read, write = os.pipe()
     os.close(read)
     try:

@@ -1,6 +1,6 @@
-"""Several processes that train one model, as torchrun and accelerate start them, with gloo between them.
+"""Several processes that train one model, started like those of torchrun and accelerate, with gloo between them.
 
-Where nothing depends on the launcher they are forked from a process that has loaded torch, and meet as torchrun's do.
+If nothing depends on the launcher, they are forked from a process that has loaded torch, and connect as torchrun's do.
 """
 
 import json
@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COL
 
 
 def small(steps: int = 40, **settings: object) -> list[str]:
-    """Options of a small run in float32, with a file of these settings besides."""
+    """Build the options of a small run in float32, including a file with the given settings."""
     known = {"held_out_tokens": 128, "validation_tokens": 208, "checkpoint_every": 10, "precision": "fp32"}
     return ["--seq-len", "16", "--tokens", str(steps * 128), *config(**{**known, **settings})]
 
@@ -40,7 +40,7 @@ FORKED = ["two processes that met as those of torchrun do"]
 
 
 def sharded(folder: Path) -> list[str]:
-    """The FSDP2 configuration that ships, for CPUs."""
+    """Build a launch command with the FSDP2 configuration that gossamer ships, on CPUs."""
     file = folder / "fsdp2.yaml"
     file.write_text(launch_file("fsdp2").read_text() + "use_cpu: true\n")
     with socket.socket() as free:
@@ -71,7 +71,7 @@ def difference(a: Path, b: Path, part: str = "model/gossamer.safetensors") -> fl
 
 @pytest.fixture(scope="module")
 def pair(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object]]:
-    """A run of two processes that nothing interrupted, and its arguments but --out."""
+    """An uninterrupted run of two processes, and its arguments without --out."""
     out = tmp_path_factory.mktemp("pair") / "run"
     arguments = [saved_llama, "--text", text, *small(hard_fraction=0.5), "--batch-size", 4]
     result = train(FORKED, *arguments, "--out", out)
@@ -92,7 +92,7 @@ def assert_same_trajectory(a: Path, b: Path) -> None:
 
 
 def test_two_processes_are_one_with_twice_the_batch(pair, saved_llama: Path, text: Path, tmp_path: Path) -> None:
-    """The validation blocks (13) do not fill the turns of both, and the first steps sample their gates."""
+    """The 13 validation blocks do not divide evenly between the two, and the first steps sample their gates."""
     two, arguments = pair
     one = tmp_path / "one"
     result = train(ONE, *arguments[:-1], 8, "--out", one)
@@ -128,7 +128,7 @@ def test_accumulation_over_processes_is_one_large_batch(
 
 
 def kill(launcher: list[str], arguments: list[object], out: Path, victim: int) -> str:
-    """Begin a run, kill one of its processes after its second checkpoint; what was said to stderr."""
+    """Start a run and kill one of its processes after the second checkpoint; return its stderr."""
     line = [*launcher, "sparsify", *map(str, arguments), "--out", str(out)]
     process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (out / "checkpoints/checkpoint-20").exists():
@@ -187,7 +187,7 @@ def test_what_ends_one_process_is_said_once(pair, saved_llama: Path, text: Path,
         assert result.returncode != 0
         assert len(said) == 1, result.stderr
         assert words in said[0]
-        assert not re.search(r"gossamer/\w+/\w+\.py\"", result.stderr), result.stderr  # the launcher has a traceback
+        assert not re.search(r"gossamer/\w+/\w+\.py\"", result.stderr), result.stderr  # the launcher prints a traceback
     assert not (tmp_path / "none").exists()
 
 
@@ -202,7 +202,7 @@ def test_what_ends_one_process_is_said_once(pair, saved_llama: Path, text: Path,
 def test_shards_train_what_whole_models_train(
     options: list[object], settings: dict[str, Any], saved_llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    """In bfloat16 for twelve steps: after twenty its rounding moves single gates across their threshold."""
+    """Only twelve steps in bfloat16: after twenty, rounding moves single gates across their threshold."""
     arguments = [saved_llama, "--text", text, *small(**settings), *options, "--batch-size", 4]
     result = train(FORKED, *arguments, "--out", tmp_path / "whole")
     assert result.returncode == 0, result.stderr
@@ -214,7 +214,7 @@ def test_shards_train_what_whole_models_train(
 
 @pytest.mark.slow
 def test_sharded_weights_are_drawn_towards_the_dense_ones(saved_llama: Path, text: Path, tmp_path: Path) -> None:
-    """At this learning rate no shift of the gates holds the bound; what is saved is what was measured."""
+    """At this learning rate, no shift of the gates meets the bound; the saved model is the measured one."""
     from gossamer.measures.language import measure_language
     from gossamer.models.pretrained import load_dense
 

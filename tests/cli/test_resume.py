@@ -1,4 +1,4 @@
-"""Runs that were killed, interrupted or short of disk go on with --resume."""
+"""--resume continues runs that were killed, interrupted or stopped by a full disk."""
 
 import json
 import resource
@@ -29,7 +29,7 @@ def has_lines(log: Path, lines: int) -> bool:
 def test_a_run_that_reads_its_text_while_training_goes_on_where_it_was_killed(
     saved_llama: Path, folder_of_text: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, though two workers had read ahead; the text is short enough to begin again."""
+    """Equal bit for bit, although two workers had read ahead; the text is so short that it starts again."""
     (short := tmp_path / "text").mkdir()
     for file in folder_of_text.iterdir():
         lines = file.read_text().splitlines(keepends=True)
@@ -77,7 +77,7 @@ def begun(saved_llama: Path, text: Path, tmp_path: Path):
 
 
 def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_alone(begun) -> None:
-    """Files over 20 kB cannot be written, as on a disk that fills up in the middle of one."""
+    """Files over 20 kB cannot be written, as if the disk became full during a write."""
     out, line = begun
     good = [path for path in checkpoints(out / "checkpoints") if checkpoint_error(path) is None][-1]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731

@@ -54,7 +54,7 @@ def test_circuits_leaves_a_record_of_both_models(copied: Path, own_task: Path) -
 
 
 def test_the_page_shows_the_very_prompt_of_the_circuit(finished: Finished, own_task: Path, tmp_path: Path) -> None:
-    """With a tokenizer that puts a start token before every text, as Llama 3's does."""
+    """With a tokenizer that adds a start token before every text, like that of Llama 3."""
     model, out = tmp_path / "model", tmp_path / "run"
     shutil.copytree(finished.model, model)
     shutil.copytree(finished.out, out)

@@ -1,4 +1,4 @@
-"""gossamer sparsify: what a run leaves, what it starts from, every way to train."""
+"""gossamer sparsify: the files of a run, starting from another run, and every way to train."""
 
 import json
 import re
@@ -134,7 +134,7 @@ def test_a_loss_that_explodes_stops_the_run_at_its_step(saved_llama: Path, text:
     assert_refused(result, "the loss became nan in step", "last good checkpoint", "lower learning_rate")
     failed = int(re.search(r"in step (\d+)", result.stderr)[1])
     steps = [int(path.name.split("-")[1]) for path in checkpoints(tmp_path / "run" / "checkpoints")]
-    assert failed == 2  # the first update is one of the full rate
+    assert failed == 2  # the first update has the full learning rate
     assert not steps
 
 
@@ -161,7 +161,7 @@ def test_a_preset_gives_what_the_command_line_does_not_say(saved_llama: Path, te
     assert used["seq_len"] == 16
     assert used["precision"] == "fp32"
     assert used["batch_size"] == 2
-    assert used["gradient_accumulation"] == 2  # the preset's; 1 without it
+    assert used["gradient_accumulation"] == 2  # from the preset; the default is 1
     assert used["tokens"] == 128
     result = gossamer_command("sparsify", "--preset", "gpt2", "--out", tmp_path / "other")
     assert_refused(result, "no model 'openai-community/gpt2'")

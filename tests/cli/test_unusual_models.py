@@ -1,4 +1,4 @@
-"""Commands in this process, on runs of models and tokenizers that are not the usual ones."""
+"""Commands in this process, on runs with unusual models and tokenizers."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def call(*arguments: object) -> None:
 
 
 def trained(model: Path, text: Path, out: Path) -> Path:
-    """A run of two steps."""
+    """Train a run of two steps."""
     training = TrainingConfig(batch_size=2, checkpoint_every=0, precision="fp32")
     sizes = {"tokens": 2 * 2 * 16, "seq_len": 16, "validation_tokens": 32, "held_out_tokens": 64}
     run = post_train(RunConfig(str(model), str(text), control=False, training=training, **sizes), out)
@@ -46,7 +46,7 @@ def run(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def run_of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a model over bytes: its tokenizer has no fast form, and ends every text with ``</s>``."""
+    """A run of a byte-level model; its tokenizer has no fast version and appends ``</s>`` to every text."""
     folder = tmp_path_factory.mktemp("bytes")
     family, settings = CONFIGS["llama"]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**settings, "vocab_size": 259}))
@@ -84,7 +84,7 @@ def test_a_tokenizer_that_the_harness_cannot_use_is_refused_before_anything_is_m
     with pytest.raises(GossamerError, match="begins or ends a text, and this tokenizer has none"):
         call("evaluate", tmp_path / "run", *line)
     assert not (tmp_path / "run" / "metrics.json").exists()
-    call("evaluate", run_of_bytes, *line)  # a tokenizer without a fast form will do
+    call("evaluate", run_of_bytes, *line)  # a tokenizer without a fast version works here
     figures = json.loads((run_of_bytes / "metrics.json").read_text())["tasks"]["tiny"]
     assert set(figures["models"]) == {"dense", "sparse"}
 
@@ -100,7 +100,7 @@ def test_options_of_tasks_without_tasks_are_refused(option: tuple[object, ...], 
 
 
 def task_file(file: Path, answer: str = "two", metric: str = "logit_difference") -> Path:
-    """Examples that the tiny tokenizer can write."""
+    """Write a task file that the tiny tokenizer can encode."""
     rows = [
         {"clean": f"the {word} reads", "corrupted": f"a {word} reads", "answers": [f" {answer}"], "wrong": [" one"]}
         for word in ("sparse", "model")
@@ -111,12 +111,12 @@ def task_file(file: Path, answer: str = "two", metric: str = "logit_difference")
 
 
 def test_records_of_task_files_with_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
-    """Prompts are the same, answers or the metric are not."""
+    """The prompts are the same, but the answers or the metric differ."""
     line = ("circuits", run, "--examples", 2, "--score", "eap", "--levels", "edges", "--force", "--task")
     first = task_file(tmp_path / "first" / "own.jsonl")
     call(*line, first)
     record = (run / "circuits" / "own" / "circuits.json").read_text()
-    call(*line, first)  # the same once more may take its place
+    call(*line, first)  # circuits of the same file may replace the record
     out = ("--edges", 5, "--out", tmp_path / "circuit.json")
     call("export", run, "--task", first, *out)
     for answer, metric in (("four", "logit_difference"), ("two", "probability_difference")):
@@ -133,7 +133,7 @@ def test_records_of_task_files_with_one_name_are_told_apart(run: Path, tmp_path:
 
 
 def test_a_task_file_never_stands_for_another_task(run: Path, tmp_path: Path) -> None:
-    """Not for the built-in task of its name, nor for another one's record under another ablation."""
+    """It is not mistaken for the built-in task of the same name or for a task's record under another ablation."""
     line = ("circuits", run, "--examples", 2, "--score", "eap", "--levels", "edges", "--force", "--task")
     before = set((run / "circuits").glob("*")) if (run / "circuits").exists() else set()
     out = ("--edges", 5, "--out", tmp_path / "circuit.json")
@@ -144,7 +144,7 @@ def test_a_task_file_never_stands_for_another_task(run: Path, tmp_path: Path) ->
     assert found == {"ioi.jsonl", "IOI-zero.jsonl", "other-mean.jsonl"}
     with pytest.raises(GossamerError, match="has no circuits of ioi;"):
         call("export", run, "--task", "ioi", *out)
-    # As records of files once were called.
+    # Names that older versions gave to records of files.
     for record, options in (("ioi", ()), ("ioi-zero", ("--ablation", "zero"))):
         shutil.copytree(run / "circuits" / "ioi.jsonl", run / "circuits" / record)
         with pytest.raises(GossamerError, match=rf"{record} holds circuits found with task ioi\.jsonl, not ioi; find"):
@@ -190,7 +190,7 @@ def test_a_file_of_scores_alone_is_measured_when_it_is_said_how_many(run: Path, 
 
 
 def test_neurons_of_a_file_count(run: Path, tmp_path: Path, capsys) -> None:
-    """All edges, and one neuron of each node."""
+    """A circuit of all edges and one neuron of each node."""
     own = task_file(tmp_path / "neurons.jsonl")
     line = ("--task", own, "--examples", 2, "--force")
     call("circuits", run, *line, "--score", "eap", "--levels", "edges")
@@ -242,7 +242,7 @@ def test_commands_cut_no_number_in_a_narrow_terminal(
 
 
 def output(encoding: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[str, object]:
-    """What the command line writes to a stream of that encoding, and its exit code."""
+    """Run the command line with output streams of an encoding; return its output and exit code."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])
@@ -257,7 +257,7 @@ def output(encoding: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -
 
 
 def test_help_shows_every_default_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In rich's markup, text in brackets is a style, and would be shown nowhere."""
+    """rich takes text in brackets for a style and does not show it."""
     monkeypatch.setenv("COLUMNS", "200")
     named = 0
     for name, command in typer.main.get_command(app).commands.items():
@@ -279,7 +279,7 @@ def test_output_that_does_not_hold_every_character(encoding: str, run: Path, tmp
     text, code = output(encoding, monkeypatch, "inspect", run)
     assert code == 0
     assert re.search({"ascii": r"\d \+- \d"}.get(encoding, "\\d ± \\d"), text)
-    # A name that is not UTF-8, and one in an alphabet that few encodings have.
+    # A name that is not UTF-8, and one with characters that few encodings have.
     for name in ("run\udcff", "τ漢"):
         text, code = output(encoding, monkeypatch, "inspect", tmp_path / name)
         assert code == 2

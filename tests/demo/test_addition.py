@@ -1,4 +1,4 @@
-"""Sums as data: every pair once, carries as they naturally are, and a tokenizer that survives saving."""
+"""Sums as data: every pair once, carries at their natural frequency, and a tokenizer that can be saved."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_carries_are_as_frequent_as_they_naturally_are() -> None:
     assert everything.carry_into_tens.sum() == 4_500
     assert everything.carry_into_hundreds.sum() == 4_950
     for part in vars(split).values():
-        # Five standard deviations of a share of some 1,000 pairs.
+        # Five standard deviations of a share over about 1,000 pairs.
         assert part.carry_into_tens.double().mean().item() == pytest.approx(0.45, abs=0.08)
         assert part.carry_into_hundreds.double().mean().item() == pytest.approx(0.495, abs=0.08)
 

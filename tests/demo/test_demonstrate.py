@@ -1,4 +1,4 @@
-"""gossamer demo: a run of a few steps in the default suite, the whole of it where long tests run."""
+"""gossamer demo: a run of a few steps in the default suite, and the complete demo in the slow tests."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def command_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The command line in this process, where everything is imported already: exit code, stdout, stderr."""
+    """A function that runs the command line in this process; returns exit code, stdout and stderr."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])

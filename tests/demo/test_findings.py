@@ -1,4 +1,4 @@
-"""What is measured of links: against brute force, and against interventions computed another way."""
+"""Measurements of links, compared with brute force and with independent implementations of interventions."""
 
 import math
 
@@ -28,7 +28,7 @@ LAYERS, HEADS = 2, 2
 
 
 def tiny_adder(gate_bias: float = 0.3, seed: int = 0) -> PreTrainedModel:
-    """A gated model of the demo's kind with random weights, large enough for its gates to differ."""
+    """Create a gated model like the demo's, with random weights that are large enough for its gates to differ."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -61,7 +61,7 @@ def cut_of(*links: tuple[int, int, int, int]) -> torch.Tensor:
 
 
 def test_exact_match_is_what_greedy_decoding_gets_right(sums: Sums) -> None:
-    """On a model that has learned some of the sums by heart."""
+    """On a model that has memorised some of the sums."""
     model, some = tiny_adder(), sums[:24]
     blocks = some.blocks()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -114,7 +114,7 @@ def test_open_links_are_those_that_the_model_counts(sums: Sums) -> None:
 
 
 def test_a_cut_link_carries_nothing(sums: Sums) -> None:
-    """The cut run equals keeping all other links, and with all links of a head cut, a head whose gates are shut."""
+    """Cutting links equals keeping all others, and cutting all links of a head equals closing its gates."""
     model, ids = tiny_adder(), sums.blocks()[:20]
     assert torch.equal(
         run_without_links(model, ids, cut_of()), run_without_links(model, ids, torch.zeros_like(cut_of()))
@@ -139,7 +139,7 @@ def test_a_cut_link_carries_nothing(sums: Sums) -> None:
 
 
 def test_exchanged_links_carry_the_donors_message(sums: Sums) -> None:
-    """All links of the first layer into the last token from a donor: its attention output there is the donor's."""
+    """If all first-layer links into the last token come from a donor, so does the attention output there."""
     model, ids = tiny_adder(), sums.blocks()[:20]
     recording = run_with_cache(model, ids, links=True)
     own = torch.arange(20)
@@ -174,7 +174,7 @@ def test_quantities_come_in_ascending_order_of_their_values(sums: Sums) -> None:
 
 
 def test_a_link_whose_message_is_ignored_passes_on_nothing(sums: Sums) -> None:
-    """With the output projection at zero nothing that a link says can matter."""
+    """With zero output projections, no message of a link has an effect."""
     model = tiny_adder()
     with torch.no_grad():
         for layer in model.model.layers:

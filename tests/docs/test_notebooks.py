@@ -1,4 +1,4 @@
-"""The notebooks of the documentation, executed as a reader does; ``pytest -m slow tests/docs`` before a release."""
+"""The notebooks of the documentation, executed as a reader would; ``pytest -m slow tests/docs`` before a release."""
 
 import asyncio
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_outputs_are_stored(file: Path) -> None:
 
 
 def kinds(notebook: nbformat.NotebookNode) -> list[set[tuple[str, ...]]]:
-    """What kinds of outputs each cell has. How a stream is cut into several outputs is a matter of time."""
+    """Get the kinds of outputs of each cell. Their number depends on timing, as a stream may be split."""
     return [
         {(output.output_type, *sorted(output.get("data", {}))) for output in cell.get("outputs", [])}
         for cell in notebook.cells

@@ -1,4 +1,4 @@
-"""The documentation says what the code does: commands, options, names and links are there; the slow tests run them."""
+"""The documentation matches the code: commands, options, names and links exist; the slow tests run its code."""
 
 import ast
 import gzip
@@ -85,7 +85,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts, and a run of SmolLM2 so short that its model is hardly sparse."""
+    """A folder with texts and a very short run of SmolLM2, whose model is hardly sparse."""
     folder = tmp_path_factory.mktemp("workspace")
     lines = "".join(json.dumps({"text": text}) + "\n" for text in topics.values())
     (folder / "texts.jsonl").write_text(lines)
@@ -110,7 +110,7 @@ def run_shell(script: str, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in GUIDES if any(not b.not_run for b in blocks(page))], ids=name_of)
 def test_blocks_run(page: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order of the page, in a folder with some texts and two finished runs."""
+    """They run in the order of the page, in a folder with some texts and a finished run, under up to two names."""
     (tmp_path / "runs").mkdir()
     for file in ("texts.jsonl", "texts.jsonl.gz", "page.txt", "quick.yaml", "runs/first"):
         (tmp_path / file).symlink_to(workspace / file)
@@ -122,6 +122,6 @@ def test_blocks_run(page: Path, workspace: Path, tmp_path: Path, monkeypatch: py
         if block.not_run is None and block.language == "bash":
             run_shell(block.text, tmp_path)
         elif block.not_run is None and block.language == "python":
-            source = tmp_path / f"{page.stem}_{block.line}.py"  # nnsight reads the source of a trace
+            source = tmp_path / f"{page.stem}_{block.line}.py"  # nnsight needs the source file of a trace
             source.write_text(block.text)
             exec(compile(block.text, str(source), "exec"), names)

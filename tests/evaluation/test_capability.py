@@ -1,4 +1,4 @@
-"""Tasks of lm-eval-harness on gated models, against the same counts by hand without batches, padding or cache."""
+"""Tasks of lm-eval-harness on gated models, compared with counts made without batches, padding or a cache."""
 
 import copy
 import importlib.util
@@ -62,13 +62,13 @@ def models() -> dict[str, PreTrainedModel]:
     dense = tiny_model("llama")
     sparse = gossamer.add_gates(dense, gate_bias=-0.5)
     for model in (dense, sparse):
-        model.generation_config.eos_token_id = None  # the same number of tokens by hand and in the harness
+        model.generation_config.eos_token_id = None  # both then generate the same number of tokens
     return {"dense": dense, "sparse": sparse}
 
 
 @pytest.fixture(scope="module")
 def task_path(tmp_path_factory: pytest.TempPathFactory, models, tokenizer) -> Path:
-    """Two tasks. To every other prompt of the second, the answer is what the sparse model says alone."""
+    """Two tasks. In the second, every other answer is the output of the sparse model for the prompt alone."""
     folder = tmp_path_factory.mktemp("tasks")
     chance = random.Random(0)
     questions = [
@@ -127,7 +127,7 @@ def test_generation_with_padding_and_cache_is_that_without(models, tokenizer, ta
 
 
 def test_an_ending_token_of_the_tokenizer_is_not_between_context_and_answer(models, tokenizer, task_path: Path) -> None:
-    """Results are those of the same tokenizer without it."""
+    """The results equal those of the same tokenizer without an ending token."""
     ending = copy.deepcopy(tokenizer)
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     assert ending("the model").input_ids == [*tokenizer("the model").input_ids, 2]
@@ -143,7 +143,7 @@ def test_an_ending_token_of_the_tokenizer_is_not_between_context_and_answer(mode
 
 
 def test_tokenizers_without_start_and_end_tokens(models, tokenizer, task_path: Path) -> None:
-    """A separator ends texts as well; with no token at all, nothing has been run."""
+    """A separator can end texts too; a tokenizer without any such token is refused before anything runs."""
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(GossamerError, match="needs a token that begins or ends a text, and this tokenizer has none"):
         measure_tasks(models["dense"], bare, TasksConfig(["tiny_generation"], task_path=task_path))
@@ -156,7 +156,7 @@ def test_tokenizers_without_start_and_end_tokens(models, tokenizer, task_path: P
             for each in (tokenizer, separated)
         )
         assert wanted == found
-    assert separated.pad_token is None  # the harness pads with a token; the tokenizer given stays as it was
+    assert separated.pad_token is None  # the harness sets a padding token; the given tokenizer is not changed
 
 
 def test_a_limit_takes_the_first_examples(models, tokenizer, task_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_tasks_that_cannot_be_used_are_named(models, tokenizer, task_path: Path,
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer) -> None:
-    """The harness pads with whatever token the tokenizer has for it."""
+    """The harness pads with the tokenizer's padding token, for which the model may have no embedding."""
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens([f"<a{number}>" for number in range(20)])
     with pytest.raises(GossamerError, match=r"tokenizer has 98 tokens .*, the model embeddings for 97 only"):

@@ -1,4 +1,4 @@
-"""A run at other lengths than it was trained at."""
+"""A run evaluated at lengths other than the one it was trained at."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ from gossamer.training.settings import TrainingConfig
 @pytest.fixture(scope="module")
 def run(saved_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     training = TrainingConfig(precision="fp32", batch_size=4, checkpoint_every=0, gate_learning_rate=0.1)
-    # So much held-out text is asked for that all there is gets measured.
+    # More held-out text is requested than exists, so all of it is measured.
     config = RunConfig(
         str(saved_llama), str(text), tokens=12 * 64, seq_len=16, validation_tokens=16, held_out_tokens=10**6,
         control=False, training=training,
@@ -56,7 +56,7 @@ def test_a_stream_is_measured_on_its_held_out_documents(saved_llama: Path, text:
     (row,) = add_lengths(run, [16])["lengths"]
     dense, tokenizer = load_dense(str(saved_llama))
     unseen = [document for document in read_documents(text) if is_held_out(document)]
-    blocks = pack(unseen, tokenizer, 16, name="text")[1:]  # the first one is for validation
+    blocks = pack(unseen, tokenizer, 16, name="text")[1:]  # the first block is for validation
     assert row["tokens_evaluated"] == 15 * len(blocks)
     assert row["loss_dense"] == pytest.approx(measure_language(dense, blocks).loss, rel=1e-5)
 

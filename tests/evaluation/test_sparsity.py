@@ -1,4 +1,4 @@
-"""The open fraction of a saved model, recomputed from nothing but the definition."""
+"""The open fraction of a saved model, recomputed from the definition alone."""
 
 import json
 import math
@@ -33,9 +33,9 @@ def metrics(run: Run) -> dict:
 
 
 class _Definition:
-    """G = q k^T / sqrt(d) + b > 0 of a llama, layer by layer: transformers' eager attention, with A put in by hand.
+    """The gates G = q k^T / sqrt(d) + b > 0 of a llama, inserted layer by layer into transformers' eager attention.
 
-    It reads the saved files with plain transformers and safetensors and shares no code with gossamer.
+    It reads the saved files with plain transformers and safetensors, and shares no code with gossamer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ def test_metrics_agree_with_one_another(run: Run, metrics: dict) -> None:
 
 
 def test_damaged_metrics_are_found_before_anything_is_measured(run: Run, metrics: dict) -> None:
-    """Keys that others wrote into them stay there, so they have to be read."""
+    """The file is read first, because keys that others wrote into it are kept."""
     whole = run.metrics.read_text()
     said: list[str] = []
     try:
@@ -131,7 +131,7 @@ def test_the_verdict_says_when_so_little_text_cannot_tell(over: float, told: boo
     assert ("less than two standard errors apart (one is 0.0400 over 32 blocks)" in line) == told
     assert ("NOT met" in line) == (over > 0)
     assert "standard error" not in verdict(metrics | {"constraint_stderr": None})
-    assert "standard error" not in verdict(metrics)  # a record of an older version
+    assert "standard error" not in verdict(metrics)  # as in a record of an older version
 
 
 def test_every_key_is_documented(metrics: dict) -> None:

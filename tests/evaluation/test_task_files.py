@@ -1,4 +1,4 @@
-"""Tasks of one's own run no code, unless it is asked for."""
+"""Users' task files run no code unless it is allowed explicitly."""
 
 from pathlib import Path
 

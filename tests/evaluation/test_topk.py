@@ -1,4 +1,4 @@
-"""Top-k attention by hand, and its two ends: k = T is the dense model, k = 1 keeps one link a query."""
+"""Top-k attention on a worked example and at both extremes: k = T is dense, and k = 1 keeps one link per query."""
 
 import pytest
 import torch

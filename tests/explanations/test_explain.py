@@ -1,4 +1,4 @@
-"""Explanations of small models: what is known by construction, and what running the model says."""
+"""Explanations of small models, compared with their known circuits and with runs of the model."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def model():
 
 @pytest.mark.parametrize("kind", ["sufficient", "complete"])
 def test_the_two_links_of_induction_are_found_and_nothing_else(kind: str) -> None:
-    """Against the corrupted prompt: with the other links at nothing, the last norm makes up for a missing one."""
+    """With a corrupted prompt: if other links carried nothing, the last norm would make up for a missing link."""
     network = induction_model().requires_grad_(False)
     for clean, corrupted, answer in induction_prompts(3):
         prediction = Prediction(tuple(clean), answer, against=clean[1])
@@ -36,7 +36,7 @@ def test_the_two_links_of_induction_are_found_and_nothing_else(kind: str) -> Non
         assert found.candidates == 84
         for each in found.sets:
             assert len(each) == 2
-            assert each.kept == pytest.approx(0.840, abs=1e-3)  # the corrupted run's other links add to other tokens
+            assert each.kept == pytest.approx(0.840, abs=1e-3)  # corrupted values of other links raise other tokens
             assert each.left_when_cut == pytest.approx(0.0, abs=1e-3)
 
 

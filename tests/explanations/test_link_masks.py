@@ -1,4 +1,4 @@
-"""A prediction under masks on its links, against the definition of the op alone."""
+"""A prediction under masks on its links, compared with the plain definition of the op."""
 
 import pytest
 import torch
@@ -55,8 +55,8 @@ def test_with_a_corrupted_prompt_cut_links_carry_its_values() -> None:
     other = (*IDS[:4], 30, *IDS[5:])
     masks = LinkMasks(model, PREDICTION, other)
     none = torch.zeros(len(masks))
-    # With every link cut, what the last position's heads add is the corrupted run's in the first layer; and with the
-    # same prompt as corrupted one, cutting changes nothing.
+    # With every link cut, the heads at the last position in the first layer write what they write in the corrupted
+    # run. If the corrupted prompt is the prompt itself, cutting changes nothing.
     with pytest.raises(GossamerError, match="does not depend on attention"):
         LinkMasks(model, PREDICTION, IDS)
     alone = LinkMasks(model, PREDICTION)
@@ -68,8 +68,8 @@ def test_with_a_corrupted_prompt_cut_links_carry_its_values() -> None:
 
 
 def test_gradients_are_those_of_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By differences of masks; and the same where attention is computed again in the backward pass."""
-    model = model_of("gemma2").requires_grad_(False)  # without gates, whose steps no gradient knows of
+    """They match finite differences, and do not change if attention is recomputed in the backward pass."""
+    model = model_of("gemma2").requires_grad_(False)  # without gates: gradients ignore their steps
     masks = LinkMasks(model, PREDICTION)
     start = torch.rand(len(masks), generator=torch.Generator().manual_seed(1)).requires_grad_()
     (found,) = torch.autograd.grad(masks.metrics([MaskRow(start, True)]).sum(), start)

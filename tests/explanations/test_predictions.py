@@ -1,4 +1,4 @@
-"""Explanations of many predictions: which are chosen, what is written, and that a cut-off measurement goes on."""
+"""Explanations of many predictions: their choice, the written records, and continuing an interrupted measurement."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Gate logits split by writers: exact in every family, and the tests of writers against runs of the model."""
+"""Gate logits split by writers: exact in every family; tests of writers are compared with runs of the model."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LINKS = [(head, query, key) for head in (0, 3) for query, key in ((8, 8), (8, 6)
 
 
 class Logits(StreamHooks):
-    """The logits of attention before softcap, by layer."""
+    """Records the attention logits before softcap, by layer."""
 
     def __init__(self, change=None) -> None:
         self.found: list[torch.Tensor] = []
@@ -44,7 +44,7 @@ def gated(family: str):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_parts_add_up_to_the_logit(family: str) -> None:
-    """And none of it is owed to what is left over: without biases in the model the biases' part is 0."""
+    """The biases' part does not hide a remainder: without biases in the model it is 0."""
     model = gated(family)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and "gate" not in name:

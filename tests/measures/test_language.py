@@ -1,4 +1,4 @@
-"""Loss and KL of blocks against one forward pass over all of them."""
+"""Loss and KL of blocks, compared with one forward pass over all of them."""
 
 import pytest
 import torch

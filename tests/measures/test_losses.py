@@ -1,4 +1,4 @@
-"""The losses by hand, and against PyTorch's own over whole tensors."""
+"""The losses on worked examples, and compared with PyTorch's losses over whole tensors."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_losses_and_gradients_are_those_of_whole_tensors(tokens: int, dtype: tor
 
 @pytest.mark.parametrize("prompt_tokens", [0, 1, 2, 4])
 def test_a_prompt_is_not_asked_for(prompt_tokens: int) -> None:
-    """The first predicted token is that after the prompt; without a prompt it is the second of the row."""
+    """The first predicted token is the one after the prompt, or the second of the row without a prompt."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 6, 10, generator=generator).requires_grad_()
     dense = torch.randn(3, 6, 10, generator=generator)

@@ -1,4 +1,4 @@
-"""Saved models: the same logits back, no silent dense reading, nothing written half."""
+"""Saved models: the same logits after loading, no silent loading as dense, no half-written directories."""
 
 import json
 from pathlib import Path

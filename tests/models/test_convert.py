@@ -1,4 +1,4 @@
-"""Gates in every family: open ones change nothing, closed ones silence attention, refusals come by name."""
+"""Gates in every family: open gates change nothing, closed gates silence attention, refusals name the model."""
 
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def test_hard_gates_padded_and_cached_equal_those_alone_and_without_a_cache(name
     right[1, :9] = alone[0]
     logits = gated(input_ids=alone).logits[0]
     limit = 1e-5 * max(1.0, logits.abs().max())
-    for given in (padded("right"), None):  # behind the real tokens, padding needs no mask
+    for given in (padded("right"), None):  # padding after the real tokens needs no mask
         assert (gated(input_ids=right, attention_mask=given).logits[1, :9] - logits).abs().max() < limit
 
 
@@ -299,7 +299,7 @@ def test_tiny_config_is_fresh_each_time() -> None:
 @pytest.mark.parametrize("side", ["none", "left"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "phi3"])
 def test_sampled_gates_with_a_cache_are_those_without(name: str, side: str) -> None:
-    """Also where the cache has dropped the keys that no window reaches any more."""
+    """This includes caches that have dropped the keys outside of every window."""
     gated = gossamer.add_gates(tiny_model(name))
     ids, mask = tokens(2, 14), padded(side)
     with gossamer.sampled_gates(gated, seed=4):

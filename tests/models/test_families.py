@@ -1,4 +1,4 @@
-"""Every family that is said to be right, tiny and random; and the page of the documentation, made anew."""
+"""Every family listed as correct, as a tiny random model; and the documentation's page of families, regenerated."""
 
 import contextlib
 from pathlib import Path
@@ -25,7 +25,7 @@ from gossamer.errors import GossamerError
 from gossamer.models.architectures import PROVEN
 from gossamer.models.lora import add_adapters
 
-# Those of CONFIGS are tested by everything else.
+# All other tests cover the families of CONFIGS.
 OTHERS = sorted(PROVEN - {model_type for model_type, _ in CONFIGS.values()})
 
 
@@ -34,7 +34,7 @@ def test_gates_circuits_and_explanations_are_right_or_refused(family: str) -> No
     model = tiny_model(family)
     check_gates(model)
     for check in (check_circuits, check_edges, check_explanations):
-        with contextlib.suppress(GossamerError):  # the page says which; the slow test below, that it is right
+        with contextlib.suppress(GossamerError):  # the page lists these; the slow test below checks it
             check(model)
 
 

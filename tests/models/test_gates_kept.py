@@ -1,4 +1,4 @@
-"""Gates are never lost without a word: by saving, loading, pickling, or another attention implementation."""
+"""Gates are never lost silently: by saving, loading, pickling, or another attention implementation."""
 
 import copy
 import os

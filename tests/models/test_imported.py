@@ -1,4 +1,4 @@
-"""Checkpoints in nanoGPT's and TransformerLens' layout, written from a GPT-2 of transformers, come back as it is."""
+"""Checkpoints in the layouts of nanoGPT and TransformerLens, written from transformers' GPT-2, are that GPT-2 again."""
 
 import pickle
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def gpt2(*, tied: bool = True, biased: bool = True) -> GPT2LMHeadModel:
 
 
 def nanogpt(model: GPT2LMHeadModel, *, biased: bool = True) -> dict[str, Tensor]:
-    """Linear weights are [out, in]; a causal mask is among the buffers."""
+    """Convert to nanoGPT's layout: linear weights are [out, in], and the buffers include a causal mask."""
     found = {}
     for name, tensor in model.state_dict().items():
         linear = any(part in name for part in ("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -44,7 +44,7 @@ def nanogpt(model: GPT2LMHeadModel, *, biased: bool = True) -> dict[str, Tensor]
 
 
 def transformer_lens(model: GPT2LMHeadModel) -> dict[str, Tensor]:
-    """Weights by head, as TransformerLens' documentation of HookedTransformer names them."""
+    """Convert to weights by head, named as in TransformerLens' documentation of HookedTransformer."""
     own, size = model.state_dict(), WIDTH // HEADS
     found = {
         "embed.W_E": own["transformer.wte.weight"],

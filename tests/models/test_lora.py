@@ -1,4 +1,4 @@
-"""Adapters: where they go, the dense model below them, what is left of them after merging."""
+"""Adapters: the maps they are added to, the dense model below them, and the model after merging."""
 
 import warnings
 
@@ -17,7 +17,7 @@ IDS = tokens(2, 14)
 
 
 def adapted(name: str = "llama", *, seed: int = 0, targets: tuple[str, ...] = ()) -> PreTrainedModel:
-    """A gated tiny model with adapters and gates as if trained."""
+    """Create a tiny gated model whose adapters and gates have random values, as if trained."""
     model = gossamer.add_gates(tiny_model(name))
     add_adapters(model, rank=2, alpha=4.0, targets=targets)
     generator = torch.Generator().manual_seed(seed)
@@ -29,7 +29,7 @@ def adapted(name: str = "llama", *, seed: int = 0, targets: tuple[str, ...] = ()
 
 
 def adapted_maps(model: PreTrainedModel) -> set[str]:
-    """Names of the weights with adapters, without the path of the layers and the layer's number."""
+    """Get the paths of maps with adapters within a layer; check that all layers have the same."""
     layers = architecture_of(model).layers
     found = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     counted = {name.removeprefix(f"{layers}.").partition(".")[::2] for name in found}
@@ -146,7 +146,7 @@ def test_as_dense_is_the_dense_model_bit_for_bit(name: str, bf16: bool, implemen
 
 
 def settings(model: PreTrainedModel) -> list:
-    """All that as_dense changes for a while."""
+    """Collect everything that as_dense changes temporarily."""
     return [
         model.config._attn_implementation,
         [module.training for module in model.modules()],
@@ -186,7 +186,7 @@ def test_as_dense_restores_what_was_there_after_an_error_and_when_nested() -> No
 
 
 def test_gradients_pass_through_a_forward_pass_before_as_dense() -> None:
-    """peft turns requires_grad off and on again, between a forward pass and its backward pass."""
+    """as_dense makes peft turn requires_grad off and on between a forward pass and its backward pass."""
     grads = []
     for between in (False, True):
         model = adapted()

@@ -1,4 +1,4 @@
-"""Adapters without their base: the same model back, plain peft reads them, another base is refused."""
+"""Adapters saved without their base: they restore the same model, plain peft reads them, other bases are refused."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "gossa
 
 
 def adapted(name: str = "llama", targets: tuple[str, ...] = ()) -> PreTrainedModel:
-    """A gated tiny model with adapters and gates as if trained."""
+    """Create a tiny gated model whose adapters and gates have random values, as if trained."""
     model = gossamer.add_gates(tiny_model(name))
     add_adapters(model, rank=2, alpha=4.0, targets=targets)
     with torch.no_grad(), torch.random.fork_rng():
@@ -223,7 +223,7 @@ def narrow_one(file: Path) -> None:
 
 
 def describe(**changes: object) -> Callable[[Path], None]:
-    """Changes what the file of gates says of the dense model; of everything if ``changes`` is empty."""
+    """Change the description of the dense model in the file of gates; remove the metadata if there are no changes."""
 
     def harm(file: Path) -> None:
         with safe_open(file, "pt") as stream:

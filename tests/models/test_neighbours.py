@@ -1,4 +1,4 @@
-"""Gated models inside TransformerLens and nnsight say what they say outside."""
+"""Gated models compute the same inside TransformerLens and nnsight as outside."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ needs_transformer_lens = pytest.mark.skipif(
 
 
 def gated_model(name: str) -> PreTrainedModel:
-    """With biases of both signs."""
+    """Create a gated model with biases of both signs."""
     model = gossamer.add_gates(tiny_model(name))
     for module in attention_modules(model):
         module.gate_bias.data = torch.tensor([0.5, -0.3, 0.0, 1.0])
@@ -83,7 +83,7 @@ def test_the_pattern_that_users_see_is_gated_and_follows_their_edits_of_the_scor
         assert (pattern.sum(-1) < 0.999).any()
 
     def far_below(scores: torch.Tensor, hook: object) -> torch.Tensor:
-        return scores - 1e4  # the softmax is the same, every gate is closed
+        return scores - 1e4  # the softmax does not change, but every gate closes
 
     patterns = []
     hooks = [
@@ -171,7 +171,7 @@ def test_nnsight_traces_a_gated_model_as_it_is(name: str) -> None:
 
 @needs_nnsight
 def test_nnsight_does_not_hide_public_names() -> None:
-    """It mounts ``save`` on every object, which modules find before their own ``__getattr__``."""
+    """nnsight adds ``save`` to every object, and modules find it before their own ``__getattr__``."""
     script = (
         "import nnsight, torch\n"
         "with nnsight.NNsight(torch.nn.Linear(2, 2)).trace(torch.zeros(1, 2)): pass\n"

@@ -1,4 +1,4 @@
-"""Dense models by name, the real SmolLM2-135M among them."""
+"""Dense models by name, including the real SmolLM2-135M."""
 
 import importlib.util
 import json
@@ -70,7 +70,7 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_user_without_a_home_directory_needs_a_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As in a container that runs under a user id of its own."""
+    """As in a container that runs under a user id without an account."""
     no_home(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "gossamer"
@@ -109,7 +109,7 @@ def test_a_run_and_what_lies_in_it_are_called_so(tmp_path: Path) -> None:
 def test_names_that_compilation_and_data_parallelism_leave_are_read(
     prefix: str, saved_llama: Path, tmp_path: Path
 ) -> None:
-    """And are gone when the model is saved again."""
+    """The prefixes are gone when the model is saved again."""
     shutil.copytree(saved_llama, tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""A family that is not listed: found by the names of its modules, and run before gates stay in."""
+"""An unlisted family: recognised by the names of its modules, and tested by running it before gates are added."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class OddForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def odd(monkeypatch: pytest.MonkeyPatch):
-    """A model of a family that nobody has heard of."""
+    """A model of an unknown family."""
     mapping = AutoModelForCausalLM._model_mapping
     monkeypatch.setattr(mapping, "_extra_content", {**mapping._extra_content, OddConfig: OddForCausalLM})
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def test_an_unknown_family_with_known_parts_is_proven_and_gated(odd: LlamaForCau
 
 
 class Rescaled(LlamaAttention):
-    """Attention that asks the interface for another scale when it is not eager."""
+    """Attention with a different scale when it is gated."""
 
     def forward(self, *args, **kwargs):
         self.scaling = 1.0 if self.config._attn_implementation == "gossamer" else 0.1
@@ -64,7 +64,7 @@ def test_a_family_that_is_not_right_with_gates_is_refused_and_left_alone(odd: Ll
 
 
 class Remembering(LlamaAttention):
-    """Attention that the cached tokens reach twice."""
+    """Attention that doubles its input when there is a cache."""
 
     def forward(self, hidden_states, *args, **kwargs):
         cache = kwargs.get("cache", kwargs.get("past_key_values"))

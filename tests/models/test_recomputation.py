@@ -1,4 +1,4 @@
-"""Activations that are computed a second time meet the gates of their forward pass, wherever the gradient is taken."""
+"""Recomputed activations use the gates of their forward pass, wherever the gradient is computed."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ CONTEXTS: dict[str, Callable[[PreTrainedModel], AbstractContextManager]] = {
 
 
 def gated(name: str = "llama", reentrant: bool | None = None) -> PreTrainedModel:
-    """In training mode; with activation checkpointing unless ``reentrant`` is None."""
+    """Create a gated model in training mode, with activation checkpointing unless ``reentrant`` is None."""
     model = gossamer.add_gates((tiny_model if name in CONFIGS else any_tiny_model)(name)).requires_grad_().train()
     if reentrant is not None:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -53,7 +53,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("name", [*CONFIGS, "nemotron", "stablelm"])  # whose layers drop further arguments
+@pytest.mark.parametrize("name", [*CONFIGS, "nemotron", "stablelm"])  # their layers drop further arguments
 def test_the_gradient_after_the_context_is_that_without_recomputation(name: str, context: str, reentrant: bool) -> None:
     found = []
     for model in (gated(name), gated(name, reentrant)):
@@ -65,7 +65,7 @@ def test_the_gradient_after_the_context_is_that_without_recomputation(name: str,
 
 
 def test_each_forward_pass_keeps_its_own_gates() -> None:
-    """Two passes, one gradient, taken under the gates of neither."""
+    """The gradient of several passes is computed under gates that none of them had."""
     found = []
     for model in (gated(), gated(reentrant=False)):
         with gossamer.sampled_gates(model, seed=1):
@@ -129,7 +129,7 @@ def by_hand(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_what_does_not_keep_the_gates_is_found_out(context: str) -> None:
-    """The whole model run a second time, as one's own checkpoint does."""
+    """The whole model is recomputed, as by a user's call of checkpoint."""
     model = gated()
     with CONTEXTS[context](model):
         wanted = gradients(model, logits(model).square().mean())

@@ -1,4 +1,4 @@
-"""The sparse model that comes with gossamer, from its files alone: small, loadable, and as its card says."""
+"""The sparse model that gossamer ships, loaded from its files alone: small, and as its card describes it."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def test_its_figures_on_a_page_are_those_of_its_record(name: str) -> None:
     found = measure_at_length(sparse, load_dense(SMOLLM2)[0], blocks, "fp32")
     recorded = json.loads((shipped_adapter(name) / "metrics.json").read_text())["page"]
     for key in ("loss_dense", "loss_sparse", "kl", "open_fraction"):
-        # Another processor rounds otherwise, and a gate or two may then open or close.
+        # Other processors round differently, which may open or close a gate or two.
         assert found[key] == pytest.approx(recorded[key], rel=0.005), key
     loaded = gossamer.load(name)
     assert gossamer.is_gated(loaded)
@@ -60,7 +60,7 @@ def test_its_figures_on_a_page_are_those_of_its_record(name: str) -> None:
 def test_adapters_with_settings_that_gossamer_does_not_write_are_refused(
     changes: dict, said: str, tmp_path: Path
 ) -> None:
-    """Some would be regular expressions, which may take for ever."""
+    """peft would use some of them as regular expressions, which may take forever."""
     folder = Path(shutil.copytree(shipped_adapter(SMOLLM2_SPARSE), tmp_path / "adapter"))
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

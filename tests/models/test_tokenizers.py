@@ -1,4 +1,4 @@
-"""Tokenizers of many kinds: prompts without an ending token, and the one saved along with a gated model."""
+"""Tokenizers of many kinds: prompts without an ending token, and the tokenizer saved with a gated model."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ PROCESSORS = {
 
 
 def tokenizer_of(kind: str, unknown: bool = True) -> PreTrainedTokenizerFast:
-    """Words, and special tokens around them."""
+    """Create a tokenizer of words that adds special tokens of the given kind."""
     model = backends.WordLevel(VOCABULARY, unk_token="[UNK]") if unknown else backends.BPE(VOCABULARY, [])
     backend = Tokenizer(model)
     backend.pre_tokenizer = Whitespace()
@@ -45,7 +45,7 @@ def test_a_prompt_keeps_what_stands_before_it_and_nothing_after_it(kind: str) ->
     start = [] if kind in ("none", "end") else [1]
     assert prompt_ids(tokenizer, "the model reads") == [*start, 4, 5, 6]
     assert prompt_ids(tokenizer, "") == start
-    # Not a token of the text itself, though it is the ending one.
+    # An ending token that the text itself contains is kept.
     assert prompt_ids(tokenizer, "the [SEP]") == [*start, 4, 2]
     assert strip_end_tokens(tokenizer, "the", [4]) == [4]
 

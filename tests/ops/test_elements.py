@@ -1,4 +1,4 @@
-"""The compiled elementwise part: the same bits in every process, and the same result without a compiler."""
+"""The compiled elementwise code: identical bits in every process, and the same result without a compiler."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The peer that ``benchmarks/attention.py`` makes of FlexAttention computes what the op computes."""
+"""The FlexAttention version in ``benchmarks/attention.py`` computes the same as the op."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every implementation against the definition in float64, and the definition against pencil and paper."""
+"""Every implementation compared with the definition in float64, and the definition with worked examples."""
 
 import math
 import mmap
@@ -17,7 +17,7 @@ from gossamer.ops import make_pairs, noise_of
 
 @pytest.mark.parametrize("implementation", FAST)
 def test_gates_that_rounding_decides_fail_no_comparison(implementation: str) -> None:
-    """The bias of each head is minus the logit of one of its pairs, in float32, so that rounding decides that gate."""
+    """Each head's bias is minus the float32 logit of one of its pairs, so rounding decides the gate of that pair."""
     tensors = inputs(65, dtype=torch.float32, implementation=implementation)
     q, k = (tensors[name].detach() for name in "qk")
     logits = q @ k.repeat_interleave(GROUPS, dim=1).mT * q.shape[-1] ** -0.5
@@ -32,7 +32,7 @@ def test_gates_that_rounding_decides_fail_no_comparison(implementation: str) -> 
 
 
 TOLERANCES = {"chunked": 1e-10, "triton": 1e-5}
-"""With the most exact inputs."""
+"""Tolerances for inputs in the most precise dtype."""
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -90,7 +90,7 @@ def test_half_precision_on_a_gpu(
 
 @pytest.mark.gpu
 def test_long_sequences_on_a_gpu() -> None:
-    """T = 65,536: the last rows equal those computed alone, and no memory grows with the square of the length."""
+    """T = 65,536: the last rows equal those computed alone, and memory does not grow with the squared length."""
     q, k, v = (torch.randn(1, 1, 65_536, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     bias = torch.zeros(1, device="cuda")
     torch.cuda.reset_peak_memory_stats()
@@ -179,7 +179,7 @@ def test_sampled_gates_open_as_often_as_their_probability_says(implementation: s
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_straight_through_gradient_is_that_of_the_soft_gate(implementation: str) -> None:
-    """d output / d bias with hard gates forward equals the analytic P * v * g (1 - g) of sigma(G + n)."""
+    """With hard gates forward, d output / d bias equals the analytic P * v * g (1 - g), where g = sigma(G + n)."""
     zero = torch.zeros(1, 1, 1, 2)
     q, k, v = (place(x, implementation) for x in (zero, zero, torch.full((1, 1, 1, 1), 5.0)))
     bias = place(torch.tensor([0.3]), implementation)
@@ -191,7 +191,7 @@ def test_straight_through_gradient_is_that_of_the_soft_gate(implementation: str)
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("padding", [0, 33])
 def test_implementations_draw_the_same_gates(implementation: str, padding: int) -> None:
-    """With the identity as values, the output is A * P: which gates are open, pair by pair."""
+    """With the identity as values, the output is A * P, which shows the open gates pair by pair."""
     tokens = 97
 
     def gates(name: str, seed: int) -> torch.Tensor:
@@ -282,7 +282,7 @@ def test_arguments_that_do_not_fit_are_named(change: dict, message: str) -> None
 def _distances_from_float64(
     attend: Callable[..., torch.Tensor], tensors: list[torch.Tensor], d_output: torch.Tensor
 ) -> list[float]:
-    """Relative distance of the output and of the gradients of q, k and v from dense attention in float64."""
+    """Compute the relative distances of the output and the gradients of q, k and v from dense float64 attention."""
 
     def graded(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [x.to(dtype).requires_grad_() for x in tensors]
@@ -296,7 +296,7 @@ def _distances_from_float64(
 
 @pytest.mark.parametrize("size", [1, 4, 16])
 def test_bfloat16_is_as_exact_as_flash_attention(size: int) -> None:
-    """With the gates forced open; the greater q, the more the gradients cancel."""
+    """The gates are forced open. Larger q make the gradients cancel more."""
     generator = torch.Generator().manual_seed(size)
     q, k, v, d_output = (torch.randn(2, 4, 128, 64, generator=generator).bfloat16() for _ in range(4))
     bias = torch.full((4,), math.inf)
@@ -361,7 +361,7 @@ def test_compiled_and_sampled_the_op_is_compiled_once_for_all_seeds() -> None:
 
 
 def _far_rows(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """The same numbers in rows that lie ``stride`` elements apart; memory between them is never touched."""
+    """Copy a tensor to rows that are ``stride`` elements apart; the memory between them is never touched."""
     room = mmap.mmap(-1, x.shape[-2] * stride * x.element_size(), flags=mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE
     far = torch.frombuffer(room, dtype=x.dtype).as_strided(x.shape, (0, 0, stride, 1))
     return far.copy_(x)

@@ -1,4 +1,4 @@
-"""The noise: its formula word by word, its independence of padding and length, its distribution."""
+"""The noise: its exact formula, its independence of padding and length, and its distribution."""
 
 import math
 
@@ -11,7 +11,7 @@ WORD = 0xFFFFFFFF
 
 
 def reference_uniform(seed: int, batch: int, head: int, i: int, j: int) -> float:
-    """The documented formula in Python integers."""
+    """Compute the documented formula in Python integers."""
 
     def mix(x: int) -> int:
         x ^= x >> 16
@@ -65,7 +65,7 @@ def test_uniforms_stay_off_zero_and_one() -> None:
 
 
 def test_no_word_repeats_within_a_stream() -> None:
-    """All steps are bijections: the 2^20 pairs here give 2^20 different words, hence few equal top 23 bits."""
+    """All steps are bijections: the 2^20 pairs here give 2^20 different words, so few share their top 23 bits."""
     positions = torch.arange(1024)[None]
     uniforms = pair_uniforms(_keys(3, 1, 1), positions, positions).flatten()
     pairs, values = uniforms.numel(), 2**23

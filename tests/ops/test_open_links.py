@@ -1,4 +1,4 @@
-"""The open links in coordinates against the definition, and against the gates of the op itself."""
+"""Coordinates of open links, compared with the definition and with the gates of the op itself."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernels' noise bit for bit, and what the compiler makes of the kernels: no GPU needed for either."""
+"""The kernels' noise bit for bit, and the compiled kernels; neither needs a GPU."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_noise_is_the_documented_one_bit_for_bit(
 
 
 def reports(tmp_path: Path, *arguments: str) -> list[dict]:
-    """The rows of ``benchmarks/compiled_kernels.py``, which compiles the kernels in a process of its own."""
+    """Get the rows of ``benchmarks/compiled_kernels.py``, which compiles the kernels in a separate process."""
     pytest.importorskip("triton.backends.nvidia")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "benchmarks/compiled_kernels.py", "--json", str(tmp_path / "rows.json"), *arguments]
@@ -80,7 +80,7 @@ def test_all_head_sizes_compile_without_spills(tmp_path: Path) -> None:
 
 
 def test_gpus_too_old_for_the_kernels_get_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which GPU there is cannot be had here; what torch says of it is set."""
+    """No such GPU is needed: the test sets the capability that torch reports."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     for capability, wanted in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)

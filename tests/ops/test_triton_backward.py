@@ -1,4 +1,4 @@
-"""What only the GPU kernels have: a backward pass in one kernel, and gates far above their threshold."""
+"""Features of the GPU kernels only: a backward pass in one kernel, and gates far above their threshold."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_one_kernel_in_half_precision_and_with_closed_rows(implementation: str) 
 @pytest.mark.parametrize("case,sample", [("plain", True), ("window and left", False), ("softcap", True)])
 @pytest.mark.parametrize("implementation", [TRITON, TRITON_FUSED])
 def test_gates_far_above_their_threshold_are_exact(implementation: str, case: str, sample: bool) -> None:
-    """Where the greatest logit is 300 and the threshold 0, weights of open gates underflow."""
+    """If the largest logit is 300 and the threshold 0, weights of open gates underflow."""
     tensors = inputs(97, groups=1, implementation=implementation)
     options = {**PADDING.get(case, {}), **({"softcap": 200.0} if case == "softcap" else {})}
     big = {name: (x * 10 if name in "qk" else x).detach().requires_grad_() for name, x in tensors.items()}

@@ -1,4 +1,4 @@
-"""Attention weights by hand: softcap, mask, a row with nothing allowed, grouped heads."""
+"""Attention weights on worked examples: softcap, mask, a row without allowed keys, grouped heads."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The page of an explanation in a real browser, with tokens that would do harm as markup."""
+"""The page of an explanation in a real browser, with tokens that would be harmful as markup."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ HOSTILE = [
 
 
 class Words:
-    """A tokenizer as far as the record needs one: token i is the i-th text."""
+    """A minimal tokenizer for the record: token i is the i-th text."""
 
     def decode(self, ids: list[int]) -> str:
         return HOSTILE[ids[0] % len(HOSTILE)]

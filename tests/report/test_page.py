@@ -1,4 +1,4 @@
-"""The page as a person meets it: in a real browser, with the mouse, the keyboard and a narrow window."""
+"""The page in a real browser, used with the mouse, the keyboard and a narrow window."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ HOSTILE = ["<script>document.title='harmed'</script>", "<img src=x onerror=docum
 
 
 class Words:
-    """A tokenizer as far as the record needs one: token i is the i-th text."""
+    """A minimal tokenizer for the record: token i is the i-th text."""
 
     def decode(self, ids: list[int]) -> str:
         return HOSTILE[ids[0] % len(HOSTILE)]
@@ -32,7 +32,7 @@ class Words:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with the attention of tiny models on a hostile prompt, findings and a circuit that quote it."""
+    """A run with the attention of tiny models on a hostile prompt, and findings and a circuit that quote it."""
     folder = tmp_path_factory.mktemp("runs") / "<b>run"
     folder.mkdir()
     dense = tiny_model("llama")
@@ -70,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def browser(run: Path) -> Iterator[webdriver.Chrome]:
-    """The page, opened; afterwards no token may have run."""
+    """The open page; checks at the end that no token was executed as a script."""
     with opened(write_report(run)) as driver:
         yield driver
         assert driver.title == "gossamer: <b>run"
@@ -210,7 +210,7 @@ def test_the_page_asks_for_nothing_and_is_small(run: Path) -> None:
 
 
 def test_the_attention_of_the_record_is_the_models_own(run: Path) -> None:
-    """Dense: transformers' own; sparse: the open links of the definition."""
+    """Dense: the attention that transformers computes. Sparse: the open links by the definition."""
     model = tiny_model("llama").eval()
     with torch.no_grad():
         wanted = model(input_ids=torch.arange(10)[None], output_attentions=True).attentions

@@ -1,4 +1,4 @@
-"""Records, figures and the commands that draw them, on what tiny runs leave."""
+"""Records, figures and the commands that draw them, on the files of tiny runs."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from gossamer.training.settings import TrainingConfig
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A demo cut short, with circuits."""
+    """A short demo run with circuits."""
     folder = tmp_path_factory.mktemp("runs") / "short"
     training = TrainingConfig(
         batch_size=16,

@@ -1,4 +1,4 @@
-"""A run knows the model and the text that it was begun with, from whichever folder it is asked."""
+"""A run recognises the model and the text that it was started with, from any working directory."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ def test_another_text_in_the_place_of_a_streams_is_refused(own_model: Path, tmp_
 def test_a_data_set_on_the_hub_is_read_at_the_commit_that_the_run_was_begun_with(
     saved_llama: Path, tmp_path: Path
 ) -> None:
-    """Whatever is pushed to it meanwhile; where that commit is gone, the run ends in one line."""
+    """Later pushes have no effect; if the commit no longer exists, a one-line message ends the run."""
     session = Path(__file__).parents[1] / "hub_text_session.py"
     line = [sys.executable, str(session), str(tmp_path), str(saved_llama)]
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)

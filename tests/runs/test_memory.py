@@ -1,4 +1,4 @@
-"""What cannot fit is refused before anything is made, with what would."""
+"""A run that cannot fit into memory is refused before anything is written, with a value that would fit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run finds its model, its text and what it started from whatever folder a command is given in."""
+"""A run finds its model, its text and its starting run from any working directory."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ SIZES = {"tokens": 32, "seq_len": 16, "validation_tokens": 32, "held_out_tokens"
 
 @pytest.fixture
 def home(saved_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that commands are given in, with a model and a text."""
+    """The working directory, with a model and a text."""
     home = tmp_path / "home"
     shutil.copytree(saved_llama, home / "models" / "tiny")
     shutil.copy(text, home / "text.jsonl.gz")
@@ -55,7 +55,7 @@ def test_names_stay_as_they_are(home: Path) -> None:
 def test_the_same_places_in_other_words_are_the_same_run(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "link").symlink_to(home / "models")
     post_train(RunConfig("models/tiny", "text.jsonl.gz", control=False, **SIZES), "run")
-    # As older versions recorded it.
+    # Older versions recorded relative paths.
     record = json.loads((home / "run" / "config.json").read_text())
     record["config"] |= {"model": "models/tiny", "text": "text.jsonl.gz"}
     (home / "run" / "config.json").write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""The estimate against counts by hand, and against tensors that a real forward pass keeps; the presets as data."""
+"""The estimate compared with manual counts and with tensors that a real forward pass keeps; the presets as data."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ PARAMETERS = {"gpt2": 124_439_808, "smollm2": 134_515_008, "llama-3.2-1b": 1_235
 
 
 def run(**settings: object) -> RunConfig:
-    """A run with small steps, but for these settings."""
+    """Create the settings of a run with small steps, changed by the given ones."""
     small = {"model": "tiny", "text": "none", "seq_len": 16, "batch_size": 2, "precision": "fp32"}
     return RunConfig.from_dict({**small, **settings})
 
@@ -69,7 +69,7 @@ def test_terms_are_what_can_be_counted_by_hand() -> None:
     assert plan.parameters == plan.trained == count
     assert loss["weights (float32)"] == 4 * count
     assert loss["AdamW states"] == 8 * count
-    assert loss["logits and their gradient"] == 3 * 4 * 2 * 16 * 97  # the dense model's too
+    assert loss["logits and their gradient"] == 3 * 4 * 2 * 16 * 97  # including the dense model's logits
     assert loss["gradients"] == 0
     assert update["gradients"] == 4 * count
     twice = plan_run(tiny("llama"), run(gradient_accumulation=2, processes=2, constraint="kl"), "cpu")

@@ -1,4 +1,4 @@
-"""Settings have one source: dataclass fields, from which files, options and records follow."""
+"""Settings are defined once, as dataclass fields; files, options and records follow from these."""
 
 from dataclasses import MISSING, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_the_printed_file_of_a_preset_is_the_preset(preset: Preset, tmp_path: Pa
 
 
 def test_defaults_that_json_writes_without_a_dot_come_back_as_numbers() -> None:
-    """YAML 1.1 takes 1e-05 for a text; the printed file must not."""
+    """YAML 1.1 reads 1e-05 as a string, so the printed file must not contain such numbers."""
     from gossamer.fields import Setting
     from gossamer.runs.settings_file import _entry
 

@@ -1,4 +1,4 @@
-"""Records of earlier runs, as they lie in results/: read, shown and evaluated like new ones."""
+"""Records of earlier runs in results/: read, shown and evaluated like new ones."""
 
 import json
 from pathlib import Path

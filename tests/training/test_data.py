@@ -1,4 +1,4 @@
-"""Text to blocks: every kind of file, the split, the choice of blocks, and every fault by name."""
+"""From text to blocks: all kinds of files, the split, the choice of blocks, and messages for faults."""
 
 import copy
 import gzip
@@ -87,7 +87,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 def by_hand(documents: list[str], tokenizer) -> list[int]:
-    """The tokens of documents that are not blank, with the end token after each."""
+    """Tokenize documents that are not blank, with the end token after each."""
     return [
         token
         for text in documents
@@ -100,7 +100,7 @@ BLANK = ["", " ", "\n", "\u2003\t"]
 
 
 def test_blank_documents_are_left_out_of_every_part(tmp_path: Path, tokenizer) -> None:
-    """As in wikitext, where every third row is one: their checksum would put all of them among the held-out ones."""
+    """In wikitext, every third row is blank; their checksum would put all of them among the held-out documents."""
     documents = [row for text in sentences(200) for row in (text, *BLANK)]
     assert is_held_out("")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in documents))
@@ -136,14 +136,14 @@ def test_rows_of_a_data_set_that_are_null_are_blank(tmp_path: Path, tokenizer) -
 
 
 def test_tokens_that_the_model_does_not_know_are_named_with_both_sizes(tmp_path: Path, tokenizer) -> None:
-    """The tokenizer of the fixture has fewer tokens than the model; one that is added to it has no embedding."""
+    """The fixture's tokenizer is smaller than the model; the last of the tokens added to it has no embedding."""
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens([f"<a{number}>" for number in range(20)])
     model = tiny_model("llama")
     assert (len(tokenizer), len(larger)) == (78, 98)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in sentences(400)))
-    load_blocks(str(tmp_path), larger, **SMALL, model=model)  # it does not occur
-    for place in (5, 395):  # to train on; held out
+    load_blocks(str(tmp_path), larger, **SMALL, model=model)  # the text does not contain the token
+    for place in (5, 395):  # training text; held-out text
         rows = sentences(400)
         rows[place] += " <a19>"
         (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
@@ -302,7 +302,7 @@ def test_a_hub_data_set_out_of_reach_is_named(name: str, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def data_set(tmp_path: Path) -> Path:
-    """A data set as the Hub lays it out; configuration ``b`` has no text."""
+    """A data set in the layout of the Hub; configuration ``b`` has no text."""
     for name, key in (("a", "text"), ("b", "body")):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({key: s}) + "\n" for s in sentences(400)))
     (tmp_path / "README.md").write_text(
@@ -326,7 +326,7 @@ def test_a_hub_data_set_is_read_as_a_file_is(choice: str, data_set: Path, tokeni
 
 
 def test_however_much_of_a_hub_data_set_is_read_what_is_held_out_stays_unseen(data_set: Path, tokenizer) -> None:
-    """A run's text at another length, or a run that starts from it: neither is measured on what was trained on."""
+    """Neither another length nor a run that starts from this one is measured on text that was trained on."""
     most = load_blocks(f"hub:{data_set}:a", tokenizer, replace(COUNTS, train=300), seed=0)
     few = load_blocks(f"hub:{data_set}:a", tokenizer, BlockCounts(seq_len=8, validation=3, held_out=9), seed=0)
     trained = {tuple(window.tolist()) for block in most.train for window in block.unfold(0, 8, 1)}

@@ -1,4 +1,4 @@
-"""Files and folders of text: every kind, what is no text, links, and faults by name."""
+"""Files and folders of text: all kinds of files, files without text, links, and messages for faults."""
 
 import bz2
 import gzip
@@ -104,7 +104,7 @@ def test_faults_of_a_json_file_are_named(content: str, message: str, tmp_path: P
 
 
 def test_hidden_files_and_folders_are_no_text(tmp_path: Path) -> None:
-    """Copies that notebooks keep, and what macOS leaves beside a file: binary, under the file's name."""
+    """Such as copies that notebooks keep, and binary files that macOS creates with the name of another file."""
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "._a.txt").write_bytes(b"\x00\x05\x16\x07\x00\xff")
     (tmp_path / ".ipynb_checkpoints").mkdir()

@@ -1,4 +1,4 @@
-"""Where gates start, against softmax by plain torch, and the shift that brings a model inside its bound."""
+"""Initial gate biases, compared with softmax in plain torch, and the shift that brings a model inside its bound."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_the_denominators_are_those_of_plain_attention() -> None:
 
 @torch.no_grad()
 def test_gates_open_above_an_attention_weight() -> None:
-    """With queries of 0 every row of attention is uniform, 1 / (i + 1), and has the denominator i + 1."""
+    """With zero queries, every row of attention is uniform, 1 / (i + 1), with the denominator i + 1."""
     model = gossamer.add_gates(tiny_model("gpt2"))
     for block in model.transformer.h:
         width = model.config.n_embd

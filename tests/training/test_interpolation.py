@@ -1,4 +1,4 @@
-"""Weights between the dense and the trained ones."""
+"""Interpolation between the dense and the trained weights."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ IDS = torch.arange(12)[None]
 
 
 def moved(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with noise on whatever is trained."""
+    """Add noise to the trained parameters of a model."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Runs with adapters: what they leave, the dense model inside the sparse one, variants beside the plain run."""
+"""Runs with adapters: their files, the dense model inside the sparse one, and variants of the plain run."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ VALIDATION = tokens(5, 16, seed=1)
 
 
 def trained(folder: Path, *, part: str = "lora", copied: bool = False, steps: int = 6, **settings) -> SparsityTrainer:
-    """A trainer after its training, with the constraint on KL; ``copied``: the reference is a model of its own."""
+    """Train with a bound on KL and return the trainer; with ``copied``, the reference is a separate model."""
     config = TrainingConfig(
         **{
             "train": part,
@@ -78,7 +78,7 @@ def compare(a: SparsityTrainer, b: SparsityTrainer, *, rtol: float, atol: float)
 
 @pytest.mark.parametrize("part", ["lora", "attention"])
 def test_two_passes_of_one_block_are_one_of_two_under_hard_gates(part: str, tmp_path: Path) -> None:
-    """With sampled gates they are not: the noise of a row depends on the pass it is in."""
+    """With sampled gates the results differ: the noise of a row depends on its pass."""
     ends = [
         trained(tmp_path, part=part, batch_size=size, gradient_accumulation=2 // size, hard_fraction=1.0)
         for size in (2, 1)
@@ -100,9 +100,9 @@ def test_checkpointed_activations_give_the_same_run_under_sampled_gates(part: st
 @pytest.mark.parametrize("part", ["lora", "all"])
 @pytest.mark.parametrize("hard_fraction", [0.0, 1.0])
 def test_a_run_in_bf16_follows_that_in_fp32(part: str, hard_fraction: float, tmp_path: Path) -> None:
-    """bfloat16 keeps 8 bits: after 20 steps figures agree to 5 %, open links to 2 %, and weights moved the same way."""
+    """bfloat16 has 8 bits: after 20 steps, metrics agree to 5 %, open links to 2 %, and weights moved alike."""
     start = moved(trained(tmp_path, part=part, steps=1, learning_rate=0.0, gate_learning_rate=0.0))
-    # A low and steady lambda: the gates leave the neighbourhood of 0, where rounding alone would decide about links.
+    # With a low, constant lambda, gates move away from 0, where rounding alone would decide them.
     steady = MultiplierConfig(0.02, proportional=0.0, integral=0.0)
     settings = {"part": part, "steps": 20, "validations": 4, "hard_fraction": hard_fraction, "learning_rate": 3e-4,
                 "gate_learning_rate": 0.03, "multiplier": steady}  # fmt: skip
@@ -130,7 +130,7 @@ def config(saved_llama: Path, text: Path) -> RunConfig:
 
 
 def files(run: Run) -> dict[str, torch.Tensor]:
-    """All weights that a run leaves, by file and name."""
+    """Load all saved weights of a run, by file and name."""
     parts = ("model/gossamer", "control/model", "adapter/adapter_model", "adapter/gossamer_gates")
     return {
         f"{part}:{name}": value

@@ -1,4 +1,4 @@
-"""The multiplier and the Lagrangian against an optimum known by hand."""
+"""The multiplier and the Lagrangian, on a problem with a known optimum."""
 
 import json
 import math
@@ -28,12 +28,12 @@ def test_the_integral_part_adds_up_over_a_share_of_the_run() -> None:
     assert multiplier.value == pytest.approx(math.exp(0.11))
     multiplier.dual_step(-0.5)
     assert multiplier.value == pytest.approx(math.exp(0.06))
-    multiplier.dual_step(-7.0)  # as -1, but not below the start
+    multiplier.dual_step(-7.0)  # counts as -1, but the value does not fall below its start
     assert multiplier.value == pytest.approx(1.0)
 
 
 def steps_outside(proportional: float) -> int:
-    """Steps of the problem below that end more than 0.05 away from the bound."""
+    """Count the steps of the problem below that end more than 0.05 from the bound."""
     x, outside = torch.tensor(4.0, requires_grad=True), 0
     multiplier = Multiplier(MultiplierConfig(initial=0.1, proportional=proportional, integral=400.0), 2000)
     optimizer = torch.optim.SGD([x], lr=0.05)
@@ -52,7 +52,7 @@ def test_the_proportional_part_damps_the_swing_about_the_bound() -> None:
 
 
 def test_constrained_descent_finds_the_known_optimum() -> None:
-    """minimise log x subject to (x - 2)^2 <= 1/4: x = 3/2, and there lambda / unit = 1 / (x * 2 * (2 - x)) = 2/3."""
+    """Minimise log x subject to (x - 2)^2 <= 1/4: x = 3/2 and lambda / unit = 1 / (x * 2 * (2 - x)) = 2/3."""
     x = torch.tensor(4.0, requires_grad=True)
     multiplier = Multiplier(MultiplierConfig(initial=0.05, integral=200.0), 4000)
     optimizer = torch.optim.SGD([x], lr=0.05)
@@ -67,7 +67,7 @@ def test_constrained_descent_finds_the_known_optimum() -> None:
 
 
 def test_the_scale_of_the_bound_changes_nothing() -> None:
-    """Constrained quantity, bound and unit ten times as large: the same path."""
+    """With constrained quantity, bound and unit ten times as large, the path is the same."""
     paths = []
     for scale in (1.0, 10.0):
         x, path = torch.tensor(4.0, dtype=torch.float64, requires_grad=True), []
@@ -92,7 +92,7 @@ def test_validation_says_how_far_the_batches_are_off() -> None:
     assert running.value == pytest.approx(0.4)
     running.add_batch(-0.2)  # the batches fell by 0.3, and validation with them
     assert running.value == pytest.approx(0.1)
-    running.add_validation(0.2)  # an offset of 0.4 now, 0.3 before: the mean of both
+    running.add_validation(0.2)  # the offset is now 0.4, before 0.3; their mean is used
     assert running.value == pytest.approx(0.15)
     running.add_validation(0.7, alone=True)
     assert running.value == pytest.approx(0.7)

@@ -1,4 +1,4 @@
-"""The expected open fraction under both weightings by hand, and its logarithm however a step is divided."""
+"""The expected open fraction under both weightings, and its logarithm for any division of a step."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from gossamer.training.objective import expected_open_fraction
 
 
 def counts_of(expected: list[float], allowed: list[int]) -> LinkCounts:
-    """One sequence, one head."""
+    """Create the counts of one sequence and one head."""
     links = torch.tensor([[allowed]])
     return LinkCounts(torch.tensor([[expected]]), links, links, links.float())
 

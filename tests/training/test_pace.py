@@ -1,4 +1,4 @@
-"""The open fraction's target: it falls inside the bound, rises outside, stays near f, and goes on where it was."""
+"""The open fraction's target: falls inside the bound, rises outside, stays near f, and resumes from its state."""
 
 import json
 import math

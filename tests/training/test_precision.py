@@ -1,4 +1,4 @@
-"""The precision that a run takes by itself."""
+"""The precision that a run chooses automatically."""
 
 import platform
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Training under the constraint on tiny models: what moves, what is measured, what survives a stop."""
+"""Constrained training of tiny models: trained parameters, measurements, and resuming after a stop."""
 
 import math
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_bound_out_of_reach_raises_the_multiplier(tmp_path: Path) -> None:
 
 
 def test_outside_the_bound_gates_of_a_limited_pace_do_not_close(tmp_path: Path) -> None:
-    """At this bound the multiplier stays small: without the limit nothing else would keep the gates open."""
+    """The multiplier stays small here, so only the limit keeps the gates open."""
     settings = {
         "steps": 20,
         "checkpoint_every": 0,
@@ -103,7 +103,7 @@ def test_a_step_minimises_the_lagrangian(weighting: str, tmp_path: Path) -> None
 
 
 def test_a_model_with_every_gate_shut_trains_on(tmp_path: Path) -> None:
-    """The expected links underflow to 0, of which there is no logarithm."""
+    """The expected links underflow to 0, whose logarithm is not finite."""
     trainer = make_trainer(tmp_path, steps=2, checkpoint_every=0)
     with torch.no_grad():
         for module in attention_modules(trainer.model):
@@ -142,12 +142,12 @@ def test_validation_measures_hard_gates_on_the_validation_blocks(kind: str, tmp_
     assert trainer.last["constrained_held_out"] == pytest.approx(values.mean().item(), rel=1e-5)
     assert trainer.validation_result.stderr == pytest.approx((spread.std() / len(rows) ** 0.5).item(), rel=1e-4)
     assert trainer.last["sampled"] == 1.0
-    # Sampled batches say nothing of hard gates.
+    # Sampled batches carry no information about hard gates.
     assert trainer.running.value == trainer.violation(trainer.validation_result)
 
 
 def test_training_ends_inside_its_bound_or_says_that_no_shift_helps(tmp_path: Path) -> None:
-    """Without training, shut gates cost KL, and open ones do not: a shift of the biases brings it to any bound."""
+    """Untrained, closed gates cost KL and open ones do not, so a shift of the biases meets any bound."""
     trainer = make_trainer(tmp_path, KLDivergence(epsilon=1e-4), steps=1, checkpoint_every=0, learning_rate=0.0,
                            gate_learning_rate=0.0)  # fmt: skip
     before = gate_biases(trainer.model)
@@ -199,7 +199,7 @@ def test_the_start_is_one_unit_outside_the_bound(tmp_path: Path) -> None:
     trainer.prepare(open_gates=True)
     found = trainer.validate().constrained
     assert found <= 4e-4
-    assert gate_biases(trainer.model).std() > 0  # each head has its own
+    assert gate_biases(trainer.model).std() > 0  # each head has its own bias
     with torch.no_grad():
         for module in attention_modules(trainer.model):
             module.gate_bias -= 0.25
@@ -298,7 +298,7 @@ def test_resuming_a_stream_from_its_last_checkpoint_trains_no_further(text: Path
 
 
 def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
-    """With hard gates there is no noise to differ, and the mean over equal batches is the mean over all."""
+    """Hard gates have no noise that could differ, and the mean over equal batches is the mean over all."""
     ends = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
         trainer = make_trainer(
@@ -375,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
 
 def test_a_sparser_checkpoint_that_held_the_bound_is_taken(tmp_path: Path) -> None:
-    """The checkpoints at steps 8 and 16 are said to hold the bound, the last weights to miss it."""
+    """The checkpoints at steps 8 and 16 are made to meet the bound, and the last weights to miss it."""
     settings = {"steps": 24, "checkpoint_every": 4, "validations": 6, "gate_learning_rate": 0.5}
     trainer = make_trainer(tmp_path, CrossEntropy(tau=100.0), **settings)
     trainer.violation = lambda result: -1.0 if result.step in (8, 16) else 1.0

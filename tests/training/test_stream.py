@@ -1,4 +1,4 @@
-"""Texts read while training: what is held out, the share of each process and worker, and going on in the middle."""
+"""Texts streamed during training: held-out text, the parts of processes and workers, and resuming in the middle."""
 
 import copy
 import gzip
@@ -36,7 +36,7 @@ def documents_of(text: Path | str) -> list[str]:
 
 
 def take(stream: BlockStream, batches: int, size: int = 2) -> list[list[tuple[int, ...]]]:
-    """The next batches, each passed as trained on."""
+    """Take the next batches and mark each as trained on."""
     taken = []
     for batch in islice(stream.loader(size), batches):
         assert "fault" not in batch, batch
@@ -86,7 +86,7 @@ def test_the_parts_hold_every_document_once(folder: Path, tokenizer, processes: 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("stop", [1, 7, 20])
 def test_going_on_repeats_and_skips_nothing(folder: Path, tokenizer, workers: int, stop: int) -> None:
-    """Whatever was read ahead when it stopped; the state goes through JSON as in a checkpoint."""
+    """Text that was read ahead at the stop does not matter. The state goes through JSON, as in a checkpoint."""
     whole = take(BlockStream(str(folder), tokenizer, LENGTH, workers=workers), stop + 25)
     begun = BlockStream(str(folder), tokenizer, LENGTH, workers=workers)
     first = take(begun, stop)

@@ -1,4 +1,4 @@
-"""A long document in pieces: the same tokens as in one go, for every kind of tokenizer, and no more than is needed."""
+"""Long documents tokenized in pieces: the tokens equal those of the whole, and no more is tokenized than needed."""
 
 import json
 import random
@@ -24,7 +24,7 @@ LLAMA_3 = (
 
 
 def awkward(length: int, seed: int) -> str:
-    """Words, and what a cut could fall into: runs of spaces, lines, digits and letters, marks, special tokens."""
+    """Create text that is hard to cut: words and runs of spaces, lines, digits, letters, marks and special tokens."""
     source = random.Random(seed)
     parts = {
         "spaces": lambda: " " * source.choice([1, 2, 40, 300]),
@@ -52,7 +52,7 @@ def trained(
     normalizer: normalizers.Normalizer | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """A tokenizer trained on awkward text, as its settings."""
+    """Train a tokenizer on awkward text; return its JSON description."""
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizer
     if normalizer is not None:
@@ -73,7 +73,7 @@ def metaspace() -> dict[str, Any]:
 
 
 def llama_2() -> dict[str, Any]:
-    """No words: a prefix before the whole text, and byte-pair encoding of all of it."""
+    """A tokenizer without word splitting: a prefix before the text, and byte-pair encoding of all of it."""
     spaces = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     return {**metaspace(), "pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": spaces}}
 
@@ -142,7 +142,7 @@ def test_long_and_short_documents_come_in_their_order(tokenizer: PreTrainedToken
 
 
 class Counting(PreTrainedTokenizerFast):
-    """Notes how many characters it is given at once."""
+    """Records the number of characters in each call."""
 
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         self.given.append(len(text) if isinstance(text, str) else sum(map(len, text)))

@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases are sent, read back from the files they wrote."""
+"""Values sent to TensorBoard and Weights & Biases, read back from the files that these wrote."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def test_tensorboard_shows_every_step_and_layer(saved_llama: Path, text: Path, t
         assert mean == pytest.approx(line["open_fraction"], rel=1e-5)
     bound = run.record()["constraint"]["bound"]
     wanted = {line["step"]: line["constrained_held_out"] - bound for line in lines if "constrained_held_out" in line}
-    assert len(wanted) == STEPS - 2  # from the first measurement, after step 3, on
+    assert len(wanted) == STEPS - 2  # from the first measurement on, which is after step 3
     assert shown("violation") == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 

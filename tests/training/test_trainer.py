@@ -1,4 +1,4 @@
-"""What the trainers share, on tiny models."""
+"""Functions shared by the trainers, on tiny models."""
 
 import pytest
 import torch

@@ -1,1 +1,1 @@
-"""A run: its settings, its directory, the whole job, and the estimate before it."""
+"""Runs: settings, directory, training job, and the estimate of memory and time."""

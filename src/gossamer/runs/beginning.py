@@ -1,4 +1,4 @@
-"""How a run begins: everything that can be wrong is found, then text, settings and the dense loss are written."""
+"""Start of a run: check all input, then write the token blocks, the settings and the dense loss."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -37,14 +37,17 @@ def begin(
     resume: bool = False,
     warn: Callable[[str], None] = lambda line: None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Write what a run starts from, or check that it is there; gives the dense model and its tokenizer.
+    """Write the files that a run starts from, or check those of a run that is resumed.
 
     Args:
-        run: its directory must not exist yet, or with ``resume`` must hold the same run begun.
-        config: what is asked for.
+        run: the run; its directory must not exist, or with ``resume`` may hold a run with the same settings.
+        config: the requested settings.
         progress: see :func:`blocks_of`.
-        resume: go on with what is there.
-        warn: is given one line for what is passed over in the text.
+        resume: continue the run if its directory exists.
+        warn: called with one line if files of the text are skipped.
+
+    Returns:
+        The dense model and its tokenizer.
 
     Raises:
         GossamerError: on bad input, before anything is written; if the directory cannot be written.
@@ -76,7 +79,7 @@ def begin(
 
 
 def _check_begun(run: Run, config: RunConfig, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Stop at a model, blocks or a streamed text that are not those that the run was begun with."""
+    """Raise unless the model, the blocks and a streamed text are those that the run was started with."""
     run.check_dense(dense)
     for blocks in (run.blocks("train"), run.blocks("validation"), run.blocks("held_out")):
         require_embeddings(dense, tokenizer, blocks, str(run.folder / "blocks.safetensors"))
@@ -139,7 +142,7 @@ def _check_start(config: RunConfig, dense: PreTrainedModel) -> None:
 
 
 def _starts(config: RunConfig) -> Iterator[Run]:
-    """The run that this one starts from, the one that that one started from, and so on."""
+    """Follow ``start_from`` back: the run that this one starts from, then the run before it, and so on."""
     while config.start_from is not None:
         run = Run(Path(config.start_from))
         yield run
@@ -147,7 +150,7 @@ def _starts(config: RunConfig) -> Iterator[Run]:
 
 
 def _tokens_before(config: RunConfig) -> int:
-    """Training tokens of the runs that this one starts from."""
+    """Count the training tokens of all earlier runs in the chain of ``start_from``."""
     return sum(run.config().tokens_trained for run in _starts(config))
 
 
@@ -165,9 +168,9 @@ def blocks_of(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress | None = None,
 ) -> Blocks:
-    """The blocks that a configuration asks for; of a stream the unseen ones only.
+    """Load the token blocks for a configuration; for a streamed text, only validation and held-out blocks.
 
-    ``progress`` is called with the number of blocks sampled so far, and of all, where the model samples them itself.
+    If the text is sampled from the model, ``progress`` is called with the number of blocks so far and the total.
 
     Raises:
         GossamerError: naming the text and what is wrong with it.
@@ -187,9 +190,9 @@ def blocks_of(
 def write_beginning(
     folder: Path, config: RunConfig, dense: PreTrainedModel, blocks: Blocks, commit: str | None = None
 ) -> None:
-    """Write what a run starts from into its folder: the blocks, the configuration, the dense model's loss.
+    """Write the files that a run starts from: the blocks, the configuration and the dense model's loss.
 
-    ``commit`` is the one of a data set on the Hub that the blocks come from.
+    ``commit`` is the commit of the Hub data set that the blocks come from, if they come from one.
     """
     training = config.training
     dense_loss = measure_language(

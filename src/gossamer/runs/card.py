@@ -1,4 +1,4 @@
-"""The model card of a run: what its model is, how it was made and what was measured, for readers and for the Hub."""
+"""Model card of a run for the Hub: what the model is, how it was made and what was measured."""
 
 import os
 from pathlib import Path
@@ -39,13 +39,13 @@ depends on that length, and a bound that holds here need not hold on other text.
 
 
 def run_card(run: Run, repository: str, *, adapter: bool = False, base_model: str | None = None) -> ModelCard:
-    """The model card of a run's sparse model, or of its adapters.
+    """Create the model card of a run's sparse model or of its adapters.
 
     Args:
-        run: with its metrics.
-        repository: where the card will stand.
-        adapter: whether adapters and gates alone stand there.
-        base_model: the dense model's id on the Hub; None: what the run says, where that is no directory.
+        run: a run that has been evaluated.
+        repository: the Hub repository that the card is for.
+        adapter: whether the repository holds only adapters and gates.
+        base_model: the dense model's id on the Hub; None takes the id from the run, unless that is a directory.
 
     Raises:
         GossamerError: if the run has no metrics.

@@ -1,7 +1,7 @@
-"""A whole post-training run in one directory: begun, the sparse model trained, then the dense control.
+"""A complete post-training run in one directory: prepare it, train the sparse model, then the dense control.
 
-Everything that depends on chance is a function of the seed, so a run that is killed and resumed ends
-where one never interrupted ends.
+All randomness is a function of the seed, so a run that is killed and resumed ends with the same result as an
+uninterrupted one.
 """
 
 import copy
@@ -49,25 +49,25 @@ def post_train(
     console: Console | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> Run:
-    """Make a sparse model of a dense one, and its dense control, in ``folder``.
+    """Train a sparse model from a dense one, and its dense control, in ``folder``.
 
-    Started in several processes (torchrun, ``accelerate launch``), they train together: the first one prepares, draws
-    and writes, and all of them have to see the folder.
+    In several processes (torchrun, ``accelerate launch``), all of them train together. The first one prepares the run,
+    shows progress and writes files; all of them must have access to the folder.
 
     Args:
-        config: what to do.
-        folder: the run's directory; must not exist yet, or with ``resume`` must hold the same run begun.
-        resume: go on from the last checkpoint without a fault; begin if there is nothing yet.
-        report_to: what shows the training of the sparse model: names of :mod:`gossamer.training.trackers`.
-        console: where progress is drawn; none if None.
-        warn: is given one line for each thing the user should know at once.
+        config: the settings of the run.
+        folder: the run's directory; must not exist, or with ``resume`` may hold a run with the same settings.
+        resume: continue from the last intact checkpoint; start the run if the directory does not exist.
+        report_to: trackers that show the training of the sparse model: names from :mod:`gossamer.training.trackers`.
+        console: where progress is drawn; None draws nothing.
+        warn: called with one line for each warning.
 
     Returns:
         The run, with ``model/`` and, unless ``config.control`` is False, ``control/`` in it.
 
     Raises:
         GossamerError: on bad input, before anything is written; on a loss that is not finite; if the
-            directory cannot be written. On all processes, if one finds it.
+            directory cannot be written. An error in one process is raised in all of them.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -84,7 +84,7 @@ def post_train(
 
 
 def _precision(run: Run, resume: bool) -> Precision:
-    """That which the run was begun in, or the one that is fast here."""
+    """Get the precision that a resumed run was started in; otherwise the one that is fast on this device."""
     begun = resume and run.folder.exists()
     return run.config().training.precision if begun else fast_precision(run_device())
 
@@ -107,14 +107,14 @@ def _post_train(job: "Job", *, resume: bool) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """The training of a run that was begun.
+    """The training of a run whose starting files are written.
 
     Attributes:
         run: the run.
         config: its settings.
         console: where progress is drawn.
-        warn: is given one line for each thing the user should know at once.
-        report_to: what shows the training of the sparse model.
+        warn: called with one line for each warning.
+        report_to: trackers that show the training of the sparse model.
     """
 
     run: Run
@@ -131,11 +131,11 @@ class Job:
 
     @property
     def adapters(self) -> bool:
-        """Whether adapters are trained. If so, ``dense`` itself becomes the sparse model, without a copy."""
+        """Whether the run trains adapters. If so, ``dense`` is converted in place instead of copied."""
         return self.config.training.train == "lora"
 
     def train(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Train what the run does not have yet: the sparse model and, if wanted, the dense control."""
+        """Train the models that the run does not have yet: the sparse model and, if requested, the dense control."""
         run, config = self.run, self.config
         dense_loss = run.record()["measured"]["loss_dense"]
         for line in config.training.constraint.warnings(dense_loss):
@@ -150,13 +150,13 @@ class Job:
             self.train_control(dense, tokenizer)
 
     def _remove_superfluous_checkpoints(self) -> None:
-        """Those that a process that was killed was about to remove: the model that came of them is there."""
+        """Remove checkpoints whose model is already saved; a process killed before its cleanup leaves them."""
         for model, folder in ((self.run.model, self.run.checkpoints), (self.run.control, self.run.control_checkpoints)):
             if model.exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
     def train_sparse(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dense_loss: float) -> None:
-        """Train the sparse model and save it; ``dense_loss`` is the dense model's on the validation blocks, nats."""
+        """Train and save the sparse model; ``dense_loss`` is the dense model's on the validation blocks, in nats."""
         run, config, training = self.run, self.config, self.config.training
         trainer = SparsityTrainer(
             self._gated(dense),
@@ -185,7 +185,7 @@ class Job:
                 self._save_sparse(cast(PreTrainedModel, trainer.model), whole, tokenizer)
 
     def train_control(self, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Train the dense control, the dense model fine-tuned on the same text for the same steps, and save it."""
+        """Train and save the dense control: the dense model fine-tuned on the same text for the same steps."""
         run, config = self.run, self.config
         control = copy.deepcopy(dense) if self.start is None else load_control(self.start, "cpu")
         self._prepare(control)
@@ -211,13 +211,13 @@ class Job:
             shutil.rmtree(run.control_checkpoints, ignore_errors=True)
 
     def fit(self, trainer: PostTrainer, label: str, log: str, bound: float | None = None) -> None:
-        """Train from the last checkpoint without a fault, with progress on the console and every step in a log.
+        """Train from the last intact checkpoint; show progress on the console and log every step.
 
         Args:
-            trainer: what to train.
-            label: in front of the bar.
-            log: the file's name in the run's directory.
-            bound: of the constraint, as it is shown; None without a constraint.
+            trainer: the trainer to run.
+            label: text in front of the progress bar.
+            log: name of the log file in the run's directory.
+            bound: the constraint's bound, shown with the progress; None without a constraint.
         """
         config = self.config
         checkpoint = on_main_process(lambda: self._resume_point(trainer.folder))
@@ -244,7 +244,7 @@ class Job:
             )
 
     def _resume_point(self, folder: Path) -> Path | None:
-        """The last checkpoint without a fault; what is newer, or was not finished, is removed."""
+        """Find the last intact checkpoint; remove newer and unfinished ones."""
         for partial in folder.glob(".*.partial"):
             shutil.rmtree(partial)
         checkpoint, faults = last_valid_checkpoint(folder)
@@ -256,7 +256,7 @@ class Job:
         return checkpoint
 
     def _gated(self, dense: PreTrainedModel) -> PreTrainedModel:
-        """The sparse model before its training."""
+        """Create the sparse model as it is before training."""
         if self.start is not None:
             model = load(self.start.model)
         else:
@@ -265,7 +265,7 @@ class Job:
         return model
 
     def _reference(self, dense: PreTrainedModel) -> PreTrainedModel | None:
-        """The dense model beside the sparse one, where the constraint needs it and the sparse one does not hold it."""
+        """Copy the dense model if the constraint needs it and the sparse model does not contain it."""
         training = self.config.training
         if not training.constraint.needs_dense or self.adapters:
             return None
@@ -288,7 +288,7 @@ class Job:
         )
 
     def _prepare(self, model: PreTrainedModel) -> None:
-        """Let gradients flow to what is trained, adapters put on where they are."""
+        """Add adapters if the run trains them; otherwise freeze the parameters that are not trained."""
         config = self.config
         if self.adapters:
             add_adapters(
@@ -302,13 +302,13 @@ class Job:
             freeze_except(model, config.training.train)
 
     def _put_together(self, model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
-        """A fresh model, on the first process, with the weights of one that was trained in shards."""
+        """Load the gathered weights of a sharded training into a fresh model, on the first process."""
         self._prepare(model)
         model.load_state_dict(weights)
         return model
 
     def _tell(self, trainer: SparsityTrainer, final: Validation) -> None:
-        """Record what the kept weights measure; warn where shifting the gates alone does not hold the bound."""
+        """Record the validation of the selected weights; warn if shifting the gates alone does not meet the bound."""
         if final.calibration is None:
             measured = f"{trainer.label} {final.constrained:.4f} ± {final.stderr:.4f}"
             over = trainer.violation(final) * trainer.tolerance

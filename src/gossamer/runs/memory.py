@@ -1,7 +1,7 @@
-"""What a run needs at the very least, and whether the machine has it: asked before anything large is made.
+"""Minimum memory of a run, checked before anything large is allocated.
 
-Not an estimate (that is :mod:`gossamer.runs.plan`): the token blocks, and the logits of one forward pass with their
-gradient, are needed whatever else is.
+This is a lower bound, not an estimate (see :mod:`gossamer.runs.plan`): every run needs the token blocks, and the logits
+of one forward pass with their gradient.
 """
 
 import os
@@ -17,27 +17,27 @@ from gossamer.runs.settings import RunConfig
 _GIB = 2**30
 
 BLOCK_BYTES = 12
-"""Of a token in the blocks: 8 at work, 4 as it is written."""
+"""Bytes per token in the blocks: 8 in memory, and 4 for the copy that is written."""
 
 LOGIT_BYTES = 8
-"""Of a logit in float32, and of its gradient."""
+"""Bytes per logit: itself and its gradient, in float32."""
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process may come to: the machine's, or of its control group if that has less."""
+    """Get the memory available to this process in bytes: the machine's, or its control group's limit if lower."""
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     try:
         return min(most, int(limit.read_text()))
-    except (OSError, ValueError):  # there is none
+    except (OSError, ValueError):  # no limit
         return most
 
 
 def require_memory(config: RunConfig, model: PreTrainedModel) -> None:
-    """Stop at a run that cannot fit.
+    """Raise if a run cannot fit into memory.
 
     Raises:
-        GossamerError: naming the setting, what it needs, what there is, and what would fit.
+        GossamerError: naming the setting, the memory it needs, the available memory, and a value that fits.
     """
     training, here = config.training, machine_memory()
     drawn = config.held_out_tokens + config.validation_tokens if config.text == SELF else 0

@@ -1,15 +1,15 @@
-"""How much memory and time a run will take, before it is begun. Estimates, not measurements.
+"""Estimates of a run's memory and time before it starts; nothing is measured.
 
-The model is built without weights (torch's fake tensors), and one forward pass tells what autograd would keep for the
-backward pass: everything that is kept is counted as it is, in its own dtype, for any family. The rest follows from
-parameter counts. Memory is summed at the four moments of a step that can be its peak, per device:
+The model is built without weights (torch's fake tensors). One forward pass shows which tensors autograd would keep for
+the backward pass; each is counted with its actual shape and dtype, for any family. The rest follows from parameter
+counts. Memory is summed per device at the four moments of a step that can be its peak:
 
-    loss       after the forward pass, when the gradient of the logits is made
-    backward   at the start of the way back, with the gradient of the unembedding
-    last layer at its end, with all gradients
+    loss       after the forward pass, when the gradient of the logits is computed
+    backward   at the start of the backward pass, with the gradient of the unembedding
+    last layer at the end of the backward pass, with all gradients
     update     in AdamW
 
-``benchmarks/plan.py`` sets the estimate beside what steps take.
+``benchmarks/plan.py`` compares the estimates with measured steps.
 """
 
 from collections.abc import Iterator
@@ -35,13 +35,13 @@ from gossamer.training.trainer import freeze_except
 _FAKE_ATTENTION = "gossamer-plan"
 
 RESERVE = 1.5 * 2**30
-"""Bytes of a GPU left to the CUDA context and to what the allocator cannot use; assumed, not measured."""
+"""Bytes of a GPU reserved for the CUDA context and for memory lost in the allocator; assumed, not measured."""
 
 MARGIN = 1.2
-"""What an allocator may take, as a multiple of the estimate of what is alive; assumed: see benchmarks/README.md."""
+"""Allocated memory as a multiple of the estimated live memory; an assumption, see benchmarks/README.md."""
 
 UTILISATION = 0.3
-"""Share of a device's peak arithmetic that a step is assumed to use."""
+"""Assumed fraction of a device's peak FLOP/s that a step achieves."""
 
 
 Device = Literal["cpu", "cuda"]
@@ -49,14 +49,14 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is estimated to take.
+    """Estimated memory and computation of a run.
 
     Attributes:
-        parameters: of the dense model.
-        trained: parameters that move, those of adapters included.
-        moments: for each moment of a step, bytes by name of what lies on a device.
-        flops_per_token: floating-point operations of a training token, validation and control not counted.
-        control_flops_per_token: those of the dense control.
+        parameters: number of parameters of the dense model.
+        trained: number of trained parameters, including those of adapters.
+        moments: for each moment of a step, the bytes on one device by what they hold.
+        flops_per_token: floating-point operations per training token, without validation and the control.
+        control_flops_per_token: the same for the dense control.
     """
 
     parameters: int
@@ -67,17 +67,17 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes on a device at the worst moment."""
+        """Peak bytes on one device over all moments."""
         return max(sum(terms.values()) for terms in self.moments.values())
 
     def tokens_per_second(self, gpus: int, tflops: float, utilisation: float = UTILISATION) -> float:
-        """Training tokens a second, over all devices, of devices with that peak arithmetic (10^12 a second)."""
+        """Estimate training tokens per second over all devices; ``tflops`` is the peak of one, in 10^12 FLOP/s."""
         return gpus * tflops * 1e12 * utilisation / self.flops_per_token
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Bytes that autograd keeps: in all, in one layer, and of what goes into one layer."""
+    """Bytes that autograd keeps: in total, per layer and for a layer's input; and the bytes of one logit."""
 
     total: int
     layer: int
@@ -86,16 +86,16 @@ class _Kept:
 
 
 def plan_run(model: dict[str, Any], run: RunConfig, device: Device = "cuda") -> Plan:
-    """Estimate a run on a model of that configuration.
+    """Estimate a run on a model with the given configuration.
 
     Args:
         model: ``model_type`` and the fields of transformers' configuration class.
-        run: the settings; ``processes`` have a copy of the model each, and their batches add up.
-        device: they differ in the op and in AdamW.
+        run: the settings; each of the ``processes`` holds a copy of the model and has its own batch.
+        device: the device type; the attention op and AdamW need different memory on each.
 
     Raises:
-        GossamerError: if the family is not supported or a mixture of experts, or the context is shorter than
-            ``seq_len``.
+        GossamerError: if the family is not supported or is a mixture of experts, or if the model's context is shorter
+            than ``seq_len``.
     """
     given = dict(model)
     family = given.pop("model_type", "unknown")
@@ -119,12 +119,12 @@ def plan_run(model: dict[str, Any], run: RunConfig, device: Device = "cuda") -> 
 
 
 def alternatives(model: dict[str, Any], run: RunConfig, room: float) -> list[tuple[dict[str, Any], RunConfig, int]]:
-    """Changes, one more each time, until a step fits into ``room`` bytes with its margin.
+    """Change settings one after another until a step, with its margin, fits into ``room`` bytes.
 
-    The batch of a step stays the same; the last one fits, unless nothing does.
+    Every step keeps its number of blocks. The last alternative fits, unless none does.
 
     Returns:
-        The settings that change, the whole of them, and the peak, for each number of changes.
+        For each number of changes: the changed settings, the complete configuration, and the peak in bytes.
     """
     found: list[tuple[dict[str, Any], RunConfig, int]] = []
     blocks = run.training.batch_size * run.training.gradient_accumulation
@@ -171,7 +171,7 @@ def _fake_model(config: Any, run: RunConfig) -> tuple[PreTrainedModel, int]:
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Fake tensors of a real device in place of those of ``meta``, where autocast does nothing. Tied ones stay tied."""
+    """Replace meta tensors, on which autocast does nothing, by fake CPU tensors. Tied parameters stay tied."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -212,12 +212,12 @@ def _count(model: nn.Module, *, trained: bool) -> int:
 
 @contextmanager
 def _counted(storages: dict[int, Tensor], own: set[int]) -> Iterator[None]:
-    """Within it, every storage that autograd keeps is put into ``storages``, but for ``own``."""
+    """Within the block, add every storage that autograd keeps to ``storages``, except those in ``own``."""
 
     def keep(tensor: Tensor) -> Tensor:
         key = tensor.untyped_storage()._cdata
         if key not in own:
-            storages[key] = tensor  # holding it keeps the key from being used again
+            storages[key] = tensor  # the reference prevents reuse of the key
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -263,7 +263,7 @@ def _moments(
     rows = min(POSITIONS, tokens)
     dense = training.constraint.needs_dense
     half = 4 if training.precision == "fp32" else 2
-    # Trainer makes float32 of the logits of its own model, which with adapters is the dense one as well.
+    # Trainer converts the logits of its model to float32; with adapters, that model also computes the dense logits.
     dense_logits = 4 if training.train == "lora" else half
 
     gradients = 4 * trained
@@ -278,13 +278,13 @@ def _moments(
     if training.gradient_checkpointing:
         activations = kept.total - layers * kept.layer + layers * kept.layer_input
         working = 2 * kept.layer
-    # Of one layer's attention in backward: some four buffers of queries x keys; the Triton kernels have none.
+    # Backward pass of one layer's attention: about four buffers of queries x keys; the Triton kernels need none.
     blocks = 0
     if device == "cpu":
         heads = config.num_attention_heads
         blocks = 4 * 4 * training.batch_size * heads * min(BLOCK, run.seq_len) * run.seq_len
     accumulated = gradients if training.gradient_accumulation > 1 else 0
-    # Trainer makes float32 of the logits; the loss keeps them and makes a gradient of their size.
+    # Trainer converts the logits to float32; the loss keeps them and allocates a gradient of the same size.
     loss = {
         "activations": activations,
         "gradients": accumulated,
@@ -309,7 +309,7 @@ def _moments(
 
 
 def _flops(model: PreTrainedModel, run: RunConfig, *, dense: bool) -> float:
-    """Of one token: two a weight and product, and the products of attention over the causal pairs."""
+    """Count FLOPs per token: two per weight in each matrix product, plus attention over the causal pairs."""
     weights = trained = 0
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):

@@ -1,7 +1,7 @@
-"""The records of a run's directory, read back and checked: what has to stand in each, and the remedy.
+"""Read and check the records in a run's directory: the required keys of each file, and the remedy if it is damaged.
 
-What each key means is in ``docs/metrics.md``. Keys that only some runs have, or that earlier versions did not write,
-may be missing. Nothing heavy is imported here.
+``docs/metrics.md`` explains each key. Keys that only some runs have, or that earlier versions did not write, may be
+missing. This module imports nothing heavy.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ AGAIN = "put it back as it was, or begin anew with another --out"
 
 
 class ConstraintWords(TypedDict):
-    """What is bounded, in words and as a number."""
+    """The constraint: what is bounded, in words, and the bound."""
 
     name: str
     symbol: str
@@ -29,7 +29,7 @@ class ConstraintWords(TypedDict):
 
 
 class Measured(TypedDict):
-    """What was found before and after the training."""
+    """Values measured before and after training."""
 
     loss_dense: float
     tokens_before: NotRequired[int | None]
@@ -86,13 +86,13 @@ class Metrics(TypedDict):
 
 
 class Step(TypedDict):
-    """A line of ``training.jsonl``; all else in it are numbers."""
+    """A line of ``training.jsonl``; all other values in it are numbers or null."""
 
     step: int
 
 
 class Point(TypedDict):
-    """A circuit that was measured."""
+    """A measured circuit."""
 
     size: int
     metric: float
@@ -108,7 +108,7 @@ class Level(TypedDict):
 
 
 class Units(TypedDict):
-    """Of what a circuit is made."""
+    """The units that circuits consist of."""
 
     layers: int
     heads: NotRequired[int]
@@ -117,14 +117,14 @@ class Units(TypedDict):
 
 
 class CircuitsOfModel(TypedDict):
-    """What was found in one model."""
+    """The circuits found in one model."""
 
     units: Units
     levels: dict[str, Level]
 
 
 class CircuitsOfModels(TypedDict):
-    """Of both."""
+    """The circuits of both models."""
 
     dense: CircuitsOfModel
     sparse: CircuitsOfModel
@@ -138,7 +138,7 @@ class CircuitsRecord(TypedDict):
 
 
 class LinksOfModel(TypedDict):
-    """A circuit of links on one prompt: layer, head, query, key and score of each."""
+    """A circuit of links on one prompt: layer, head, query, key and score of each link."""
 
     size: int | None
     links: list[list[float]]
@@ -154,7 +154,7 @@ class LinksRecord(TypedDict):
 
 
 class AttentionOfModel(TypedDict):
-    """The attention of a model on one prompt: all of it, or the open links."""
+    """The attention of one model on one prompt: all links, or only the open ones."""
 
     next: list[list[list[str | float]]]
     open: int
@@ -163,7 +163,7 @@ class AttentionOfModel(TypedDict):
 
 
 class AttentionOfPrompt(TypedDict):
-    """The attention of both models."""
+    """The attention of both models on one prompt."""
 
     note: str
     tokens: list[str]
@@ -179,7 +179,7 @@ class AttentionRecord(TypedDict):
 
 
 class Sentence(TypedDict):
-    """What was found out about some links."""
+    """A finding about some links, with its evidence."""
 
     text: str
     links: list[list[int]]
@@ -195,10 +195,10 @@ class Findings(TypedDict):
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
-    """The contents of ``config.json``, whichever version wrote it.
+    """Read ``config.json``, written by any version.
 
     Raises:
-        GossamerError: if the folder is not a run's; if the file is damaged.
+        GossamerError: if the folder is not a run, or if the file is damaged.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -213,7 +213,7 @@ def read_run_record(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(file: Path) -> dict[str, Any]:
-    """The contents of ``metrics.json``, whichever version wrote it.
+    """Read ``metrics.json``, written by any version.
 
     Raises:
         GossamerError: naming the file and what is wrong with it.
@@ -229,7 +229,7 @@ def read_metrics(file: Path) -> dict[str, Any]:
 
 
 def read_training_log(file: Path) -> tuple[dict[str, Any], ...]:
-    """The lines of ``training.jsonl``; none where there is no such file. What a kill cut off at the end is left out.
+    """Read the lines of ``training.jsonl``; none if the file does not exist. An incomplete last line is left out.
 
     Raises:
         GossamerError: naming the file, the line and what is wrong with it.
@@ -244,7 +244,7 @@ def read_training_log(file: Path) -> tuple[dict[str, Any], ...]:
 
 
 def read_circuits(folder: Path) -> dict[str, Any]:
-    """The contents of ``circuits.json`` in the folder of a task.
+    """Read ``circuits.json`` in the folder of a task.
 
     Raises:
         GossamerError: naming the file and what is wrong with it.
@@ -253,7 +253,7 @@ def read_circuits(folder: Path) -> dict[str, Any]:
 
 
 def read_links(file: Path) -> dict[str, Any] | None:
-    """The contents of ``links.json``; None where there is none, or nothing in it.
+    """Read ``links.json``; None if it does not exist or contains null.
 
     Raises:
         GossamerError: naming the file and what is wrong with it.
@@ -268,7 +268,7 @@ def read_links(file: Path) -> dict[str, Any] | None:
 
 
 def read_attention(file: Path) -> dict[str, Any] | None:
-    """The contents of ``attention.json``; None where there is none.
+    """Read ``attention.json``; None if it does not exist.
 
     Raises:
         GossamerError: naming the file and what is wrong with it.
@@ -297,7 +297,7 @@ def _check_attention(model: AttentionOfModel, tokens: int, heads: int, name: str
 
 
 def read_findings(file: Path) -> dict[str, Any] | None:
-    """The contents of ``findings.json``; None where there is none.
+    """Read ``findings.json``; None if it does not exist.
 
     Raises:
         GossamerError: naming the file and what is wrong with it.
@@ -313,7 +313,7 @@ def read_findings(file: Path) -> dict[str, Any] | None:
 
 
 def _check_links(links: list[list[float]], tokens: int, length: int, place: str) -> None:
-    """Layer, head, query and key, and maybe a number."""
+    """Check links of ``length`` entries: layer, head, query and key, with a number after them if there are five."""
     for link in links:
         whole = link[:4]
         if len(link) != length or not all(isinstance(one, int) for one in whole) or min(whole) < 0:

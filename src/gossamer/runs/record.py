@@ -2,13 +2,13 @@
 
 RUN/config.json        the full configuration, versions, what was measured before training
 RUN/blocks.safetensors the token blocks, train and held-out
-RUN/training.jsonl     one line a step; control.jsonl likewise for the dense control
-RUN/checkpoints/       of the run in progress; control-checkpoints/ likewise
+RUN/training.jsonl     one line per step; control.jsonl is the same for the dense control
+RUN/checkpoints/       checkpoints of the sparse model in training; control-checkpoints/ has those of the control
 RUN/model/             the sparse model
-RUN/adapter/           of a run with LoRA: its adapters and gates without the dense model, a few megabytes
-RUN/dense/             the dense model, where the run itself trained it (gossamer demo)
+RUN/adapter/           for a run with LoRA: its adapters and gates without the dense model, a few megabytes
+RUN/dense/             the dense model, if the run itself trained it (gossamer demo)
 RUN/control/           the dense control: the dense model fine-tuned on the same text for the same steps
-RUN/tensorboard/       what TensorBoard shows, if asked for; wandb/ likewise
+RUN/tensorboard/       logs for TensorBoard, if requested; wandb/ has those for Weights & Biases
 RUN/metrics.json       the metrics, written by gossamer.evaluation
 """
 
@@ -43,7 +43,7 @@ class Run:
     """The directory of a run.
 
     Raises:
-        GossamerError: when something is asked of it that is not there.
+        GossamerError: when a required file is missing or damaged.
     """
 
     folder: Path
@@ -55,12 +55,12 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """Adapters and gates of a run with LoRA."""
+        """The saved adapters and gates of a run with LoRA."""
         return self.folder / "adapter"
 
     @property
     def dense(self) -> str:
-        """What :func:`gossamer.models.pretrained.load_dense` takes for the dense original."""
+        """The name or directory of the dense original, for :func:`gossamer.models.pretrained.load_dense`."""
         own = self.folder / "dense"
         return str(own) if own.exists() else self.config().model
 
@@ -81,29 +81,29 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """The metrics."""
+        """The file of metrics."""
         return self.folder / "metrics.json"
 
     def record(self) -> dict[str, Any]:
-        """The contents of ``config.json``: ``config``, ``constraint``, ``versions``, ``measured``, ``fingerprints``."""
+        """Read ``config.json``: ``config``, ``constraint``, ``versions``, ``measured``, ``fingerprints``."""
         return read_run_record(self.folder)
 
     def read_metrics(self) -> dict[str, Any]:
-        """The contents of ``metrics.json``; empty before the run was evaluated."""
+        """Read ``metrics.json``; empty if the run has not been evaluated."""
         return read_metrics(self.metrics) if self.metrics.exists() else {}
 
     def load_dense(self, device: str | torch.device | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The dense original and its tokenizer; on the GPU, if there is one and nothing else is said.
+        """Load the dense original and its tokenizer, by default on the GPU if there is one.
 
         Raises:
-            GossamerError: if there is no such model any more, or another one in its place.
+            GossamerError: if the model no longer exists, or if another one has taken its place.
         """
         model, tokenizer = load_dense(self.dense)
         self.check_dense(model)
         return model.to(device or run_device()), tokenizer
 
     def check_dense(self, model: PreTrainedModel) -> None:
-        """Stop at a model that is not the one that the run was begun with.
+        """Raise if a model is not the one that the run was started with.
 
         Raises:
             GossamerError: naming the model.
@@ -117,14 +117,14 @@ class Run:
 
     @property
     def text(self) -> str:
-        """The text, to be read again; of a data set on the Hub the commit that the run was begun with."""
+        """The text, for reading it again; a Hub data set is pinned to the commit that the run was started with."""
         return at_commit(self.config().text, self._fingerprint("commit"))
 
     def check_text(self) -> None:
-        """Stop at a text that is not the one that the run was begun with, where that can be told.
+        """Raise if the text is not the one that the run was started with.
 
-        Of local files it can, and of a data set on the Hub, whose commit has to be there still; not of one whose commit
-        the Hub did not say when the run was begun.
+        Local files are checked. A Hub data set must still have the recorded commit; it is not checked if no commit was
+        recorded when the run was started.
 
         Raises:
             GossamerError: naming the text.
@@ -139,20 +139,20 @@ class Run:
             )
 
     def _fingerprint(self, of: str) -> str | None:
-        """As recorded; None in records of earlier versions."""
+        """Get a recorded fingerprint; None if there is none, as in records of earlier versions."""
         found = self.record().get("fingerprints", {}).get(of)
         return None if found is None else str(found)
 
     def config(self) -> RunConfig:
-        """The configuration the run was started with."""
+        """Read the configuration that the run was started with."""
         return RunConfig.from_dict(self.record()["config"], source=str(self.folder / "config.json"))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within the block no other process writes the run; what a killed one left half written in it is removed.
+        """Lock the run against other processes within the block; first remove what a killed process left half-written.
 
         Raises:
-            GossamerError: if another process is at work on it.
+            GossamerError: if another process holds the lock.
         """
         with locked(self.folder):
             remove_staging(self.folder)
@@ -161,7 +161,7 @@ class Run:
             yield
 
     def blocks(self, part: Literal["train", "validation", "held_out"]) -> Int[Tensor, "blocks tokens"]:
-        """The token blocks of one part of the run's text."""
+        """Read the token blocks of one part of the run's text."""
         file = self.folder / "blocks.safetensors"
         if not file.exists():
             raise GossamerError(f"{self.folder} is not a run: it has no blocks.safetensors")
@@ -177,31 +177,31 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
+    """Get the versions of the packages, of Python and of the platform that a run depends on."""
     packages = {name: version(name) for name in ("gossamer", "torch", "transformers", "accelerate")}
     return {**packages, "python": platform.python_version(), "platform": platform.platform()}
 
 
 def run_device() -> torch.device:
-    """Where models of a run are put: the GPU, if there is one."""
+    """Get the device for a run's models: the GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_control(run: Run, device: str | torch.device | None = None) -> PreTrainedModel:
-    """The dense control of a run that has one; on the GPU, if there is one and nothing else is said."""
+    """Load the dense control of a run that has one, by default on the GPU if there is one."""
     control = load_whole(str(run.control), name=str(run.control))
     return control.to(device or run_device()).eval()
 
 
 def load_sparse(run: Run) -> PreTrainedModel:
-    """The sparse model of a finished run."""
+    """Load the sparse model of a finished run."""
     if not run.model.exists():
         raise GossamerError(f"{run.folder} has no sparse model yet; finish it with gossamer sparsify ... --resume")
     return load(run.model, device=run_device())
 
 
 def load_both(run: Run) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dense and the sparse model of a finished run, on one device, and their tokenizer."""
+    """Load the dense and the sparse model of a finished run on one device, and their tokenizer."""
     sparse = load_sparse(run)
     dense, tokenizer = run.load_dense(sparse.device)
     return dense, sparse, tokenizer

@@ -1,8 +1,8 @@
-"""The settings of a run, and the flat mapping from name to value that files and the command line have of them.
+"""The settings of a run, and their flat mapping from name to value for files and the command line.
 
-The fields of the dataclasses say all of it: name, type, default, help and range. Of nested dataclasses the fields stand
-beside the others: those of the multiplier begin with ``multiplier_``, and the constraint is named by its kind, with the
-settings of that kind beside it.
+The fields of the dataclasses define the name, type, default, help and range of each setting. The mapping flattens
+nested dataclasses: names of the multiplier's settings begin with ``multiplier_``; ``constraint`` is the name of a kind,
+and the settings of that kind are on the same level.
 """
 
 import os
@@ -66,7 +66,7 @@ class RunConfig:
     training: TrainingConfig = setting("How to train.", default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        # So that it is found from any folder. smollm2 and self are names, whatever lies beside.
+        # Absolute paths work from any folder. smollm2 and self are always names, even if such a file exists.
         local = {"model": os.path.isdir, "text": os.path.exists, "start_from": os.path.exists}
         for name, is_there in local.items():
             value = getattr(self, name)
@@ -80,7 +80,7 @@ class RunConfig:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps, as many as ``tokens`` fills, at least one."""
+        """Optimiser steps: as many as ``tokens`` fills, at least one."""
         return max(1, self.tokens // self.tokens_per_step)
 
     @property
@@ -89,27 +89,27 @@ class RunConfig:
         return self.steps * self.tokens_per_step
 
     def in_processes(self, count: int) -> "RunConfig":
-        """The same for so many processes that train together."""
+        """Copy the configuration for ``count`` processes that train together."""
         return replace(self, training=replace(self.training, processes=count))
 
     def in_precision(self, precision: Precision) -> "RunConfig":
-        """The same in that precision."""
+        """Copy the configuration with another precision."""
         return replace(self, training=replace(self.training, precision=precision))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "") -> "RunConfig":
-        """The configuration that a flat mapping describes, one that was written down; see :meth:`from_sources`."""
+        """Create a configuration from a recorded flat mapping; see :meth:`from_sources`."""
         return cls.from_sources([SettingsSource(values, source, recorded=True)])
 
     @classmethod
     def from_sources(cls, places: Sequence["SettingsSource"]) -> "RunConfig":
-        """The configuration that several places describe: a later one goes before those before it.
+        """Combine the settings of several sources; later sources override earlier ones.
 
-        What none of them says has its default. A place that names another constraint takes the place of the settings
-        of the constraint before it.
+        A setting that no source gives has its default. If a source chooses another constraint, the settings of the
+        previous constraint in earlier sources are dropped.
 
         Raises:
-            GossamerError: naming the place, the setting and what it takes.
+            GossamerError: naming the source, the setting and the values that it accepts.
         """
         known = settings()
         read = [place.read(known) for place in places]
@@ -134,27 +134,27 @@ class RunConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The flat mapping that :meth:`from_dict` makes this configuration of; of what JSON and YAML can write."""
+        """Create the flat mapping that :meth:`from_dict` reads; JSON and YAML can represent all of its values."""
         return dict(_flat(self))
 
     def check(self) -> None:
-        """Stop at values that a setting does not take.
+        """Raise if a setting has a value that it does not accept.
 
         Raises:
-            GossamerError: naming the setting and what it takes.
+            GossamerError: naming the setting and the values that it accepts.
         """
         RunConfig.from_dict(self.to_dict())
 
 
 @dataclass(frozen=True)
 class SettingsSource:
-    """Settings that were given in one place.
+    """Settings from one source, such as a file or the command line.
 
     Attributes:
-        values: by name.
-        source: the file that they stand in, or whatever else the user calls the place; empty for none.
-        options: whether they were given on the command line, where names are spelled with dashes.
-        recorded: whether they were written down by a run, with what is not set but found.
+        values: values by name.
+        source: the file, or the user's name for another source; empty for none.
+        options: whether they come from the command line, where names are spelled with dashes.
+        recorded: whether a run recorded them; such settings include those that users cannot set.
     """
 
     values: Mapping[str, Any]
@@ -163,16 +163,16 @@ class SettingsSource:
     recorded: bool = False
 
     def called(self, name: str) -> str:
-        """A setting as the user knows it there."""
+        """Get the name of a setting as the user writes it in this source."""
         if self.options:
             return name.upper() if name == "model" else "--" + name.replace("_", "-")
         return f"{self.source}: {name}" if self.source else name
 
     def read(self, known: Mapping[str, Setting]) -> dict[str, Any]:
-        """The values as the dataclasses have them.
+        """Convert the values to the types of the dataclass fields.
 
         Raises:
-            GossamerError: naming the place, the setting and what it takes.
+            GossamerError: naming the source, the setting and the values that it accepts.
         """
         found = {}
         for name, value in self.values.items():
@@ -189,10 +189,10 @@ class SettingsSource:
 
 
 def settings() -> dict[str, Setting]:
-    """All settings by name, in the order of the fields."""
+    """Get all settings by name, in the order of the fields."""
     found: dict[str, Setting] = {}
     for one in _settings_of(RunConfig):
-        if one.name in found:  # two kinds of constraint that call a setting the same
+        if one.name in found:  # two kinds of constraint share the name of a setting
             one = replace(found[one.name], kinds=(*found[one.name].kinds, *one.kinds))
         found[one.name] = one
     return found
@@ -211,7 +211,7 @@ def _settings_of(kind: type[Any], prefix: str = "") -> Iterator[Setting]:
 
 
 def _constraint_settings(name: str, default: str) -> Iterator[Setting]:
-    """The choice of the kind, then the settings of every kind."""
+    """Yield the setting that chooses the kind of constraint, then the settings of every kind."""
     summary = ". ".join(f"{kind.name}: {kind.summary}" for kind in CONSTRAINTS.values())
     yield Setting(name, Literal[tuple(CONSTRAINTS)], f"What is bounded. {summary}.", default)
     for kind in CONSTRAINTS.values():

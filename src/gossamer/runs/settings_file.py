@@ -1,4 +1,4 @@
-"""Files of settings: YAML, a flat mapping from name to value."""
+"""Settings files: YAML with a flat mapping from name to value."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from gossamer.runs.settings import SettingsSource, settings
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key stands twice."""
+    """A YAML loader that rejects duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -28,15 +28,15 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_settings(file: Path) -> SettingsSource:
-    """The settings in a file.
+    """Read the settings in a file.
 
     Raises:
-        GossamerError: if it cannot be read, or holds something else.
+        GossamerError: if the file cannot be read or does not contain settings.
     """
     text = read_text(file, "give a file as gossamer settings prints")
     try:
         found = yaml.load(text, _Loader)
-    except Exception as error:  # numbers and dates that are none, keys that cannot be any: not of one kind
+    except Exception as error:  # invalid numbers, dates and keys raise exceptions of several types
         raise GossamerError(f"{file} is not YAML: {reason(error)}") from error
     if found is None:
         found = {}
@@ -46,12 +46,12 @@ def read_settings(file: Path) -> SettingsSource:
 
 
 def all_settings(values: Mapping[str, Any] | None = None) -> str:
-    """A file with every setting, each under its help.
+    """Write the text of a settings file with every setting, each below its help.
 
-    Settings without a value, and those of another constraint than the chosen one, are commented out.
+    Settings without a value, and those of constraints other than the chosen one, are commented out.
 
     Args:
-        values: of some settings, as a preset has them; all others stand at their defaults.
+        values: values of some settings, such as those of a preset; all others have their defaults.
     """
     known, given = settings(), values or {}
     kind = given.get("constraint", known["constraint"].default)
@@ -74,6 +74,6 @@ def _entry(one: Setting, kind: str, value: Any) -> str:
 
 
 def _yaml_number(value: Any) -> str:
-    """As YAML reads it back: 1.0e-4, since 1e-04 would be a text."""
+    """Write a value so that YAML reads it back: 1.0e-04, since YAML reads 1e-04 as a string."""
     text = json.dumps(value)
     return text.replace("e", ".0e", 1) if isinstance(value, float) and "e" in text and "." not in text else text

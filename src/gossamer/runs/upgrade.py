@@ -1,8 +1,8 @@
-"""Records of earlier versions, read as if this one had written them.
+"""Upgrade records of earlier versions to the current format.
 
-Up to 0.1.0, ``config.json`` nested the settings as their classes are nested, ``training`` and in it ``multiplier``, and
-counted steps instead of tokens, and had those of both constraints, tau, slack and epsilon, whichever was chosen. No
-record said in words what was bounded. The trainer of then was another: what only it had is left out.
+Up to 0.1.0, ``config.json`` nested the settings like their classes (``training``, and ``multiplier`` inside it). It
+counted steps instead of tokens, and contained the settings of both constraints (tau, slack and epsilon), whichever was
+chosen. No record described in words what was bounded. Settings that only the trainer of that version had are left out.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ _WORDS = {
 
 
 def upgraded_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a ``config.json`` of any version as those of this one."""
+    """Convert the contents of a ``config.json`` of any version to the current format."""
     old = record.get("config", {})
     if not isinstance(old.get("training"), dict):
         return record
@@ -36,7 +36,7 @@ def upgraded_record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def upgraded_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The contents of a ``metrics.json`` of any version, with what this one says of the constraint."""
+    """Convert the contents of a ``metrics.json`` of any version: add the current description of the constraint."""
     if "constraint" not in metrics or "constraint_label" in metrics:
         return metrics
     name = metrics["constraint"]

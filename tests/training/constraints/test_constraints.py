@@ -1,4 +1,4 @@
-"""What each kind of constraint measures, bounds and says, against PyTorch and arithmetic by hand."""
+"""Measures, bounds and messages of each kind of constraint, compared with PyTorch and worked examples."""
 
 import math
 from dataclasses import fields
@@ -58,7 +58,7 @@ def test_what_pulls_is_a_mixture_of_the_text_and_the_teacher() -> None:
 
 
 def test_the_error_is_that_of_what_the_bound_leaves_open() -> None:
-    """The blocks of both models spread by the text: only their differences tell, unless the bound is a number."""
+    """Block losses of both models vary with the text, so differences are used unless the bound is a given number."""
     sparse, dense = figures([1.0, 3.0, 5.5], [0.1, 0.3, 0.2]), figures([1.0, 3.0, 5.0])
     own, given = CrossEntropy(slack=0.0).outcome(sparse, dense), CrossEntropy(tau=4.0).outcome(sparse, dense)
     assert (own.value, own.bound, own.met) == (pytest.approx(9.5 / 3), pytest.approx(3.0), False)

@@ -1,4 +1,4 @@
-"""A kind of constraint that only this file and one line in the registry know of, from the settings to the page."""
+"""A new kind of constraint, defined in this file and one line of the registry, works from settings to page."""
 
 import json
 import sys
@@ -65,7 +65,7 @@ def registered() -> Iterator[None]:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The command line in this process; gives what it printed."""
+    """A function that runs the command line in this process and returns its output."""
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["gossamer", *map(str, arguments)])
