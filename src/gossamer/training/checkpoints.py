@@ -1,4 +1,4 @@
-"""Training checkpoints on disk: which there are, and whether their files are as they were written."""
+"""Training checkpoints on disk: list them and verify their files."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ _SEAL = "checksums.json"
 def write_checksums(checkpoint: Path) -> None:
     """Record size and CRC-32 of every file of a checkpoint, for :func:`checkpoint_error`, and flush all to disk.
 
-    The files get the modes of new files.
+    The files get the permissions of newly created files.
     """
     set_modes(checkpoint)
     sums = {}
@@ -24,7 +24,7 @@ def write_checksums(checkpoint: Path) -> None:
 
 
 def checkpoint_error(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None if they are as they were written."""
+    """Describe what is wrong with a checkpoint's files; None if they are intact."""
     try:
         sums: dict[str, list[int]] = read_json(checkpoint / _SEAL, dict[str, list[int]])
     except GossamerError:
@@ -41,12 +41,12 @@ def checkpoint_error(checkpoint: Path) -> str | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """List the checkpoints in a folder, oldest first."""
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def last_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint without a fault, and one line about each newer one that has one."""
+    """Find the newest intact checkpoint; also return one line about each newer, damaged one."""
     faults: list[str] = []
     for checkpoint in reversed(checkpoints(folder)):
         if (wrong := checkpoint_error(checkpoint)) is None:

@@ -1,6 +1,6 @@
-"""Text -> blocks of tokens, split into training and held-out text.
+"""Turn text into blocks of tokens, split into training and held-out text.
 
-documents  ->  held out: the last 5 % of each file's characters, or of a Hub data set one document in 20
+documents  ->  held out: the last 5 % of each file's characters; of a Hub data set, one document in 20
            ->  tokens, joined by the end-of-text token  ->  blocks of exactly seq_len tokens, the ragged tail dropped
            ->  a seeded choice of blocks
 """
@@ -28,29 +28,29 @@ from gossamer.training.documents import is_local, read_documents, text_files
 from gossamer.training.tokens import tokens_of
 
 HELD_OUT = 0.05
-"""Share of a file's characters that is held out, at its end."""
+"""Share of a file's characters, at its end, that is held out."""
 
 ONE_IN = 20
-"""One document in so many is held out, where the end of the text is not known."""
+"""One in this many documents is held out where the length of the text is unknown."""
 
 _CHARACTERS_PER_TOKEN = 8
-"""More than text in any language needs: how much of a Hub data set is read for a number of tokens."""
+"""Characters of a Hub data set to read per token; more than text in any language needs."""
 
 _READ_WHOLE = 2**24
-"""Tokens of a text up to which all of its blocks can be chosen."""
+"""Up to this many tokens of a text, training blocks are chosen among all of its blocks."""
 
 _CHOICE = 20
-"""Of a longer text, blocks to choose from for each one wanted."""
+"""In a longer text, the number of blocks to choose from per requested block."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token blocks, ``[blocks, seq_len]``; no token is in two of the parts.
+    """Token blocks, ``[blocks, seq_len]``; the three parts do not overlap.
 
     Attributes:
-        train: to train on.
-        validation: unseen text that the multiplier is steered by.
-        held_out: unseen text that metrics are reported on.
+        train: training blocks.
+        validation: unseen blocks that steer the multiplier.
+        held_out: unseen blocks for the reported metrics.
     """
 
     train: Int[Tensor, "blocks tokens"]
@@ -60,13 +60,13 @@ class Blocks:
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """How many blocks of each part, and how long.
+    """Number of blocks of each part, and their length.
 
     Attributes:
         seq_len: tokens in a block.
         train: training blocks.
-        validation: at most so many validation blocks.
-        held_out: at most so many held-out blocks.
+        validation: maximum number of validation blocks.
+        held_out: maximum number of held-out blocks.
     """
 
     seq_len: int
@@ -76,7 +76,7 @@ class BlockCounts:
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
-    """Blocks as transformers' Trainer takes them: ``{"input_ids": [seq_len]}``."""
+    """Blocks in the form that transformers' Trainer expects: ``{"input_ids": [seq_len]}``."""
 
     def __init__(self, blocks: Int[Tensor, "blocks tokens"]) -> None:
         self.blocks = blocks
@@ -97,18 +97,19 @@ def load_blocks(
     model: PreTrainedModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
-    """Training and held-out blocks of a text; the same arguments give the same blocks.
+    """Load training and held-out blocks of a text; deterministic in its arguments.
 
     Args:
         text: a local file (see :mod:`gossamer.training.documents`), a directory of such files, the id of
             a Hub data set with a column ``text`` as ``[hub:]NAME[@REVISION][:CONFIG[:SPLIT]]``, or ``self``.
         tokenizer: of the model.
-        counts: how many blocks. Training blocks are a seeded choice among all there are (of a very long text, among
-            the first 20 times as many); of a text with fewer, blocks come again once all have come. Validation blocks
-            are evenly spaced over the held-out text and at most a third of it, held-out blocks over the rest of it.
-        seed: of the choice, and of the text sampled from the model.
-        model: for ``self``, and to see that it knows the tokens.
-        progress: called with the number of blocks sampled so far, and of all, for ``self``.
+        counts: how many blocks. Training blocks are chosen at random from all blocks of the text, or from the first 20
+            times as many of a very long text. If the text has too few, they repeat once all have been used. Validation
+            blocks are evenly spaced over the held-out text and take up at most a third of it; held-out blocks are
+            evenly spaced over the rest.
+        seed: seed of the choice, and of the text sampled from the model.
+        model: samples the text if that is ``self``; otherwise only used to check that it has embeddings for all tokens.
+        progress: for ``self``, called with the number of blocks sampled so far and the total.
 
     Raises:
         GossamerError: naming the text and what is wrong with it.
@@ -145,13 +146,13 @@ def load_blocks(
 
 
 def _spaced(count: int, chosen: int) -> Int[Tensor, " chosen"]:
-    """At most ``chosen`` of ``count`` indices, evenly spaced, each once."""
+    """Choose at most ``chosen`` of ``count`` indices, evenly spaced, without repetition."""
     step = max(1.0, count / chosen)
     return (torch.arange(min(chosen, count)) * step + step / 2 - 0.5).round().long().clamp(max=count - 1).unique()
 
 
 def _read_hub(text: str, *, characters: int) -> Iterator[str]:
-    """The first documents of a Hub data set, until there are enough characters."""
+    """Read documents from the start of a Hub data set until there are enough characters."""
     with hub_faults(text):
         for row in hub_stream(text):
             document = row["text"] or ""  # of a column that has nulls
@@ -162,9 +163,9 @@ def _read_hub(text: str, *, characters: int) -> Iterator[str]:
 
 
 def split(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Training documents and held-out ones: the last 5 % of the characters, cutting the document at the border.
+    """Split documents into training and held-out text: the last 5 % of the characters, cutting a document if needed.
 
-    Blank ones are left out.
+    Blank documents are dropped.
     """
     cut = round(sum(map(len, documents)) * (1 - HELD_OUT))
     train, held_out = [], []
@@ -177,19 +178,19 @@ def split(documents: list[str]) -> tuple[list[str], list[str]]:
 
 
 def is_held_out(document: str) -> bool:
-    """Whether a document is held out: it depends on nothing but its text, so copies of it are too."""
+    """Whether a document is held out. This depends only on its text, so all copies are treated alike."""
     return zlib.crc32(document.encode(errors="replace")) % ONE_IN == 0
 
 
 def part_of(document: str | None) -> Literal["train", "held out"] | None:
-    """The part that a document belongs to by its checksum; None if it is blank, which stands for nothing."""
+    """The part that a document belongs to by its checksum; None if it is blank."""
     if not document or not document.strip():
         return None
     return "held out" if is_held_out(document) else "train"
 
 
 def split_by_checksum(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Training documents and held-out ones, the same however much of the text was read; none that are blank."""
+    """Split documents by checksum, so that the split does not depend on how much was read; drop blank ones."""
     parts = list(map(part_of, documents))
     train, held_out = (
         [document for document, part in zip(documents, parts, strict=True) if part == wanted]
@@ -207,12 +208,12 @@ def pack(
     least: int = 1,
     most: int | None = None,
 ) -> Int[Tensor, "blocks tokens"]:
-    """Documents as blocks of ``seq_len`` tokens, the end-of-text token after each document.
+    """Pack documents into blocks of ``seq_len`` tokens, with the end-of-text token after each document.
 
-    No more is read and tokenised than ``most`` blocks need, give or take a batch of documents or a piece of one.
+    Reads and tokenises only what ``most`` blocks need, up to a batch of documents or a piece of one more.
 
     Raises:
-        GossamerError: if there are not enough tokens for ``least`` blocks; ``name`` says of what.
+        GossamerError: if there are not enough tokens for ``least`` blocks; the message begins with ``name``.
     """
     wanted = math.inf if most is None else most * seq_len
     parts, count = [torch.empty(0, dtype=torch.int32)], 0
@@ -240,14 +241,14 @@ def sample_blocks(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int[Tensor, "blocks tokens"]:
-    """Text sampled from the model at temperature 1, each block starting with the start-of-text token.
+    """Sample text from the model at temperature 1; each block starts with the start-of-text token.
 
-    The end-of-text token does not end a block: what the model says after it belongs to the text. The model's
-    own generation settings are set aside, and the global random state is left as it was. ``progress`` is called after
-    every batch with the number of blocks so far, and of all.
+    An end-of-text token does not end a block; sampling continues after it. The model's own generation settings are
+    ignored, and the global random state is preserved. ``progress`` is called after every batch with the number of
+    blocks so far and the total.
 
     Raises:
-        GossamerError: if the tokenizer has no token to start from, or the model does not know it.
+        GossamerError: if the tokenizer has no token to start from, or the model has no embedding for it.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -275,9 +276,9 @@ def sample_blocks(
 
 @contextmanager
 def _unadorned(model: PreTrainedModel) -> Iterator[None]:
-    """The model without dropout and without the generation settings it was published with.
+    """Context manager that disables the model's dropout and published generation settings.
 
-    Those would be merged into every call of ``generate``: an end token, penalties, suppressed tokens.
+    ``generate`` would otherwise apply those settings: an end token, penalties, suppressed tokens.
     """
     settings, training = model.generation_config, model.training
     model.generation_config = GenerationConfig()

@@ -1,7 +1,7 @@
-"""Data sets on the Hugging Face Hub: their rows, and the commit that they are read at.
+"""Data sets on the Hugging Face Hub: their rows, and the commit at which they are read.
 
-A text is ``[hub:]NAME[@REVISION][:CONFIG[:SPLIT]]``; the revision is a branch, a tag or a commit. A run reads the
-commit that it was begun with, whatever is pushed to the repository meanwhile.
+A text is ``[hub:]NAME[@REVISION][:CONFIG[:SPLIT]]``; the revision is a branch, a tag or a commit. A run keeps
+reading the commit that it started with, even if the repository changes.
 """
 
 import os
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class DataSet(NamedTuple):
-    """What a text says of a data set; empty where it says nothing.
+    """The parts of a data set's name; empty strings where the text does not give them.
 
     Attributes:
-        name: of the repository, or a directory laid out like one.
-        revision: of the repository.
+        name: the repository, or a directory with the same layout.
+        revision: revision of the repository.
         config: one of its configurations.
         part: one of its splits.
     """
@@ -34,14 +34,14 @@ class DataSet(NamedTuple):
 
     @classmethod
     def of(cls, text: str) -> "DataSet":
-        """The data set that a text names."""
+        """Parse the text that names a data set."""
         where, config, part = (*text.removeprefix(HUB).split(":", 2), "", "")[:3]
         name, _, revision = (where, "", "") if os.path.isdir(where) else where.partition("@")
         return cls(name, revision, config, part)
 
 
 def data_set_commit(text: str) -> str | None:
-    """The commit that a data set on the Hub is at now; None of other texts, and where the Hub does not say it."""
+    """Get the current commit of a data set on the Hub; None for other texts, or if the Hub cannot tell."""
     from huggingface_hub import HfApi
 
     if text == SELF or is_local(text) or os.path.isdir(DataSet.of(text).name):
@@ -49,12 +49,12 @@ def data_set_commit(text: str) -> str | None:
     name, revision, *_ = DataSet.of(text)
     try:
         return HfApi().dataset_info(name, revision=revision or None).sha
-    except Exception:  # whoever reads the text says what is wrong with it
+    except Exception:  # reading the text will report what is wrong
         return None
 
 
 def at_commit(text: str, commit: str | None) -> str:
-    """The text as it was at a commit; as it is if None."""
+    """Pin a text to a commit; None leaves it as it is."""
     if commit is None:
         return text
     name, _, config, part = DataSet.of(text)
@@ -62,7 +62,7 @@ def at_commit(text: str, commit: str | None) -> str:
 
 
 def check_commit(text: str, commit: str) -> None:
-    """Stop at a data set of which a commit cannot be read any more.
+    """Raise if a commit of a data set can no longer be read.
 
     Raises:
         GossamerError: naming the text and the commit.
@@ -81,10 +81,10 @@ def check_commit(text: str, commit: str) -> None:
 
 
 def hub_stream(text: str) -> "IterableDataset":
-    """The rows of a data set, read when asked for: the column ``text`` alone.
+    """Open the column ``text`` of a data set as a stream that is read lazily.
 
     Raises:
-        GossamerError: if there is no such data set within reach, or it has no such column.
+        GossamerError: if the data set cannot be reached, or has no such column.
     """
     from datasets import load_dataset
 
@@ -100,12 +100,12 @@ def hub_stream(text: str) -> "IterableDataset":
 
 @contextmanager
 def hub_faults(text: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a Hub data set into a GossamerError."""
+    """Context manager that turns every error of a Hub data set into a GossamerError."""
     try:
         yield
     except GossamerError:
         raise
-    except Exception as error:  # the Hub client raises dozens of kinds, all of them a data set out of reach
+    except Exception as error:  # the Hub client raises dozens of types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GossamerError(
             f"no text {text}: there is no such file, and as a Hub data set it cannot be read ({reason})"

@@ -1,8 +1,8 @@
-"""Several processes that train one model: who writes, who waits, and how all of them end when one does.
+"""Training in several processes: which one writes, which ones wait, and how all of them stop when one fails.
 
-torchrun or ``accelerate launch`` starts them, and each goes through the same code. The first one alone prepares, prints
-and writes; the others wait for it and read what it wrote. What can fail on one process only stands in
-:func:`synchronized`, so that no process waits for one that is gone. With one process nothing here does anything.
+torchrun or ``accelerate launch`` starts the processes, and all run the same code. Only the first one prepares, prints
+and writes; the others wait and read what it wrote. Code that can fail in a single process runs inside
+:func:`synchronized`, so that no process waits for one that has ended. With a single process, these functions do nothing.
 """
 
 import os
@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from gossamer.errors import CollectiveError, GossamerError, one_line
 
 PATIENCE = timedelta(hours=6)
-"""How long a process waits for another: as long as the first may need to prepare a large text."""
+"""How long a process waits for another; the first one may need this long to prepare a large text."""
 
 HOW_TO_GO_ON = "go on with the same command and --resume"
 
@@ -29,15 +29,15 @@ _T = TypeVar("_T")
 
 
 def processes() -> PartialState:
-    """This process among those of the run; the first call joins them."""
+    """The state of this process within the run; the first call joins the process group."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def check_processes(wanted: int) -> None:
-    """Stop if a run for another number of processes is to be trained.
+    """Raise if the run is meant for another number of processes.
 
     Raises:
-        GossamerError: saying how many there are.
+        GossamerError: with both numbers.
     """
     if (found := processes().num_processes) != wanted:
         raise GossamerError(
@@ -48,10 +48,10 @@ def check_processes(wanted: int) -> None:
 
 @contextmanager
 def synchronized() -> Iterator[None]:
-    """Leave the block only when all processes are through it; a fault of one of them ends it on all.
+    """Context manager that all processes leave together; an error in one is raised in all of them.
 
     Raises:
-        StoppedTogether: on every process, in the words of the first one that raised a GossamerError or OSError.
+        CollectiveError: in every process, with the message of the first one that raised a GossamerError or OSError.
     """
     here = processes()
     if here.num_processes == 1:
@@ -69,10 +69,10 @@ def synchronized() -> Iterator[None]:
 
 
 def on_main_process(work: Callable[[], _T]) -> _T:
-    """What ``work`` returns on the first process, on all of them; it runs there only.
+    """Run ``work`` in the first process only and return its result in all of them.
 
     Raises:
-        StoppedTogether: on every process, if it raised a GossamerError or OSError there.
+        CollectiveError: in every process, if ``work`` raised a GossamerError or OSError.
     """
     found: list[_T | None] = [None]
     with synchronized():
@@ -82,15 +82,15 @@ def on_main_process(work: Callable[[], _T]) -> _T:
 
 
 def collective_error(line: str) -> GossamerError:
-    """What to raise for a fault that all processes find at the same place."""
+    """Create the exception for an error that all processes detect at the same point."""
     return CollectiveError(line) if processes().num_processes > 1 else GossamerError(line)
 
 
 def exit_on_sigterm() -> None:
-    """Let a process that its launcher ends, because another one ended, say how to go on, and end at once.
+    """On SIGTERM, which a launcher sends when another process has ended, print how to continue and exit at once.
 
-    A signal handler of Python's would have to wait for the collective call that waits for the process that is gone.
-    Only the first two processes speak: one of them is left if the other was the one that ended.
+    A Python signal handler would not run until the collective call returns, which waits for the process that has ended.
+    Only the first two processes print: if one of them is the one that ended, the other is left.
     """
     here = processes()
     if here.num_processes == 1:
@@ -112,7 +112,7 @@ def exit_on_sigterm() -> None:
 
 
 def leave_process_group() -> None:
-    """Part from the other processes, when all have come here; from then on each ends on its own, in silence."""
+    """Leave the process group once all processes have arrived; afterwards each ends independently and silently."""
     here = processes()
     if here.num_processes == 1:
         return
@@ -124,7 +124,7 @@ def leave_process_group() -> None:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether the error of a collective call says that another process is gone."""
+    """Whether an error of a collective call means that another process has ended."""
     if not torch.distributed.is_initialized():
         return False
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")

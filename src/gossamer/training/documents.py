@@ -1,13 +1,13 @@
-"""The documents of a text on this machine: a file, or a folder of files.
+"""Read the documents of a local text: a file, or a folder of files.
 
     .txt           one document
-    .jsonl         a document a line, under the key ``text``
+    .jsonl         one document per line, under the key ``text``
     .json          the same, or a list of such objects, or a single one
 
-each also compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``. Endings may be in capitals.
+Each may be compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``. Upper-case suffixes work too.
 
-Of a folder all files count that end so, in the folders below it too, in order of their names. What a name with a dot
-begins is hidden: backups of notebooks, what macOS leaves beside a file. Links are followed, to nothing twice.
+From a folder, all files with these suffixes are read, including subfolders, sorted by name. Names that start with a dot
+are skipped, such as notebook backups and macOS metadata. Symbolic links are followed; no file is read twice.
 """
 
 import bz2
@@ -29,7 +29,7 @@ from gossamer.errors import GossamerError
 from gossamer.names import SELF
 
 HUB = "hub:"
-"""Before the name of a Hub data set, where a local file has the same name."""
+"""Prefix of the name of a Hub data set, needed where a local file has the same name."""
 
 KINDS = (".txt", ".jsonl", ".json")
 
@@ -46,14 +46,14 @@ _NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 ENDINGS = f"{', '.join(KINDS)}, each also with {', '.join(_NAMES)}"
 
 _END = 1 << 16
-"""Bytes at each end of a file that tell it from another one of its size."""
+"""Bytes at each end of a file that enter its fingerprint."""
 
 _SHOWN = 3
-"""Names that are given of each kind of what was passed over."""
+"""Maximum number of skipped names listed per reason."""
 
 
 def file_kind(name: str) -> tuple[str, str] | None:
-    """Kind and compression of a file by its name, as ``(".jsonl", ".gz")``; None if it is no text."""
+    """Kind and compression of a file by its name, as ``(".jsonl", ".gz")``; None if it is not a text file."""
     stem, ending = os.path.splitext(name.lower())
     compression = ending if ending in _OPENERS else ""
     kind = os.path.splitext(stem)[1] if compression else ending
@@ -61,10 +61,10 @@ def file_kind(name: str) -> tuple[str, str] | None:
 
 
 def is_local(text: str) -> bool:
-    """Whether a text is a file or directory, not a Hub data set.
+    """Whether a text is a local file or directory rather than a Hub data set.
 
     Raises:
-        GossamerError: if it looks like one that is not there.
+        GossamerError: if it looks like a local path that does not exist.
     """
     if os.path.exists(text):
         return True
@@ -75,10 +75,10 @@ def is_local(text: str) -> bool:
 
 
 def text_files(path: Path) -> list[Path]:
-    """The files of a text: itself, or those in a directory, in order of their names.
+    """List the files of a text: the file itself, or those in a directory, sorted by name.
 
     Raises:
-        GossamerError: if a directory holds none, or cannot be read.
+        GossamerError: if a directory contains none, or cannot be read.
     """
     if not path.is_dir():
         return [path]
@@ -89,7 +89,7 @@ def text_files(path: Path) -> list[Path]:
 
 
 def skipped_files(text: str) -> str | None:
-    """One line on what is not read of a text that is a directory; None if all of it is."""
+    """Describe in one line which files of a directory are not read; None if all of them are."""
     if not os.path.isdir(text):
         return None
     said = _list(_Folder(Path(text)).skipped)
@@ -97,10 +97,10 @@ def skipped_files(text: str) -> str | None:
 
 
 def text_fingerprint(text: str) -> str | None:
-    """The CRC-32 of the names, sizes and both ends of a text's files; None of a text that is not on this machine.
+    """Compute the CRC-32 of the names, sizes and both ends of a text's files; None for a text that is not local.
 
     Raises:
-        GossamerError: if it is gone, or cannot be read.
+        GossamerError: if the text no longer exists, or cannot be read.
     """
     if text == SELF:
         return None
@@ -137,9 +137,9 @@ def _list(names: dict[str, list[str]]) -> str:
 
 @dataclass
 class _Folder:
-    """What is in a directory: files of text, and by reason the names of what is none.
+    """The contents of a directory: its text files, and the skipped names by reason.
 
-    What is really there goes before what is linked, so that a file is found under its own name.
+    Links are visited last, so that a file is listed under its own name.
     """
 
     path: Path
@@ -176,7 +176,7 @@ class _Folder:
                 self._read(path)
         elif (kind := file_kind(path.name)) is None:
             self._skip(path, "of another kind")
-        elif not path.exists():  # a link to nothing: reading it says so
+        elif not path.exists():  # a dangling link; reading it raises the error
             self.files.append(path)
         elif not path.is_file():
             self._skip(path, "no file")
@@ -200,7 +200,7 @@ class _Folder:
 
 
 def _has_documents(path: Path) -> bool:
-    """Whether a .json file is a text: many are settings that lie beside one."""
+    """Whether a .json file contains documents; many are settings instead."""
     try:
         return next(read_documents(path), None) is not None
     except GossamerError:
@@ -208,7 +208,7 @@ def _has_documents(path: Path) -> bool:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a file, or of all files of a directory in order of their names.
+    """Read the documents of a file, or of all files of a directory sorted by name.
 
     Raises:
         GossamerError: naming the file, and for JSON the line, that cannot be read.
@@ -231,7 +231,7 @@ def read_documents(path: Path) -> Iterator[str]:
     except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise GossamerError(f"{path} is not a whole {_NAMES[compression]} file: {error}") from error
     except OSError as error:
-        # An error of the system has a number; those of the decompressors have none.
+        # Errors of the operating system have an errno; those of the decompressors have none.
         if error.errno is None and compression:
             raise GossamerError(f"{path} is not a whole {_NAMES[compression]} file: {error}") from error
         raise GossamerError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -242,7 +242,7 @@ def _json_documents(stream: io.TextIOWrapper, path: Path, *, lines: bool) -> Ite
         if not line.strip():
             continue
         if not lines:
-            with suppress(ValueError, RecursionError):  # a value that goes over several lines, or no JSON
+            with suppress(ValueError, RecursionError):  # a value that spans several lines, or invalid JSON
                 lines = isinstance(json.loads(line), dict)
             if not lines:
                 yield from _whole_documents("\n" * (number - 1) + line + stream.read(), path)

@@ -1,4 +1,4 @@
-"""The gate biases before training and after it: where they start, and the shift that brings a run inside its bound."""
+"""Initial values of the gate biases, and the shift after training that brings a run inside its bound."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,19 +14,19 @@ from gossamer.models.architectures import attention_modules
 from gossamer.models.attention import counted_links, forced_open
 
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1.0
-"""Between these attention weights lies the one above which gates are open at the start."""
+"""Range of the attention weight above which gates are initially open."""
 
 START_STEPS = 7
-"""Halvings of that range, on a logarithmic scale."""
+"""Number of bisection steps over that range, on a logarithmic scale."""
 
 LARGEST_SHIFT = 8.0
-"""Of the biases, in :func:`calibrate`: almost every gate is open then."""
+"""Largest shift of the biases in :func:`calibrate`; it opens almost every gate."""
 
 SMALLEST_SHIFT, SHIFT_GROWTH = 0.125, 4.0
-"""The first shift that is tried, and the factor to the next."""
+"""The first shift tried, and the factor between successive ones."""
 
 CALIBRATION_STEPS = 4
-"""Halvings of the range in which the smallest shift lies."""
+"""Number of bisection steps over the range that contains the smallest shift."""
 
 
 def gate_biases(model: nn.Module) -> list[nn.Parameter]:
@@ -36,7 +36,7 @@ def gate_biases(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def mean_log_sum_exp(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "layers heads"]:
-    """The mean over all queries of the log of attention's denominator, of the model with every gate open."""
+    """Mean over all queries of the log of the softmax denominator, with every gate open."""
     with forced_open(model), counted_links(model) as counts:
         model(input_ids=input_ids, use_cache=False)
     return torch.stack([counts[layer].log_sum_exp.float().mean((0, 2)) for layer in sorted(counts)])
@@ -47,22 +47,22 @@ def open_above(model: PreTrainedModel, weight: float, log_sum_exp: Float[Tensor,
     """Set the biases so that gates are open where attention weights exceed ``weight``.
 
     log P = S - log_sum_exp, so with b = -log(weight) - log_sum_exp the gate logit S + b is positive exactly where
-    P > weight; a head has one bias, so the mean of its queries' log_sum_exp stands for each.
+    P > weight. A head has one bias, so the mean over its queries is used for log_sum_exp.
     """
     for bias, own in zip(gate_biases(model), log_sum_exp, strict=True):
         bias.copy_(-math.log(weight) - own)
 
 
 def open_to(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], violation: Callable[[], float]) -> float:
-    """Open the gates, all at one attention weight, as few as keep the violation at or below 0.
+    """Open as few gates as keep the violation at or below 0, with one attention weight as the threshold for all.
 
     Args:
         model: a gated model, in ``eval()`` mode.
-        input_ids: text on which the heads' denominators are measured.
-        violation: measures the model with the biases it has.
+        input_ids: text on which the softmax denominators are measured.
+        violation: measures the model with its current biases.
 
     Returns:
-        The attention weight: the largest in the range that does, or the smallest if none does.
+        The threshold: the largest one in the range that does so, or the smallest if none does.
     """
     log_sum_exp = mean_log_sum_exp(model, input_ids)
     low, high = math.log(SMALLEST_WEIGHT), math.log(LARGEST_WEIGHT)
@@ -76,7 +76,7 @@ def open_to(model: PreTrainedModel, input_ids: Int[Tensor, "batch tokens"], viol
 
 @contextmanager
 def shifted(model: PreTrainedModel, shift: float) -> Iterator[None]:
-    """Within it, every gate bias is larger by ``shift``."""
+    """Context manager that adds ``shift`` to every gate bias."""
     before = [bias.detach().clone() for bias in gate_biases(model)]
     with torch.no_grad():
         for bias in gate_biases(model):
@@ -91,11 +91,11 @@ def shifted(model: PreTrainedModel, shift: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What :func:`calibrate` found.
+    """Result of :func:`calibrate`.
 
     Attributes:
-        shift: was added to every gate bias; 0 if none was needed, None if none helps (nothing was changed then).
-        violation: before it.
+        shift: what was added to every gate bias; 0 if nothing was needed, None if no shift helps and none was applied.
+        violation: the violation before the shift.
     """
 
     shift: float | None
@@ -105,11 +105,11 @@ class Calibration:
 def calibrate(model: PreTrainedModel, violation: Callable[[], float]) -> Calibration:
     """Shift all gate biases by the smallest common amount that brings the violation to 0 or below, by bisection.
 
-    The violation need not fall all the way as gates open, so the shift that is kept is one that was measured.
+    The violation need not fall monotonically as gates open, so the returned shift is always one that was measured.
 
     Args:
         model: a gated model, in ``eval()`` mode.
-        violation: measures the model, hard gates, with the biases it has.
+        violation: measures the model with hard gates and its current biases.
     """
     before = violation()
     if before <= 0:

@@ -1,4 +1,4 @@
-"""Keep memory that was freed: half of a training step on a CPU can go into page faults of malloc."""
+"""Make malloc keep freed memory; otherwise page faults can take half of a training step on a CPU."""
 
 import ctypes
 import sys

@@ -1,4 +1,4 @@
-"""The Lagrange multiplier of the constraint, and how it moves: a PI controller on the running violation.
+"""The Lagrange multiplier of the constraint, updated by a PI controller on the running violation.
 
     minimise   log f   subject to   c <= bound
     primal     (log f + lambda * c / unit) / (1 + lambda)
@@ -6,15 +6,14 @@
 
 with f the open fraction (:mod:`gossamer.training.objective`), c what the constraint measures, ``unit`` the
 constraint's own scale (epsilon, or a tenth of a nat of cross-entropy) and v the running violation (c - bound) /
-tolerance, clipped to one either way; the tolerance is the unit, or the bound where that is less. lambda says how many
-per cent of the links one per cent of the unit is worth. On trained models that is near 1 in the end, whatever the bound
-(docs/LOG.md), so it is not a setting that a user has to find. It starts lower: weights make good for links that closed
-early.
+tolerance, clipped to [-1, 1]; the tolerance is the unit, or the bound if that is smaller. lambda says how many per cent
+of the links one per cent of the unit is worth. At the end of training it is near 1, whatever the bound (docs/LOG.md),
+so users do not have to tune it. It starts lower, since weights can compensate for links that closed early.
 
-The proportional part answers at once and forgets at once; I finds the lambda that the run at hand needs, in a share of
-its steps. Both are small: what a step measures is noisy, and gates that a high lambda opens again have been closed in
-vain. I does not fall below its start: what it would lose while there is room under the bound, it would lack when the
-gates have used that up. The dual step is multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the
+The proportional part responds to the current violation only; I finds the lambda that the run needs over part of its
+steps. Both gains are small: single steps are noisy, and closing gates that a high lambda opens again wastes steps. I
+does not fall below its start, because what it lost while the run is inside the bound would be missing when the gates
+have used up that room. The dual step is multiplicative as in GECO (Rezende & Viola 2018, arXiv 1810.00597), the
 controller that of Sohrabi et al. 2024 (arXiv 2406.04558), and dividing by 1 + lambda keeps the size of the gradient
 steady.
 """
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_VIOLATION = 1.0
-"""What the controller sees of a violation at most, either way."""
+"""Violations are clipped to this absolute value."""
 
 
 @documented
 @dataclass(frozen=True)
 class MultiplierConfig:
-    """How the multiplier moves."""
+    """Settings of the multiplier."""
 
     initial: float = setting(
         "lambda before the first step, and the lower limit of its integral part.", 0.3, least=1e-4, most=1e4
@@ -59,11 +58,11 @@ class MultiplierConfig:
 
 
 class Multiplier:
-    """lambda: ``log_value`` (I) and the violation that it answers, in tolerances of the constraint.
+    """lambda, computed from ``log_value`` (I) and the latest violation, in tolerances of the constraint.
 
     Args:
-        config: how it moves.
-        steps: of the whole run.
+        config: its settings.
+        steps: number of steps of the whole run.
     """
 
     def __init__(self, config: MultiplierConfig, steps: int) -> None:
@@ -77,17 +76,17 @@ class Multiplier:
         return math.exp(self.log_value + self.config.proportional * self.violation)
 
     def dual_step(self, violation: float) -> None:
-        """Answer the running violation (c - bound) / tolerance."""
+        """Update with the running violation (c - bound) / tolerance."""
         self.violation = min(max(violation, -LARGEST_VIOLATION), LARGEST_VIOLATION)
         moved = self.log_value + self.config.integral / self.steps * self.violation
         self.log_value = max(moved, math.log(self.config.initial))
 
     def state_dict(self) -> dict[str, float]:
-        """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
+        """The complete state, for :meth:`load_state_dict`; JSON represents it exactly."""
         return {"log_value": self.log_value, "violation": self.violation}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore a state from :meth:`state_dict`."""
         self.log_value, self.violation = state["log_value"], state["violation"]
 
     def __repr__(self) -> str:
@@ -95,14 +94,14 @@ class Multiplier:
 
 
 class RunningViolation:
-    """The violation on unseen text, step by step, in tolerances of the constraint.
+    """Estimate of the violation on unseen text after each step, in tolerances of the constraint.
 
-    A training batch is unseen text until its update, and costs nothing to measure; but one batch is little text, and it
-    comes from the documents that the model trains on. So the running mean over batches says how the violation moves,
-    and each measurement on the validation blocks says how far that mean is off.
+    A training batch is unseen text until its update, and measuring it costs nothing. But a batch is small, and comes from
+    the documents that the model trains on. So the running mean over batches tracks changes of the violation, and each
+    measurement on the validation blocks corrects its offset.
 
     Args:
-        decay: of the running mean, per step.
+        decay: decay of the running mean per step.
     """
 
     def __init__(self, decay: float) -> None:
@@ -113,16 +112,16 @@ class RunningViolation:
 
     @property
     def value(self) -> float | None:
-        """The violation; None before anything was measured."""
+        """The violation; None before the first measurement."""
         return None if self.mean is None else self.mean + (self.offset or 0.0)
 
     def add_batch(self, violation: float) -> None:
-        """Take in what a training step measured before its update."""
+        """Add what a training step measured before its update."""
         self.mean = self._averaged(self.mean, violation, self.decay)
         self.slow_mean = self._averaged(self.slow_mean, violation, math.sqrt(self.decay))
 
     def add_validation(self, violation: float, *, alone: bool = False) -> None:
-        """Take in a measurement on the validation blocks; ``alone`` where batches, with sampled gates, say nothing."""
+        """Add a measurement on the validation blocks; ``alone`` ignores the batches, as with sampled gates."""
         if alone or self.slow_mean is None:
             self.mean, self.slow_mean, self.offset = violation, violation, 0.0
         else:
@@ -133,11 +132,11 @@ class RunningViolation:
         return now if before is None else decay * before + (1 - decay) * now
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
+        """The complete state, for :meth:`load_state_dict`; JSON represents it exactly."""
         return {"mean": self.mean, "slow_mean": self.slow_mean, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore a state from :meth:`state_dict`."""
         self.mean, self.slow_mean, self.offset = state["mean"], state["slow_mean"], state["offset"]
 
 

@@ -1,14 +1,14 @@
-"""What is minimised: the logarithm of the expected open fraction.
+"""The objective: the logarithm of the expected open fraction.
 
-    f = sum over queries of the expected open links / sum of the allowed ones       (weighting "links")
+    f = sum of expected open links / sum of allowed links                           (weighting "links")
     f = mean over queries of (expected open links / allowed links)                  (weighting "queries")
 
-The gradient of log f is that of f / f0 with f0 the value of f. A step's batch may be spread over forward passes and
-processes, and the mean of logarithms is not the logarithm of the mean: so f0 is the whole step's f, that of the step
-before, and f / f0 is linear in what each pass counts. However a step is divided, it is the same step.
+The gradient of log f equals that of f / f0, where f0 is the value of f. A step may consist of several forward passes and
+processes, and a mean of logarithms is not the logarithm of the mean. So f0 is the f of the whole previous step, which
+makes f / f0 linear in what each pass counts: the result does not depend on how the step is divided.
 
-Early queries of a block have few allowed links. "links" hardly counts them; "queries" counts each query alike, and
-with it what is open on prompts much shorter than a block.
+Early queries of a block have few allowed links. "links" gives them little weight; "queries" weights each query equally,
+and so also keeps prompts sparse that are much shorter than a block.
 """
 
 import torch
@@ -20,11 +20,11 @@ from gossamer.training.settings import Weighting
 
 
 def expected_open_fraction(counts: dict[int, LinkCounts], weighting: Weighting) -> Float[Tensor, ""]:
-    """f of a forward pass, differentiable.
+    """Compute f of a forward pass, differentiably.
 
     Args:
-        counts: by layer, as :func:`gossamer.counted_links` gives them.
-        weighting: whether every link or every query counts alike.
+        counts: link counts by layer, from :func:`gossamer.counted_links`.
+        weighting: whether every link or every query has the same weight.
     """
     if weighting == "links":
         expected = torch.stack([count.expected_open.sum() for count in counts.values()]).sum()

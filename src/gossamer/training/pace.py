@@ -1,14 +1,14 @@
-"""How fast gates may close: the open fraction follows a target, which moves with the violation.
+"""Limit how fast gates close: the open fraction follows a target that moves with the violation.
 
-    target += rate / steps * v                      v the running violation, clipped to one either way
+    target += rate / steps * v                      v the running violation, clipped to [-1, 1]
     target  within REACH of the running log f
     share   = (log f - target) / WIDTH, between 0 and 1
 
-log f is minimised with that share of its weight in the Lagrangian, with none while f is at its target or below. Gates
-so stop closing as soon as the constraint is violated and close slowly near the bound, while weights make good. Without
-it gates run far past the bound while lambda is low, and no lambda brings them back within the run (docs/LOG.md). It is
-the integral part of a controller of log f itself, as where L0 pruning ramps to a target. The target stays near f, so
-that it does not wind up.
+log f enters the Lagrangian with that share of its weight, and not at all while f is at or below its target. So gates
+stop closing as soon as the constraint is violated, and close slowly near the bound while the weights adapt. Without a
+limit, gates overshoot the bound while lambda is low, and no lambda brings them back within the run (docs/LOG.md). This
+is integral control of log f itself, similar to L0 pruning that ramps to a target. The target stays close to f, which
+prevents wind-up.
 """
 
 import math
@@ -19,21 +19,21 @@ REACH = 0.1
 """Largest distance of the target from the running log f."""
 
 WIDTH = 0.05
-"""How far log f has to be above its target to be minimised with its full weight."""
+"""Distance of log f above its target at which it gets its full weight."""
 
 DECAY = 0.4
-"""Of the running mean of log f, per step: batches differ by some per cent."""
+"""Decay of the running mean of log f per step; batches differ by a few per cent."""
 
 GATE_BETAS = (0.5, 0.9)
-"""Of Adam for the gate biases: with a longer memory they go on closing for ten steps after they should have stopped."""
+"""Adam's betas for the gate biases; with a longer memory, gates keep closing for ten steps after they should stop."""
 
 
 class Pace:
-    """The target of log f, and the share of the objective's weight that follows from it.
+    """The target of log f, and the resulting share of the objective's weight.
 
     Args:
         rate: how far log f may fall over a run that stays one tolerance inside its bound; None for no limit.
-        steps: of the whole run.
+        steps: number of steps of the whole run.
     """
 
     def __init__(self, rate: float | None, steps: int) -> None:
@@ -43,13 +43,13 @@ class Pace:
 
     @property
     def share(self) -> float:
-        """Of the objective's weight in the Lagrangian; 1 before the first step."""
+        """Share of the objective's weight in the Lagrangian; 1 before the first step."""
         if self.mean is None or self.target is None:
             return 1.0
         return min(max((self.mean - self.target) / WIDTH, 0.0), 1.0)
 
     def step(self, fraction: float, violation: float) -> None:
-        """Take in a step's open fraction and the running violation, in tolerances."""
+        """Update with a step's open fraction and the running violation, in tolerances."""
         if self.rate is None:
             return
         now = math.log(max(fraction, 1e-12))
@@ -59,9 +59,9 @@ class Pace:
         self.target = min(max(target, self.mean - REACH), self.mean + REACH)
 
     def state_dict(self) -> dict[str, float | None]:
-        """Everything that :meth:`load_state_dict` needs to go on exactly; JSON keeps it exactly."""
+        """The complete state, for :meth:`load_state_dict`; JSON represents it exactly."""
         return {"mean": self.mean, "target": self.target}
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore a state from :meth:`state_dict`."""
         self.mean, self.target = state["mean"], state["target"]

@@ -1,4 +1,4 @@
-"""Which precision of matrix products is fast on this machine."""
+"""Choose the precision of matrix products that is fast on a device."""
 
 import torch
 
@@ -8,7 +8,7 @@ from gossamer.training.settings import Precision
 def fast_precision(device: torch.device) -> Precision:
     """``bf16`` where the device multiplies bfloat16 in hardware, else ``fp32``.
 
-    A processor without instructions for it takes some sixty times as long as for float32.
+    On a processor without such instructions, bfloat16 takes about sixty times as long as float32.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,4 +1,4 @@
-"""What a training run shows and keeps of each step: a progress bar, and one JSON line in ``training.jsonl``."""
+"""Progress of a training run: a progress bar, and one JSON line per step in ``training.jsonl``."""
 
 import json
 import time
@@ -21,18 +21,18 @@ class _Metrics(ProgressColumn):
 
 
 class StepLog(TrainerCallback):
-    """Shows loss, bound, lambda, open fraction, speed and time left, and appends every step to a file.
+    """Callback that shows loss, bound, lambda, open fraction, speed and time left, and appends every step to a file.
 
     Keys of a line: ``step``, ``seconds`` since the run was started or resumed, ``tokens_per_second``,
-    ``learning_rate`` and what the trainer measured (:meth:`gossamer.training.trainer.PostTrainer.batch_objective`).
+    ``learning_rate`` and the trainer's measurements (:meth:`gossamer.training.trainer.PostTrainer.batch_objective`).
 
     Args:
-        trainer: whose measurements to take.
-        label: what is being trained, in front of the bar.
-        file: where to append; lines of steps that a resumed run repeats are dropped.
-        bound: of the constraint, nats; None for the dense control.
-        tokens_per_step: over all devices.
-        console: where to draw; a plain line now and then where it is not a terminal.
+        trainer: the trainer whose measurements are shown.
+        label: name of the trained model, in front of the bar.
+        file: file to append to; lines of steps that a resumed run repeats are dropped.
+        bound: the constraint's bound in nats; None for the dense control.
+        tokens_per_step: tokens per step over all devices.
+        console: where to draw; if it is not a terminal, a plain line is printed from time to time.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StepLog(TrainerCallback):
         self.task = self.progress.add_task(label, total=None)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop the lines of steps to come, and start the bar at the step the run is at."""
+        """Drop the lines of steps that will be repeated, and start the bar at the current step."""
         kept = []
         if self.file.exists():
             lines = self.file.read_text().splitlines()
@@ -64,7 +64,7 @@ class StepLog(TrainerCallback):
         self.progress.update(self.task, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Append the step and move the bar."""
+        """Append the step and advance the bar."""
         seconds = time.monotonic() - self.started
         speed = (state.global_step - self.first_step) * self.tokens_per_step / seconds
         rate = self.trainer.lr_scheduler.get_last_lr()[0] if self.trainer.lr_scheduler else 0.0
@@ -80,11 +80,11 @@ class StepLog(TrainerCallback):
             self.console.print(line, soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar."""
         self.progress.stop()
 
     def metrics(self, speed: float) -> str:
-        """The step's metrics in one line."""
+        """Format the step's metrics in one line."""
         last = self.trainer.last
         parts = [f"{self.trainer.label} {last['constrained']:.3f}"]
         if "constrained_held_out" in last:
@@ -99,7 +99,7 @@ class StepLog(TrainerCallback):
 
 @contextmanager
 def sampling_shown(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Gives what shows how many blocks of text are sampled, of how many; nothing is shown before it is called."""
+    """Context manager that yields a progress callback for sampled blocks of text; nothing is shown before its first call."""
     columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed}/{task.total} blocks"))
     bar = Progress(*columns, TimeRemainingColumn(), console=console)
     task = bar.add_task("sampling text", total=None)

@@ -1,4 +1,4 @@
-"""What can be set of a training. Nothing heavy is imported here, so the command line offers it without delay."""
+"""Training settings. This module imports nothing heavy, so that the command line starts quickly."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -89,5 +89,5 @@ class TrainingConfig:
 
     @property
     def blocks_per_step(self) -> int:
-        """Blocks in one optimiser step, over its forward passes and all processes."""
+        """Blocks per optimiser step, over all forward passes and processes."""
         return self.batch_size * self.gradient_accumulation * self.processes

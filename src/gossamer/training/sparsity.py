@@ -1,15 +1,15 @@
-"""Post-training under the constraint: few open links, what is bounded inside its bound.
+"""Post-training under the constraint: minimise the open links while the bounded quantity stays inside its bound.
 
-1. Start: gates open where attention weights exceed a threshold, the largest that is at most a tolerance outside the
-   bound.
-2. Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch. Before the weights move, the
-   batch is unseen text, so what it measures is the step's violation; a few measurements on validation blocks say how
-   far batches are off. The dual step answers both. :mod:`gossamer.training.pace` can limit how fast gates close.
-3. End: rates have fallen to 0. If the bound is missed on the validation blocks, the gate biases are shifted by the
-   smallest common amount that brings it back; where none does, the weights are drawn towards the dense ones first. A
-   checkpoint on the way that held the bound with fewer links is taken instead.
+1. Start: gates are open where attention weights exceed a threshold, the largest one that violates the bound by at most
+   one tolerance.
+2. Each step minimises the Lagrangian of :mod:`gossamer.training.multiplier` on a batch. Before the update the batch is
+   unseen text, so its measurement is the step's violation; a few measurements on validation blocks correct the offset.
+   The dual step uses both. :mod:`gossamer.training.pace` can limit how fast gates close.
+3. End: the learning rates have fallen to 0. If the bound is violated on the validation blocks, all gate biases are
+   shifted by the smallest amount that meets it. If no shift does, the weights are first interpolated towards the dense
+   ones. An earlier checkpoint that met the bound with fewer links is used instead.
 
-Results are reported on yet other blocks.
+Reported results use other, held-out blocks.
 """
 
 import json
@@ -42,29 +42,29 @@ from gossamer.training.settings import TrainingConfig
 from gossamer.training.trainer import PostTrainer
 
 START_TOKENS = 2_048
-"""Of the validation text, on which the gates' start is found."""
+"""Tokens of the validation text on which the initial gates are determined."""
 
 START_TOLERANCES = 1.0
-"""How far outside the bound the start may be, in tolerances of the constraint: training wins that back."""
+"""Violation allowed at the start, in tolerances of the constraint; training recovers it."""
 
 SMALLEST_FRACTION = 1e-12
-"""Where fewer links are expected open than this, nothing is left to close, and the logarithm has no end."""
+"""Lower limit of the open fraction inside the logarithm, which would otherwise diverge."""
 
 LARGEST_MARGIN = 0.25
-"""Of the margin that a measurement's standard error asks for, in tolerances of the constraint."""
+"""Upper limit of the margin of one standard error, in tolerances of the constraint."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What was measured on the validation blocks with hard gates.
+    """Measurements on the validation blocks with hard gates.
 
     Attributes:
-        step: after which step.
-        constrained: what the constraint measures, nats.
-        stderr: standard error of its distance from the bound, nats; 0 where there is one block.
+        step: the step after which they were taken.
+        constrained: the constrained quantity, in nats.
+        stderr: standard error of its distance from the bound, in nats; 0 if there is only one block.
         open_fraction: open links / allowed links.
-        calibration: the common shift of the gate biases after training; None where there was none.
-        interpolation: the share that was kept of what training changed in the weights.
+        calibration: common shift of the gate biases after training; None if there was none.
+        interpolation: share of the trained change of the weights that was kept.
     """
 
     step: int
@@ -76,20 +76,20 @@ class Validation:
 
 
 class SparsityTrainer(PostTrainer):
-    """Minimises the expected open links of a gated model under the constraint.
+    """Trainer that minimises the expected open links of a gated model under the constraint.
 
     Args:
         model: the gated model.
-        reference: the dense model it was made from, frozen, for a constraint that needs it; None where only gates and
-            adapters are trained: the model holds the dense one itself.
-        dense_loss: cross-entropy of the dense model on the validation blocks, nats.
-        config: how to train.
-        blocks: what to train on, each once.
-        validation: blocks that neither the weights nor the reported metrics see.
-        folder: of the checkpoints.
-        margin: how far inside the bound to aim, nats; None for one standard error of each measurement.
-        dense_weights: reads the weights of the dense model by name, if they are wanted after training; None where only
-            gates and adapters are trained.
+        reference: the frozen dense model, for a constraint that needs it; None if only gates and adapters are trained,
+            since the model then contains the dense one.
+        dense_loss: cross-entropy of the dense model on the validation blocks, in nats.
+        config: training settings.
+        blocks: training blocks, each used once.
+        validation: blocks used neither for training nor for the reported metrics.
+        folder: directory of the checkpoints.
+        margin: how far inside the bound to aim, in nats; None for one standard error of each measurement.
+        dense_weights: reads the dense model's weights by name, if they are needed after training; None if only gates
+            and adapters are trained.
     """
 
     def __init__(
@@ -125,24 +125,24 @@ class SparsityTrainer(PostTrainer):
 
     @property
     def label(self) -> str:
-        """What the constraint measures, in a word or two."""
+        """Short name of the constrained quantity."""
         return self.constraint.label
 
     @property
     def hard(self) -> bool:
-        """Whether the step at hand trains with hard gates."""
+        """Whether the current step trains with hard gates."""
         return self.state.global_step >= round((1 - self.config.hard_fraction) * self.steps)
 
     @torch.no_grad()
     def prepare(self, *, open_gates: bool) -> None:
-        """Before the first step of a new run: set the gates' start, if asked to, and measure what is open there.
+        """Before the first step of a new run, set the initial gates if requested, and measure the open fraction.
 
-        All processes do the same.
+        Runs identically in all processes.
         """
         model = cast(PreTrainedModel, self.model).eval()
         device = next(model.parameters()).device
         some = self.validation[: max(1, START_TOKENS // self.validation.shape[1])].to(device)
-        # accelerate has not wrapped the model yet, so that nothing else brings the precision of training.
+        # accelerate has not wrapped the model yet, so autocast has to be entered here.
         with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             if open_gates:
                 dense_logits = self._dense_logits(some) if self.constraint.needs_dense else None
@@ -157,8 +157,8 @@ class SparsityTrainer(PostTrainer):
         self.reference_fraction = expected_open_fraction(counts, self.config.weighting).item()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward under the gates of the step: activations that are recomputed meet the same gates."""
-        # The 0 has no meaning; without it, the runs of docs/runs.md could not be repeated.
+        """Forward and backward pass under the gates of the step, so that recomputed activations use the same gates."""
+        # The 0 has no meaning; it keeps the runs of docs/runs.md reproducible.
         seed = fold_seed(self.config.seed, self.state.global_step, 0)
         parts_before = len(self.measured) * self.config.processes + self.args.process_index
         first_row = parts_before * self.config.batch_size
@@ -168,7 +168,7 @@ class SparsityTrainer(PostTrainer):
     def batch_objective(
         self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
     ) -> tuple[Tensor, dict[str, float]]:
-        """The Lagrangian on a batch."""
+        """Compute the Lagrangian on a batch."""
         with counted_links(self.model) as counts:
             logits = model(input_ids=input_ids, use_cache=False).logits
         expected = expected_open_fraction(counts, self.config.weighting)
@@ -192,7 +192,7 @@ class SparsityTrainer(PostTrainer):
     def _excess(
         self, logits: Tensor, dense_logits: Tensor | None, input_ids: Tensor, constrained: float | None = None
     ) -> float:
-        """The violation on some text, in tolerances of the constraint, beside the dense model on the same text."""
+        """Compute the violation on some text, in tolerances, corrected by the dense model's loss on the same text."""
         prompt_tokens = self.config.prompt_tokens
         if constrained is None:
             constrained = self.constraint.measure(logits, dense_logits, input_ids, prompt_tokens).item()
@@ -214,7 +214,7 @@ class SparsityTrainer(PostTrainer):
         """Measure the constrained quantity and the open fraction on the validation blocks, with hard gates."""
         constraint, prompt_tokens = self.constraint, self.config.prompt_tokens
         batches = self.validation.split(2 * self.config.batch_size)
-        # Each process takes as many turns: where weights are sharded, all take part in each other's forward passes.
+        # All processes take the same number of turns, since sharded weights need all of them in every forward pass.
         turns = range(self.args.process_index, self.config.processes * -(-len(batches) // self.config.processes),
                       self.config.processes)  # fmt: skip
 
@@ -242,7 +242,7 @@ class SparsityTrainer(PostTrainer):
         return Validation(self.state.global_step, value / blocks, stderr, opened / allowed)
 
     def finish_step(self) -> None:
-        """Take the dual step, with a new measurement on the validation blocks if it is time for one."""
+        """Take the dual step, after measuring on the validation blocks if that is due."""
         super().finish_step()
         if self.open_by_layer is not None:
             self.open_by_layer = self.accelerator.reduce(self.open_by_layer, "mean")
@@ -261,12 +261,12 @@ class SparsityTrainer(PostTrainer):
             self.pace.step(self.last["expected_open_fraction"], violation)
 
     def violation(self, result: Validation) -> float:
-        """How far weights that were measured so are over the bound less its margin, in tolerances of the constraint."""
+        """Compute by how much a measurement exceeds the bound less its margin, in tolerances of the constraint."""
         margin = min(result.stderr, LARGEST_MARGIN * self.tolerance) if self.margin is None else self.margin
         return (result.constrained - self.bound + margin) / self.tolerance
 
     def best_checkpoint(self) -> tuple[Path, Validation] | None:
-        """The sparsest whole checkpoint that was measured at its own step and held the bound."""
+        """Find the sparsest intact checkpoint that was validated at its own step and met the bound."""
         held = []
         for path in checkpoints(self.folder):
             result = None if checkpoint_error(path) else _validation(_read_state(path))
@@ -275,12 +275,12 @@ class SparsityTrainer(PostTrainer):
         return min(held, key=lambda pair: pair[1].open_fraction, default=None)
 
     def superfluous_checkpoints(self) -> list[Path]:
-        """Checkpoints that are neither among the last two nor the best."""
+        """List the checkpoints that are neither among the last two nor the best."""
         best = self.best_checkpoint()
         return [path for path in super().superfluous_checkpoints() if best is None or path != best[0]]
 
     def select_weights(self) -> Validation:
-        """After training: calibrate the last weights, or take the best checkpoint's where those are sparser inside."""
+        """After training, calibrate the last weights, or load the best checkpoint if it meets the bound and is sparser."""
         best = on_main_process(self.best_checkpoint)
         final = self.calibrate()
         if best is None or (self.violation(final) <= 0 and final.open_fraction <= best[1].open_fraction):
@@ -290,11 +290,10 @@ class SparsityTrainer(PostTrainer):
         return self.validation_result
 
     def calibrate(self) -> Validation:
-        """Bring the model inside its bound, and measure what it is then.
+        """Bring the model inside its bound, and validate the result.
 
-        The gate biases are shifted if that is what the bound needs. Where no shift holds it, the weights are drawn
-        towards the dense model's, and the gates are shifted from there. Where that does not hold it either, nothing is
-        changed.
+        The gate biases are shifted if the bound needs it. If no shift meets the bound, the weights are interpolated
+        towards the dense model's, and the gates are shifted from there. If that fails too, nothing is changed.
         """
         last = self.validation_result or self.validate()
         final = self._shift_gates(last)
@@ -304,7 +303,7 @@ class SparsityTrainer(PostTrainer):
         return final
 
     def _shift_gates(self, before: Validation) -> Validation:
-        """What the smallest shift of the gate biases that holds the bound makes of ``before``."""
+        """Shift the gate biases by the smallest amount that meets the bound, and validate; ``before`` is without a shift."""
         results: list[Validation] = []
 
         def violation() -> float:
@@ -315,7 +314,7 @@ class SparsityTrainer(PostTrainer):
         return replace(self.validate() if found.shift else before, calibration=found.shift)
 
     def _interpolate(self) -> Validation | None:
-        """Keep the largest share of the trained change from which a shift of the gates holds the bound, if any."""
+        """Keep the largest share of the trained change with which a shift of the gates meets the bound, if any."""
         self.reshard()
         weights = Interpolation(cast(nn.Module, self.model), self.dense_weights())
         if not weights.possible:
@@ -330,7 +329,7 @@ class SparsityTrainer(PostTrainer):
         return None
 
     def write_extra_state(self, folder: Path) -> None:
-        """Write what the dual steps go on from."""
+        """Write the state of the dual steps."""
         result = self.validation_result
         state = {
             "multiplier": self.multiplier.state_dict(),

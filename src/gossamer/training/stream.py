@@ -1,12 +1,12 @@
-"""Token blocks of a text that is read while the model trains: no more of it is held than what is at hand.
+"""Token blocks of a text that is read during training, without loading all of it.
 
 documents  ->  one in 20 held out, by the checksum of its text  ->  the rest dealt out to processes and their workers
            ->  tokens, joined by the end-of-text token  ->  blocks of exactly seq_len tokens, in the order of the text
 
-Processes and workers get files of their own where their number divides that of the files, else every n-th document.
+Each process and worker reads its own files if their number divides the number of files, otherwise every n-th document.
 
-With every batch comes the place where the one after it begins, so that what was trained on is told from what was only
-read ahead: a run goes on at the next block, without reading again what came before it.
+Every batch carries the position at which the next one begins. This separates what was trained on from what was only
+read ahead, so a resumed run continues at the next block without reading the text again.
 """
 
 import os
@@ -37,12 +37,12 @@ from gossamer.training.tokens import document_tokens
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where in its part of the text a worker's next block begins.
+    """Position of a worker's next block in its part of the text.
 
     Attributes:
-        documents: state of the documents' stream before the one in which the block begins; None at the start.
-        tokens: how many of that document's tokens lie before the block.
-        rounds: how often the part has been read to its end.
+        documents: state of the document stream before the document in which the block begins; None at the start.
+        tokens: number of that document's tokens before the block.
+        rounds: number of times the part has been read to its end.
     """
 
     documents: dict[str, Any] | None = None
@@ -51,10 +51,10 @@ class StreamPosition:
 
 
 def open_stream(text: str) -> TextStream:
-    """The documents of a text, one at a time, under the key ``text``.
+    """Open a stream of the documents of a text, under the key ``text``.
 
     Raises:
-        GossamerError: if there is no such text, or it is ``self``.
+        GossamerError: if the text does not exist, or is ``self``.
     """
     if text == SELF:
         raise GossamerError("text 'self' is sampled before the training; --stream needs a text that exists")
@@ -77,14 +77,14 @@ def unseen_blocks(
     *,
     model: PreTrainedModel | None = None,
 ) -> Blocks:
-    """The first held-out blocks of a stream, for validation and for metrics; none to train on, whatever is asked for.
+    """Read the first held-out blocks of a stream, for validation and metrics; the training part stays empty.
 
-    Of a text with fewer, validation gets at most a third. ``model``, if given, has to know all tokens of the
-    tokenizer: what will come of the text is not known.
+    If there are fewer than requested, validation gets at most a third. ``model``, if given, must have embeddings for
+    all tokens of the tokenizer, since the rest of the text is unknown.
 
     Raises:
-        GossamerError: naming the text, if it cannot be read, has not two blocks that are held out, or has no document
-            besides those that are held out.
+        GossamerError: naming the text, if it cannot be read, has fewer than two held-out blocks, or has only held-out
+            documents.
     """
     if model is not None:
         require_vocabulary(model, tokenizer, text)
@@ -119,19 +119,19 @@ def unseen_blocks(
 
 
 class BlockStream(IterableDataset[dict[str, Any]]):
-    """One process's share of the training blocks of a stream, endless: at its end the text begins again.
+    """One process's share of the training blocks of a stream; endless, the text repeats.
 
-    Items are ``{"input_ids": [seq_len], "place": (slot, StreamPosition as a dict)}``, or ``{"fault": line}`` where the
+    Items are ``{"input_ids": [seq_len], "place": (slot, StreamPosition as a dict)}``, or ``{"fault": line}`` if the
     text cannot be read any further. A slot is one worker's part of the text.
 
     Args:
-        text: as for :func:`open_stream`.
+        text: the text, as for :func:`open_stream`.
         tokenizer: of the model.
         seq_len: tokens in a block.
-        process: which process this is.
-        processes: how many there are.
-        workers: processes that read and tokenise beside this one; 0 for none.
-        most: batches that the training takes; once they have passed, nothing more comes. None: there is no end.
+        process: index of this process.
+        processes: number of processes.
+        workers: number of worker processes that read and tokenise; 0 to do so in this process.
+        most: number of batches of the training, after which the stream ends; None for no end.
     """
 
     def __init__(
@@ -153,31 +153,31 @@ class BlockStream(IterableDataset[dict[str, Any]]):
 
     @property
     def slots(self) -> int:
-        """Parts of this process's share."""
+        """Number of parts of this process's share."""
         return max(1, self.workers)
 
     def passed(self, place: tuple[int, dict[str, Any]]) -> None:
-        """Note that the batch that ``place`` came with was trained on."""
+        """Record that the batch that carried ``place`` was trained on."""
         slot, fields = place
         self.batches += 1
         self.places[slot] = StreamPosition(**fields)
 
     @property
     def rounds(self) -> int:
-        """How often a part of the text was read to its end, at most."""
+        """Maximum number of times that a part of the text was read to its end."""
         return max((place.rounds for place in self.places.values()), default=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` goes on from; of numbers, strings, lists and dicts."""
+        """The position for :meth:`load_state_dict`, made of numbers, strings, lists and dicts."""
         return {"batches": self.batches, "places": {str(slot): asdict(place) for slot, place in self.places.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin after the last batch that was trained on when ``state`` was taken."""
+        """Continue after the last batch that had been trained on when ``state`` was taken."""
         self.batches = state["batches"]
         self.places = {int(slot): StreamPosition(**place) for slot, place in state["places"].items()}
 
     def loader(self, batch_size: int) -> DataLoader[dict[str, Any]]:
-        """Batches ``{"input_ids": [batch, seq_len], "place": ...}`` for :meth:`passed`, from the place at hand on."""
+        """Load batches ``{"input_ids": [batch, seq_len], "place": ...}`` from the current position on."""
         return DataLoader(self, batch_size=batch_size, num_workers=self.workers, collate_fn=_collate)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -186,7 +186,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         worker = get_worker_info()
         if worker is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        # Batches come from the workers in turn, beginning with worker 0: it has to go on where the turn was.
+        # DataLoader takes batches from the workers in turn, starting with worker 0, so slots are shifted by what was read.
         slot = ((0 if worker is None else worker.id) + self.batches) % self.slots
         try:
             with _faults(self.text):
@@ -221,9 +221,9 @@ class _Piece:
 
     Attributes:
         documents: state of the stream before the document.
-        start: how many of its tokens lie before the first of ``ids``.
+        start: number of the document's tokens before ``ids``.
         ids: the tokens.
-        after: where the next piece begins.
+        after: position of the next piece.
     """
 
     documents: dict[str, Any] | None
@@ -233,7 +233,7 @@ class _Piece:
 
 
 def _pieces(documents: TextStream, tokenizer: PreTrainedTokenizerBase, place: StreamPosition) -> Iterator[_Piece]:
-    """The training documents' tokens from ``place`` on."""
+    """Tokenise the training documents from ``place`` on."""
     if place.documents is not None:
         documents.load_state_dict(place.documents)
     before, skipped = place.documents, place.tokens
@@ -257,8 +257,8 @@ def _pieces(documents: TextStream, tokenizer: PreTrainedTokenizerBase, place: St
 def _pack(
     pieces: Iterable[_Piece], seq_len: int, rounds: int
 ) -> Iterator[tuple[Int[Tensor, " tokens"], StreamPosition]]:
-    """Blocks, each with the place where the next one begins."""
-    waiting: deque[tuple[_Piece, int]] = deque()  # pieces, and how many of their tokens are used
+    """Pack pieces into blocks, each with the position of the next one."""
+    waiting: deque[tuple[_Piece, int]] = deque()  # pieces, and the number of their tokens that are used
     count = 0
     for piece in pieces:
         waiting.append((piece, 0))

@@ -1,15 +1,15 @@
-"""Documents -> tokens. A long document is tokenised a piece at a time, to the same tokens as in one go.
+"""Tokenise documents. A long document is tokenised in pieces, with the same result as in one call.
 
-A tokenizer keeps some 150 bytes for each token of what it is given at once. So a long document goes through it in
-windows that overlap, and two windows are joined where they agree: over most of the overlap they have to give the same
-tokens of the same characters. From there on the second one is right:
+A tokenizer uses about 150 bytes of memory per token of its input. So a long document is tokenised in overlapping
+windows, and two windows are joined where they agree: over most of the overlap they must have the same tokens for the
+same characters. From there on the second window is correct:
 
-- A pre-tokenizer reads from left to right. Where both windows begin a word, the words after it are the same, and each
-  word is encoded by itself.
-- Within a word, byte-pair encoding is right if every pair of neighbours is what their characters alone are encoded to;
-  the pair at the seam stands in both windows.
+- A pre-tokenizer reads from left to right. Where both windows begin a word, all later words are the same, and each
+  word is encoded separately.
+- Within a word, byte-pair encoding is correct if every pair of neighbouring tokens is the encoding of their characters
+  alone; both windows contain the pair at the seam.
 
-Where two windows do not agree, as in the middle of a word without end, the first one is made longer.
+Where two windows do not agree, such as inside a very long word, the first one is extended.
 """
 
 from bisect import bisect_left, bisect_right
@@ -21,24 +21,24 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
 PIECE = 1 << 17
-"""Characters that are tokenised at once."""
+"""Characters tokenised per call."""
 
 OVERLAP = 1 << 12
-"""Characters that two windows share; within a quarter of it from their ends nothing is compared."""
+"""Characters that two windows share; the outer quarter at each end is not compared."""
 
 _DOCUMENTS_AT_ONCE = 32
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that stands after each document, if the tokenizer has one for it."""
+    """The token that is put after each document, if the tokenizer has a suitable one."""
     special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id)
     return [token for token in special if token is not None][:1]
 
 
 def tokens_of(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The tokens of documents, the end-of-text token after each, in parts of any length.
+    """Tokenise documents, in batches; yield tokens in parts of any length, with the end-of-text token after each document.
 
-    Documents are read in batches. One without tokens leaves nothing, no end-of-text token either.
+    A document without tokens yields nothing, not even an end-of-text token.
     """
     end = end_of_text(tokenizer)
     for batch in _batches(documents):
@@ -50,7 +50,7 @@ def tokens_of(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """So many documents at once, and together no more characters than a piece has, but for a single one."""
+    """Group documents into batches, limited in number and characters; a longer document is a batch of its own."""
     batch: list[str] = []
     characters = 0
     for document in documents:
@@ -67,7 +67,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def document_tokens(document: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The tokens of one document, a piece at a time, and last the end-of-text token if there were any."""
+    """Tokenise one document piece by piece; end with the end-of-text token unless there were no tokens."""
     empty = True
     for ids in _pieces(document, tokenizer):
         if ids:
@@ -78,7 +78,7 @@ def document_tokens(document: str, tokenizer: PreTrainedTokenizerBase) -> Iterat
 
 
 def _pieces(document: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    if len(document) <= PIECE or not tokenizer.is_fast:  # the others do not say where a token comes from
+    if len(document) <= PIECE or not tokenizer.is_fast:  # slow tokenizers have no offsets
         yield tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         return
     by_pairs = isinstance(tokenizer.backend_tokenizer.model, BPE)
@@ -103,9 +103,9 @@ class _Window:
     """The tokens of a part of a document.
 
     Attributes:
-        ids: of the tokens.
-        spans: which characters of the document each one stands for.
-        words: which word of the part each one belongs to.
+        ids: token ids.
+        spans: the characters of the document that each token covers.
+        words: index of the word in the part that each token belongs to.
     """
 
     ids: list[int]
@@ -114,27 +114,27 @@ class _Window:
 
     @classmethod
     def of(cls, document: str, start: int, stop: int, tokenizer: PreTrainedTokenizerBase) -> "_Window":
-        """The tokens of ``document[start:stop]``."""
+        """Tokenise ``document[start:stop]``."""
         encoded = tokenizer([document[start:stop]], add_special_tokens=False, verbose=False)
         encoding = encoded.encodings[0]
         spans = [(start + before, start + after) for before, after in encoding.offsets]
         return cls(encoded["input_ids"][0], spans, encoding.word_ids)
 
     def within(self, low: int, high: int) -> slice:
-        """The tokens of the characters from ``low`` to ``high``."""
+        """The slice of tokens between the characters ``low`` and ``high``."""
         begin = bisect_left(self.spans, low, key=itemgetter(0))
         return slice(begin, max(begin, bisect_right(self.spans, high, key=itemgetter(1))))
 
     def begins_word(self, index: int) -> bool:
-        """Whether a token is the first of a word; not asked of the first token."""
+        """Whether a token, other than the first of the window, is the first of a word."""
         return self.words[index] != self.words[index - 1]
 
 
 def _seam(left: _Window, right: _Window, low: int, high: int, *, anywhere: bool) -> tuple[int, int] | None:
-    """The token of each window that begins what comes after the seam; None if they do not agree.
+    """Find the first token after the seam in each window; None if the windows disagree between ``low`` and ``high``.
 
-    Between ``low`` and ``high`` they have to. The seam is the place nearest to the middle where both begin a word;
-    ``anywhere``: of any token, if there is no word.
+    The seam is the start of a word in both windows that is closest to the middle; with ``anywhere``, the start of any
+    token if there is no such word.
     """
     a, b = left.within(low, high), right.within(low, high)
     if left.ids[a] != right.ids[b] or left.spans[a] != right.spans[b]:

@@ -1,7 +1,7 @@
-"""A run as TensorBoard, Weights & Biases or trackio show it, through transformers' own callbacks.
+"""Send a run's metrics to TensorBoard, Weights & Biases or trackio, through transformers' callbacks.
 
-What is sent after each step: all that stands in ``training.jsonl``, the violation, and the open fraction of each layer.
-TensorBoard's files are in RUN/tensorboard; Weights & Biases' in RUN/wandb unless ``WANDB_DIR`` says otherwise.
+Each step sends everything in ``training.jsonl``, the violation, and the open fraction of each layer. TensorBoard's files
+are in RUN/tensorboard, those of Weights & Biases in RUN/wandb unless ``WANDB_DIR`` is set.
 """
 
 import os
@@ -20,10 +20,10 @@ WATCHERS = ("tensorboard", "wandb", "trackio")
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Stop before a run begins at a watcher that is unknown or not installed.
+    """Raise if a tracker is unknown or not installed, before the run starts.
 
     Raises:
-        GossamerError: naming it.
+        GossamerError: naming the tracker.
     """
     for name in names:
         if name not in WATCHERS:
@@ -33,13 +33,13 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def add_trackers(trainer: SparsityTrainer, names: Sequence[str], folder: Path, first_step: int) -> None:
-    """Send what each step of ``trainer`` measures to the watchers named.
+    """Send the measurements of each step of ``trainer`` to some trackers.
 
     Args:
-        trainer: before its training.
-        names: of :data:`WATCHERS`.
-        folder: of the run.
-        first_step: what TensorBoard's files say of it and later steps is void: a resumed run repeats them.
+        trainer: the trainer, before its training.
+        names: names from :data:`WATCHERS`.
+        folder: directory of the run.
+        first_step: TensorBoard discards what its files contain from this step on, since a resumed run repeats it.
     """
     if not names:
         return
@@ -52,7 +52,7 @@ def add_trackers(trainer: SparsityTrainer, names: Sequence[str], folder: Path, f
         elif trainer.is_world_process_zero():
             from torch.utils.tensorboard import SummaryWriter
 
-            # Its own choice is a folder beside the checkpoints, which goes with them.
+            # The default directory is beside the checkpoints and would be removed with them.
             writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
             trainer.add_callback(TensorBoardCallback(writer))
     trainer.add_callback(_Send(trainer, finish_wandb="wandb" in names))
@@ -72,11 +72,11 @@ class _Send(TrainerCallback):
         if trainer.open_by_layer is not None:
             for layer, fraction in enumerate(trainer.open_by_layer.tolist()):
                 metrics[f"open_fraction/layer_{layer:02d}"] = fraction
-        # Not trainer.log(): that keeps every metric of every step in each checkpoint too.
+        # Not trainer.log(), which would store every metric of every step in each checkpoint.
         trainer.callback_handler.on_log(args, state, control, metrics)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """End the run that transformers leaves open for whatever the process trains next."""
+        """Finish the wandb run, which transformers leaves open."""
         if self.finish_wandb and state.is_world_process_zero:
             import wandb
 

@@ -1,7 +1,7 @@
-"""Fine-tuning on transformers' Trainer: the settings, checkpoints that appear whole, and the dense control.
+"""Fine-tuning with transformers' Trainer: settings, atomic checkpoints, and the dense control.
 
-The rates rise over ``warmup`` of the steps, stay, and fall to 0 over the last ``decay`` of them: those of the weights
-over all of that, those of the gate biases over its last third, so that the gates can answer while the weights settle.
+The learning rates rise over the first ``warmup`` of the steps, stay constant, and fall to 0 over the last ``decay``. Those
+of the gate biases fall only in the last third of the decay, so that the gates can respond while the weights settle.
 """
 
 import json
@@ -48,12 +48,12 @@ from gossamer.training.settings import TrainedPart, TrainingConfig
 from gossamer.training.stream import BlockStream
 
 GATE_RATE, GATE_RATE_STEPS = 0.15, 60
-"""Learning rate of the gate biases in runs of so many steps and fewer."""
+"""Learning rate of the gate biases in runs of at most this many steps."""
 
 
 @contextmanager
 def no_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it, no dropout acts in ``train()`` mode: the constraint compares with the dense model's eval loss."""
+    """Context manager without dropout in ``train()`` mode, since the constraint refers to the dense model's eval loss."""
     before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for name in ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout"):
@@ -68,7 +68,7 @@ def no_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def freeze_except(model: PreTrainedModel, part: TrainedPart) -> None:
-    """Let gradients flow to the chosen part only: everything, or the attention modules, and always the gates."""
+    """Require gradients only for the chosen part: everything, or the attention modules; always for the gates."""
     model.requires_grad_(part == "all")
     for module in attention_modules(model):
         module.requires_grad_(True)
@@ -102,11 +102,11 @@ def _arguments(
 
 
 def rate_share(step: int, *, steps: int, warmup: float, decay: float) -> float:
-    """The learning rate of a step as a share of the highest.
+    """The learning rate of a step as a share of the highest one.
 
     Args:
-        step: from 0 on.
-        steps: of the whole run.
+        step: index of the step, from 0.
+        steps: number of steps of the whole run.
         warmup, decay: shares of the steps over which the rate rises from 0 and falls to 0.
     """
     rising, falling = max(1, round(warmup * steps)), max(1, round(decay * steps))
@@ -114,19 +114,19 @@ def rate_share(step: int, *, steps: int, warmup: float, decay: float) -> float:
 
 
 class PostTrainer(Trainer):
-    """transformers' Trainer with checkpoints that appear whole or not at all, and separate rates for the gates.
+    """transformers' Trainer with atomic checkpoints and separate learning rates for the gates.
 
-    As it stands it fine-tunes on the cross-entropy: the dense control.
-    :class:`gossamer.training.sparsity.SparsityTrainer` adds gates and constraint.
+    This class fine-tunes on the cross-entropy, as the dense control needs it.
+    :class:`gossamer.training.sparsity.SparsityTrainer` adds the gates and the constraint.
 
     Args:
-        model: what to train.
-        config: how.
-        blocks: what to train on.
-        folder: of the checkpoints.
-        steps: optimiser steps.
+        model: the model to train.
+        config: training settings.
+        blocks: training blocks.
+        folder: directory of the checkpoints.
+        steps: number of optimiser steps.
         tokenizer: saved with each checkpoint.
-        callbacks: transformers' own.
+        callbacks: callbacks for transformers' Trainer.
     """
 
     def __init__(
@@ -147,31 +147,31 @@ class PostTrainer(Trainer):
         self.staging: Path | None = None
         self.stream = blocks if isinstance(blocks, BlockStream) else None
         arguments = _arguments(config, steps, folder, blocks)
-        # Without a launcher Trainer would spread a batch over threads, one a GPU, which share the state of the gates.
+        # Without a launcher, Trainer would split a batch over threads, one per GPU, that share the gate state.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         if config.gradient_checkpointing:
-            # The reentrant kind has no gradient for what leaves a layer beside its output: the expected links.
+            # Reentrant checkpointing has no gradient for the expected links, which leave a layer beside its output.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         super().__init__(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks)
         if self.is_fsdp_enabled:
-            # FSDP's own would round the gate biases to bfloat16 too; see autocast_smart_context_manager.
+            # FSDP's mixed precision would round the gate biases to bfloat16 too; see autocast_smart_context_manager.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False  # so that Trainer divides the loss by the accumulation steps
+        self.model_accepts_loss_kwargs = False  # makes Trainer divide the loss by the accumulation steps
         self.measured: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
-        # Ahead of the other callbacks, so that they see the measurements of the step.
+        # Before the other callbacks, so that they see the step's measurements.
         self.callback_handler.callbacks.insert(0, _StepEnd(self))
 
     @property
     def gate_learning_rate(self) -> float:
-        """Of the gate biases, between warm-up and decay."""
+        """Learning rate of the gate biases between warm-up and decay."""
         own = self.config.gate_learning_rate
         return own if own is not None else GATE_RATE * math.sqrt(GATE_RATE_STEPS / max(self.steps, GATE_RATE_STEPS))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW without weight decay; the gate biases in a group of their own."""
+        """Create AdamW without weight decay, with the gate biases in a separate group."""
         if getattr(self, "optimizer", None) is None:
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             gates = [p for n, p in named if n.endswith("gate_bias")]
@@ -187,13 +187,13 @@ class PostTrainer(Trainer):
 
     @property
     def label(self) -> str:
-        """What ``constrained`` is, in a word or two."""
+        """Short name of the quantity ``constrained``."""
         return CrossEntropy.label
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LambdaLR:
-        """The shares of their rates that weights and gate biases have in each step."""
+        """Create the learning rate schedules of weights and gate biases."""
         if getattr(self, "lr_scheduler", None) is None:
             optimizer = optimizer or self.optimizer
             decays = [self.config.decay, self.config.decay / 3][: len(optimizer.param_groups)]
@@ -207,7 +207,7 @@ class PostTrainer(Trainer):
     def batch_objective(
         self, model: nn.Module, input_ids: Int[Tensor, "batch tokens"]
     ) -> tuple[Tensor, dict[str, float]]:
-        """What to minimise on a batch, and what was measured on the way."""
+        """Compute the objective on a batch; also return what was measured."""
         logits = model(input_ids=input_ids, use_cache=False).logits
         loss = cross_entropy(logits, input_ids, self.config.prompt_tokens)
         return loss, {"constrained": loss.item()}
@@ -219,7 +219,7 @@ class PostTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The objective of a batch; stops the run when it is not finite, before the weights are touched."""
+        """Compute the objective of a batch; stop the run if it is not finite, before the weights change."""
         loss, measured = self.batch_objective(model, self.tokens(inputs))
         value, *values = self.mean_over_processes([loss.item(), *measured.values()])
         if not math.isfinite(value):
@@ -228,16 +228,16 @@ class PostTrainer(Trainer):
         return loss
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The batches; a stream deals its own out to processes and workers."""
+        """The training batches; a stream distributes its blocks to processes and workers itself."""
         if self.stream is None:
             return cast(DataLoader[Any], super().get_train_dataloader())
         return self.stream.loader(self.config.batch_size)
 
     def tokens(self, inputs: dict[str, Any]) -> Int[Tensor, "batch tokens"]:
-        """The tokens of a batch; of a stream, the batch is noted as trained on.
+        """The tokens of a batch; if it comes from a stream, the batch is recorded as trained on.
 
         Raises:
-            GossamerError: on all processes, where the text cannot be read any further on one of them.
+            GossamerError: in all processes, if one of them cannot read the text any further.
         """
         if self.stream is not None:
             with synchronized():
@@ -247,18 +247,18 @@ class PostTrainer(Trainer):
         return cast(Tensor, inputs["input_ids"])
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
-        """Autocast where accelerate does not wrap the model in it itself; casts of whole weights are not kept."""
+        """Autocast under FSDP too, where accelerate does not wrap the model; there, casts of weights are not cached."""
         if self.is_fsdp_enabled:
             return cast(AbstractContextManager[None], self.accelerator.autocast(AutocastKwargs(cache_enabled=False)))
         return cast(AbstractContextManager[None], super().autocast_smart_context_manager(cache_enabled))
 
     def mean_over_processes(self, values: Sequence[float]) -> list[float]:
-        """The mean of each value over the processes, the same bits on all of them."""
+        """Compute the mean of each value over the processes, bit-identical in all of them."""
         here = torch.tensor(values, dtype=torch.float64, device=self.args.device)
         return cast(list[float], self.accelerator.reduce(here, "mean").tolist())
 
     def _stop_diverged(self, loss: float) -> NoReturn:
-        # A checkpoint of this very step holds the weights that gave this loss.
+        # A checkpoint of this step contains the weights that produced this loss.
         if self.args.should_save:
             shutil.rmtree(self.folder / f"checkpoint-{self.state.global_step}", ignore_errors=True)
         good = checkpoints(self.folder)
@@ -268,7 +268,7 @@ class PostTrainer(Trainer):
         )
 
     def finish_step(self) -> None:
-        """Leave the means over the forward passes of the last optimiser step in ``last``."""
+        """Store the means over the forward passes of the last optimiser step in ``last``."""
         rows, self.measured = self.measured, []
         self.last = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
@@ -286,7 +286,7 @@ class PostTrainer(Trainer):
             self.model.save_pretrained(folder, state_dict=state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write the checkpoint beside its place, with the checksums of its files, and rename it there."""
+        """Write the checkpoint with checksums to a temporary directory, then rename it."""
         name = f"checkpoint-{self.state.global_step}"
         self.staging = self.folder / f".{name}.partial"
         writes = self.args.should_save
@@ -327,23 +327,23 @@ class PostTrainer(Trainer):
             ) from error
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """All weights in full, on the first process; None where each process has them all. All have to call it."""
+        """Gather all weights in the first process; None if they are not sharded. All processes must call it."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return None
         return cast(dict[str, Tensor], self.accelerator.get_state_dict(self.model_wrapped))
 
     def reshard(self) -> None:
-        """Shard all weights again: FSDP2's root stays whole after a forward pass, and a change to it would be lost."""
+        """Shard all weights again; FSDP2 leaves the root unsharded after a forward pass, where a change would be lost."""
         for module in self.model_wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def superfluous_checkpoints(self) -> list[Path]:
-        """Checkpoints that need not be kept: all but the last two."""
+        """List the checkpoints that need not be kept: all but the last two."""
         return checkpoints(self.folder)[:-2]
 
     def write_extra_state(self, folder: Path) -> None:
-        """Write what a subclass keeps besides weights, optimiser and schedule."""
+        """Write the state that a subclass has besides weights, optimiser and schedule."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

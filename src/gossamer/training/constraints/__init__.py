@@ -1,4 +1,4 @@
-"""Kinds of constraint, one a file; :mod:`gossamer.training.constraints.base` says what one is."""
+"""Kinds of constraint, one per file; :mod:`gossamer.training.constraints.base` defines the interface."""
 
 from gossamer.training.constraints.base import Constraint, Outcome
 from gossamer.training.constraints.cross_entropy import CrossEntropy
@@ -8,6 +8,6 @@ CONSTRAINTS: dict[str, type[Constraint]] = {
     CrossEntropy.name: CrossEntropy,
     KLDivergence.name: KLDivergence,
 }
-"""The kinds that there are, by name."""
+"""Registry of the kinds of constraint, by name."""
 
 __all__ = ["CONSTRAINTS", "Constraint", "CrossEntropy", "KLDivergence", "Outcome"]

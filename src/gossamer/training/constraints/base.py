@@ -1,7 +1,7 @@
-"""What a constraint is: something measured of the sparse model that has to stay at or below a bound.
+"""The interface of a constraint: a quantity measured on the sparse model that must not exceed a bound.
 
-The words are those of cooper (github.com/cooper-org/cooper): the violation is the measurement less the bound, the
-primal step moves the weights to lower the Lagrangian, the dual step moves the multiplier along the violation.
+The terms are those of cooper (github.com/cooper-org/cooper): the violation is the measurement minus the bound, the
+primal step changes the weights to lower the Lagrangian, the dual step changes the multiplier along the violation.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from gossamer.measures.language import LanguageMetrics
 
 SMALLEST_TOLERANCE = 1e-5
-"""Nats."""
+"""Lower limit of a tolerance, in nats."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A constraint held against a finished model.
+    """Result of checking a constraint on a finished model.
 
     Attributes:
-        value: what was measured, nats.
-        bound: what it may be at most, nats.
-        stderr: standard error of the value's distance from the bound; None where there is too little text for one.
+        value: the measured value, in nats.
+        bound: its upper bound, in nats.
+        stderr: standard error of the value's distance from the bound; None if there is too little text.
     """
 
     value: float
@@ -42,20 +42,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Constraint(ABC):
-    """A kind of constraint; an instance has the user's settings of it, which are its fields.
+    """A kind of constraint; the fields of an instance are the user's settings.
 
-    A new kind is a file beside this one with a frozen dataclass, each field made by :func:`gossamer.fields.setting`,
-    and a line in the registry (:mod:`gossamer.training.constraints`). Its settings then are settings of a run, and
-    options of ``gossamer sparsify``.
+    To add a kind, write a frozen dataclass in a file beside this one, with each field created by
+    :func:`gossamer.fields.setting`, and add a line to the registry (:mod:`gossamer.training.constraints`). Its settings
+    then become settings of a run and options of ``gossamer sparsify``.
 
     Attributes:
-        name: what it is called in settings and records.
-        symbol: of its bound, for plots and progress.
-        label: what it measures, in a word or two: "loss".
-        bound_name: what its bound is called in words, and in ``metrics.json``.
+        name: its name in settings and records.
+        symbol: symbol of its bound, for plots and progress.
+        label: short name of the measured quantity, such as "loss".
+        bound_name: name of its bound in text and in ``metrics.json``.
         summary: one sentence for help.
         needs_dense: whether the dense model runs beside the sparse one in training.
-        relative_to_dense: whether the bound comes from the dense model's own loss, so that a batch is held against the
+        relative_to_dense: whether the bound depends on the dense model's loss, so that a batch is compared with the
             dense model's loss on the same tokens.
     """
 
@@ -68,7 +68,7 @@ class Constraint(ABC):
     relative_to_dense: ClassVar[bool] = False
 
     def check(self) -> None:  # noqa: B027
-        """Stop at settings that cannot be held, beyond the ranges of the fields.
+        """Raise if the settings cannot be satisfied; the ranges of the fields are checked elsewhere.
 
         Raises:
             GossamerError: naming the setting.
@@ -76,10 +76,10 @@ class Constraint(ABC):
 
     @abstractmethod
     def bound(self, dense_loss: float) -> float:
-        """What the measurement may be at most, nats.
+        """The upper bound of the measurement, in nats.
 
         Args:
-            dense_loss: cross-entropy of the dense model on the same blocks, nats.
+            dense_loss: cross-entropy of the dense model on the same blocks, in nats.
         """
 
     @abstractmethod
@@ -90,28 +90,27 @@ class Constraint(ABC):
         input_ids: Int[Tensor, "batch tokens"],
         prompt_tokens: int = 0,
     ) -> Float[Tensor, ""]:
-        """What is bounded, nats, on a batch; differentiable by the sparse model's logits.
+        """Measure the bounded quantity on a batch, in nats; differentiable in the sparse model's logits.
 
         Args:
-            logits: of the sparse model.
-            dense_logits: of the dense one; None unless ``needs_dense``.
+            logits: logits of the sparse model.
+            dense_logits: logits of the dense model; None unless ``needs_dense``.
             input_ids: the tokens.
-            prompt_tokens: tokens at the start of each row that are given, not predicted.
+            prompt_tokens: number of tokens at the start of each row that are given, not predicted.
         """
 
     @property
     def unit(self) -> float:
-        """Nats of the measurement that are worth as much as all links, at a multiplier of 1."""
+        """The amount, in nats, that is worth as much as all links at a multiplier of 1."""
         return 0.1
 
     def tolerance(self, dense_loss: float) -> float:
-        """A violation that counts as 1 in dual steps, nats.
+        """The violation that counts as 1 in dual steps, in nats.
 
-        A unit is a lot of a language model's loss; where the dense model is almost always right, the bound itself is
-        less.
+        It is the unit, or the bound if that is smaller, as where the dense model is almost always right.
 
         Args:
-            dense_loss: as that of :meth:`bound`.
+            dense_loss: as for :meth:`bound`.
         """
         return min(self.unit, max(self.bound(dense_loss), SMALLEST_TOLERANCE))
 
@@ -123,17 +122,17 @@ class Constraint(ABC):
         input_ids: Int[Tensor, "batch tokens"],
         prompt_tokens: int = 0,
     ) -> Float[Tensor, ""]:
-        """What pulls the weights towards the bound, nats; ``measured`` itself unless a kind says otherwise."""
+        """The loss that moves the weights towards the bound, in nats; by default ``measured`` itself."""
         return measured
 
     @abstractmethod
     def outcome(self, sparse: LanguageMetrics, dense: LanguageMetrics) -> Outcome:
-        """Value, bound and standard error from what was measured of both models on the same blocks, with hard gates."""
+        """Compute value, bound and standard error from both models' metrics on the same blocks, with hard gates."""
 
     def warnings(self, dense_loss: float) -> list[str]:
-        """What the user should know before training, a line each."""
+        """Warnings for the user before training, one line each."""
         return []
 
     def words(self, dense_loss: float) -> dict[str, str | float]:
-        """What a reader of a run's records needs to know of it: ``name``, ``symbol``, ``label`` and ``bound``."""
+        """The constraint as stored in a run's records: ``name``, ``symbol``, ``label`` and ``bound``."""
         return {"name": self.name, "symbol": self.symbol, "label": self.label, "bound": self.bound(dense_loss)}

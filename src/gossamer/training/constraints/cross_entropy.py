@@ -1,4 +1,4 @@
-"""The cross-entropy of the sparse model, bounded by tau."""
+"""Constraint on the cross-entropy of the sparse model: at most tau."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @documented
 @dataclass(frozen=True)
 class CrossEntropy(Constraint):
-    """Next-token cross-entropy at most tau: the dense model's plus a little, unless it is given."""
+    """Next-token cross-entropy at most tau, by default the dense model's plus a small slack."""
 
     name: ClassVar[str] = "ce"
     symbol: ClassVar[str] = "τ"
@@ -73,7 +73,7 @@ class CrossEntropy(Constraint):
     def outcome(self, sparse: LanguageMetrics, dense: LanguageMetrics) -> Outcome:
         from gossamer.measures.language import standard_error
 
-        # A bound that the dense model's loss sets shares most of its spread, that of the text, with the sparse loss.
+        # Both losses vary with the text, so the difference has less variance if the bound depends on the dense loss.
         spread = sparse.losses - dense.losses if self.tau is None else sparse.losses
         return Outcome(sparse.loss, self.bound(dense.loss), standard_error(spread))
 

@@ -1,4 +1,4 @@
-"""The divergence of the sparse model's predictions from the dense model's, bounded by epsilon."""
+"""Constraint on the divergence of the sparse model's predictions from the dense model's: at most epsilon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations for ``accelerate launch``: how several processes share the training of one model."""
+"""Configurations for ``accelerate launch``, which trains one model in several processes."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from gossamer.errors import GossamerError
 
 
 def launch_file(name: str) -> Path:
-    """The configuration of that name.
+    """Get a configuration file by name.
 
     Raises:
-        GossamerError: if there is none.
+        GossamerError: if it does not exist.
     """
     files = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
     if name not in files:
