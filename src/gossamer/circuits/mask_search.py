@@ -8,9 +8,8 @@ with E = {theta + n > 0}, n logistic noise, straight-through gradients, the weig
 multiplier for each constraint: the training objective of gossamer with masks instead of gates. theta is initialised
 from the units' attribution, the gradient of f with respect to their masks along the path from no unit to all units.
 
-1. Learn the mask, with several samples per pass. Some units have almost no gradient although f collapses without them,
-   such as a link that keeps a later norm in its usual range. When a sample collapses, find the missing unit by bisection
-   and keep it from then on.
+1. Learn the mask, with several samples per pass. Some units have almost no gradient although f collapses without them.
+   When a sample collapses, find the missing unit by bisection and keep it from then on.
 2. Rank the units by theta and take the shortest prefix of the ranking that meets the constraints.
 3. Remove units from this set, those with the smallest gradients first: many at once, then one by one, until none can
    be removed. Before that, drop units from which no path leads to the prediction.

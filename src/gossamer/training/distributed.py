@@ -2,7 +2,7 @@
 
 torchrun or ``accelerate launch`` starts the processes, and all run the same code. Only the first one prepares, prints
 and writes; the others wait and read what it wrote. Code that can fail in a single process runs inside
-:func:`synchronized`, so that no process waits for one that has ended. With a single process, these functions do nothing.
+:func:`synchronized`, so that no process waits for one that has ended. With a single process, they do nothing.
 """
 
 import os

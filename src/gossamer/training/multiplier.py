@@ -96,9 +96,9 @@ class Multiplier:
 class RunningViolation:
     """Estimate of the violation on unseen text after each step, in tolerances of the constraint.
 
-    A training batch is unseen text until its update, and measuring it costs nothing. But a batch is small, and comes from
-    the documents that the model trains on. So the running mean over batches tracks changes of the violation, and each
-    measurement on the validation blocks corrects its offset.
+    A training batch is unseen text until its update, and measuring it costs nothing. But a batch is small, and comes
+    from the documents that the model trains on. So the running mean over batches tracks changes of the violation, and
+    each measurement on the validation blocks corrects its offset.
 
     Args:
         decay: decay of the running mean per step.

@@ -3,9 +3,9 @@
     f = sum of expected open links / sum of allowed links                           (weighting "links")
     f = mean over queries of (expected open links / allowed links)                  (weighting "queries")
 
-The gradient of log f equals that of f / f0, where f0 is the value of f. A step may consist of several forward passes and
-processes, and a mean of logarithms is not the logarithm of the mean. So f0 is the f of the whole previous step, which
-makes f / f0 linear in what each pass counts: the result does not depend on how the step is divided.
+The gradient of log f equals that of f / f0, where f0 is the value of f. A step may consist of several forward passes
+and processes, and a mean of logarithms is not the logarithm of the mean. So f0 is the f of the whole previous step,
+which makes f / f0 linear in what each pass counts: the result does not depend on how the step is divided.
 
 Early queries of a block have few allowed links. "links" gives them little weight; "queries" weights each query equally,
 and so also keeps prompts sparse that are much shorter than a block.

@@ -99,7 +99,7 @@ class StepLog(TrainerCallback):
 
 @contextmanager
 def sampling_shown(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Context manager that yields a progress callback for sampled blocks of text; nothing is shown before its first call."""
+    """Context manager that yields a callback to show the number of sampled blocks; its first call starts the bar."""
     columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.completed}/{task.total} blocks"))
     bar = Progress(*columns, TimeRemainingColumn(), console=console)
     task = bar.add_task("sampling text", total=None)

@@ -280,7 +280,7 @@ class SparsityTrainer(PostTrainer):
         return [path for path in super().superfluous_checkpoints() if best is None or path != best[0]]
 
     def select_weights(self) -> Validation:
-        """After training, calibrate the last weights, or load the best checkpoint if it meets the bound and is sparser."""
+        """After training, calibrate the last weights, or load the best checkpoint if it is sparser inside the bound."""
         best = on_main_process(self.best_checkpoint)
         final = self.calibrate()
         if best is None or (self.violation(final) <= 0 and final.open_fraction <= best[1].open_fraction):
@@ -303,7 +303,7 @@ class SparsityTrainer(PostTrainer):
         return final
 
     def _shift_gates(self, before: Validation) -> Validation:
-        """Shift the gate biases by the smallest amount that meets the bound, and validate; ``before`` is without a shift."""
+        """Shift the gate biases by the smallest amount that meets the bound; ``before`` was measured without one."""
         results: list[Validation] = []
 
         def violation() -> float:

@@ -186,7 +186,7 @@ class BlockStream(IterableDataset[dict[str, Any]]):
         worker = get_worker_info()
         if worker is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        # DataLoader takes batches from the workers in turn, starting with worker 0, so slots are shifted by what was read.
+        # DataLoader takes batches from the workers in turn, starting with worker 0; so slots are shifted on resuming.
         slot = ((0 if worker is None else worker.id) + self.batches) % self.slots
         try:
             with _faults(self.text):

@@ -36,7 +36,7 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def tokens_of(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Tokenise documents, in batches; yield tokens in parts of any length, with the end-of-text token after each document.
+    """Tokenise documents in batches; yield parts of any length, with the end-of-text token after each document.
 
     A document without tokens yields nothing, not even an end-of-text token.
     """

@@ -1,7 +1,7 @@
 """Fine-tuning with transformers' Trainer: settings, atomic checkpoints, and the dense control.
 
-The learning rates rise over the first ``warmup`` of the steps, stay constant, and fall to 0 over the last ``decay``. Those
-of the gate biases fall only in the last third of the decay, so that the gates can respond while the weights settle.
+The learning rates rise over the first ``warmup`` of the steps, stay constant, and fall to 0 over the last ``decay``.
+Those of the gate biases fall only in the last third of that, so that the gates can respond while the weights settle.
 """
 
 import json
@@ -53,7 +53,7 @@ GATE_RATE, GATE_RATE_STEPS = 0.15, 60
 
 @contextmanager
 def no_dropout(model: nn.Module) -> Iterator[None]:
-    """Context manager without dropout in ``train()`` mode, since the constraint refers to the dense model's eval loss."""
+    """Context manager without dropout in ``train()`` mode; the constraint refers to the dense model's eval loss."""
     before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for name in ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout"):
@@ -333,7 +333,7 @@ class PostTrainer(Trainer):
         return cast(dict[str, Tensor], self.accelerator.get_state_dict(self.model_wrapped))
 
     def reshard(self) -> None:
-        """Shard all weights again; FSDP2 leaves the root unsharded after a forward pass, where a change would be lost."""
+        """Shard all weights again; FSDP2 leaves the root unsharded after a forward pass, and changes to it are lost."""
         for module in self.model_wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
