@@ -134,6 +134,8 @@ class MaskSearch:
 
     Attributes:
         best: the smallest set so far that meets the constraints; all units at first.
+        ranking: theta after learning; None before.
+        finished: whether :meth:`run` came to its end.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class MaskSearch:
         progress: Callable[[float, int], None] = lambda done, size: None,
     ) -> None:
         self.masks, self.share, self.complete, self.progress = masks, share, complete, progress
+        self.seed, self.finished = seed, False
         self.generator = torch.Generator().manual_seed(seed)
         self.best: Bool[Tensor, " units"] = torch.ones(len(masks), dtype=torch.bool)
         self.ranking: Float[Tensor, " units"] | None = None
@@ -155,6 +158,7 @@ class MaskSearch:
         self.ranking = self.learn()
         self._take_prefix(self.ranking)
         self.remove()
+        self.finished = True
         return self.result()
 
     def result(self) -> UnitSet:

@@ -17,7 +17,7 @@ SHARES = (0.5, 0.8, 0.9, 0.95)
 class ExplainConfig:
     """What the set of links has to achieve, and how many searches to run.
 
-    The set of the first seed is the explanation; the other seeds show how stable it is.
+    The smallest set of all seeds is the explanation; the others show how stable it is.
     """
 
     links: Kind | None = setting(

@@ -1,8 +1,8 @@
 """Explain one prediction: find the links that carry it, check them by running the model, and find why each is open.
 
-1. Search for a set of links with every seed. The first seed's set is the explanation; the overlap with the others is
+1. Search for a set of links with every seed. The smallest set is the explanation; its overlap with the others is
    reported.
-2. Grow or shrink the set for other shares of the metric.
+2. Grow or shrink it for other shares of the metric. Where this finds a smaller set for a higher share, use that.
 3. Analyse its strongest links one by one: weight, gate, what they write, what is lost without them, and why they are
    open.
 """
@@ -62,8 +62,8 @@ class Explanation:
         candidates: number of links of the model on this prompt: the open ones, or all in a dense model.
         links: ``[candidates, 4]``, all candidates: layer, head, query, key.
         seeds: the seeds of the sets.
-        sets: the set of each seed; the first is the explanation.
-        by_share: sets of the first seed for several shares of the metric.
+        sets: the set of each seed, smallest first; the first is the explanation.
+        by_share: the explanation, and sets from the same seed for other shares of the metric.
         details: the strongest links of the first set, strongest first.
     """
 
@@ -139,36 +139,37 @@ def explain_prediction(
     kind, seeds = config.links or "sufficient", range(config.seed, config.seed + config.seeds)
     with frozen(model):
         masks = LinkMasks(model, prediction, corrupted)
-        sets: list[UnitSet] = []
+        searches: list[MaskSearch] = []
         by_share: dict[float, UnitSet] = {}
-        for at, seed in enumerate(seeds):
-            what = f"seed {at + 1} of {len(seeds)}"
-            search = MaskSearch(
-                masks, share=config.share, complete=kind == "complete", seed=seed, progress=partial(progress, what)
-            )
-            try:
-                sets.append(search.run())
-                if at == 0:
-                    by_share = _other_shares(search, sets[0], config.shares, progress)
-            except KeyboardInterrupt:
-                if not sets:
-                    sets.append(search.result())
-                break
+        try:
+            for at, seed in enumerate(seeds):
+                what = partial(progress, f"seed {at + 1} of {len(seeds)}")
+                search = MaskSearch(masks, share=config.share, complete=kind == "complete", seed=seed, progress=what)
+                searches.append(search)
+                search.run()
+            searches.sort(key=len)
+            _find_other_shares(searches[0], config.shares, by_share, progress)
+        except KeyboardInterrupt:
+            searches = sorted((each for each in searches if each.finished), key=len) or searches
+        sets = [each.result() for each in searches]
+        by_share = dict(sorted({**by_share, config.share: sets[0]}.items()))
         details = _details(model, masks, sets, progress)
         return Explanation(
             prediction, corrupted, kind, config.share, masks.full, masks.nothing, len(masks), masks.links.cpu(),
-            tuple(seeds[: len(sets)]), tuple(sets), by_share, details,
+            tuple(each.seed for each in searches), tuple(sets), by_share, details,
         )  # fmt: skip
 
 
-def _other_shares(
-    search: MaskSearch, found: UnitSet, shares: Sequence[float], progress: Progress
-) -> dict[float, UnitSet]:
-    by_share = {search.share: found}
+def _find_other_shares(
+    search: MaskSearch, shares: Sequence[float], by_share: dict[float, UnitSet], progress: Progress
+) -> None:
+    """Fill ``by_share``, highest shares first; a set of a higher share that is smaller replaces that of the search."""
     for share in sorted(set(shares) - {search.share}, reverse=True):
-        progress(f"{share:.0%} of the metric", 0.0, len(found))
+        progress(f"{share:.0%} of the metric", 0.0, len(search))
         by_share[share] = search.at_share(share)
-    return dict(sorted(by_share.items()))
+        if share > search.share and len(by_share[share]) < len(search):
+            search.best = by_share[share].chosen
+            search.remove()
 
 
 def _details(
