@@ -42,7 +42,7 @@ class SwitchedMasks:
 def test_units_without_which_all_is_lost_are_kept_although_their_gradient_is_zero(complete: bool, seed: int) -> None:
     masks = SwitchedMasks()
     search = MaskSearch(masks, share=0.9, complete=complete, seed=seed)
-    learned = search.learn() > 0
+    learned = search.learn(search.best) > 0
     assert learned[-SWITCHES:].all()
     assert masks.kept([learned]).item() > 0.8
     found = MaskSearch(masks, share=0.9, complete=complete, seed=seed).run()
@@ -55,5 +55,6 @@ def test_units_without_which_all_is_lost_are_kept_although_their_gradient_is_zer
 def test_without_bisection_samples_collapse_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the test above could not fail."""
     monkeypatch.setattr(mask_search, "COLLAPSED", -1.0)
-    kept = [SwitchedMasks().kept([MaskSearch(SwitchedMasks(), seed=seed).learn() > 0]).item() for seed in range(5)]
+    searches = [MaskSearch(SwitchedMasks(), seed=seed) for seed in range(5)]
+    kept = [SwitchedMasks().kept([each.learn(each.best) > 0]).item() for each in searches]
     assert min(kept) < 0.1

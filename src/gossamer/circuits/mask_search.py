@@ -13,6 +13,8 @@ from the units' attribution, the gradient of f with respect to their masks along
 2. Rank the units by theta and take the shortest prefix of the ranking that meets the constraints.
 3. Remove units from this set, those with the smallest gradients first: many at once, then one by one, until none can
    be removed. Before that, drop units from which no path leads to the prediction.
+4. Repeat this once, with a fresh theta, among the units found and the highest-ranked ones only: attribution and
+   gradients then refer to a model in which most other units are already cut.
 
 Whether a set meets the constraints is always measured by running the model with hard masks. The units are the links of
 one prompt (:mod:`gossamer.explanations.link_masks`), or the nodes or edges for a task
@@ -27,8 +29,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-STEPS = 80
-"""Number of optimiser steps for the mask."""
+STEPS = 40
+"""Number of optimiser steps for the mask in each of two rounds."""
+
+POOL = 3
+"""The second round searches among this many times as many units as the first one found."""
+
+OUTSIDE = 1_000.0
+"""Subtracted from theta of the units outside the pool of a round."""
 
 SAMPLES = 4
 """Mask samples per step; fewer if a pass cannot take that many rows."""
@@ -152,14 +160,39 @@ class MaskSearch:
         self.generator = torch.Generator().manual_seed(seed)
         self.best: Bool[Tensor, " units"] = torch.ones(len(masks), dtype=torch.bool)
         self.ranking: Float[Tensor, " units"] | None = None
+        self._round = 0
 
     def run(self) -> UnitSet:
         """Run the search; if interrupted, ``best`` holds the best set so far."""
-        self.ranking = self.learn()
-        self._take_prefix(self.ranking)
-        self.remove()
+        self._search_within(self.best)
+        self._round = 1
+        self._search_within(self._pool())
         self.finished = True
         return self.result()
+
+    def _search_within(self, pool: Bool[Tensor, " units"]) -> None:
+        """Search among the units of a pool that meets the constraints; keep the set if it is smaller than the best."""
+        best, ranking = self.best, self.ranking
+        try:
+            self.best = pool
+            learned = self.learn(pool)
+            self._take_prefix(learned)
+            self.remove()
+            self.ranking = learned
+        finally:
+            if ranking is not None and len(self) >= int(best.sum()):
+                self.best, self.ranking = best, ranking
+
+    def _pool(self) -> Bool[Tensor, " units"]:
+        """The units of the best set and several times as many that rank highest."""
+        assert self.ranking is not None
+        order, size, pool = self.ranking.argsort(descending=True, stable=True), len(self), self.best
+        while size < len(self.masks):
+            size = min(POOL * size, len(self.masks))
+            pool = self.best.clone().index_fill_(0, order[:size], True)
+            if self.accepts([pool])[0]:
+                break
+        return pool
 
     def result(self) -> UnitSet:
         """Measure the best set so far."""
@@ -186,23 +219,25 @@ class MaskSearch:
             inside[inside.clone()] = self.masks.left_when_cut(sufficient) <= 1 - self.share
         return inside.tolist()
 
-    def attribution(self) -> Float[Tensor, " units"]:
-        """Mean absolute gradient of f with respect to each unit's mask, along the path from no unit to all units."""
+    def attribution(self, pool: Bool[Tensor, " units"]) -> Float[Tensor, " units"]:
+        """Mean absolute gradient of f with respect to each mask, along the path from no unit to all of the pool."""
         total = torch.zeros(len(self.masks))
         for weight in _PATH:
-            mask = torch.full_like(total, weight).requires_grad_()
+            mask = (weight * pool).requires_grad_()
             (gradient,) = torch.autograd.grad(self.masks.shares([MaskRow(mask, False)]).sum(), mask)
             total += gradient.abs().cpu() / len(_PATH)
         return total
 
-    def learn(self) -> Float[Tensor, " units"]:
-        """Train the mask and return theta."""
-        theta = _start(self.attribution()).requires_grad_()
+    def learn(self, pool: Bool[Tensor, " units"]) -> Float[Tensor, " units"]:
+        """Train the mask of the units in a pool and return theta; all other units are cut and rank below them."""
+        theta = torch.full_like(pool, -OUTSIDE, dtype=torch.float) if self.ranking is None else self.ranking - OUTSIDE
+        theta[pool] = _start(self.attribution(pool)[pool])
+        theta.requires_grad_()
         optimizer = torch.optim.Adam([theta], betas=(0.8, 0.99))
         sides = 2 if self.complete else 1
         samples = max(1, min(SAMPLES, self.masks.rows_with_gradients // sides))
         multipliers = [_Multiplier() for _ in range(sides)]
-        good, critical = torch.ones_like(self.best), torch.zeros_like(self.best)
+        good, critical = pool, torch.zeros_like(pool)
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * min(1.0, max(0.1, (1 - step / STEPS) / 0.4))
             masks = [self._sampled(theta) for _ in range(samples)]
@@ -222,7 +257,7 @@ class MaskSearch:
                 objective.backward()
                 optimizer.step()
             theta.data[critical] = CERTAIN
-            self.progress(0.7 * (step + 1) / STEPS, int((theta > 0).sum()))
+            self._show(0.7 * (step + 1) / STEPS, int((theta > 0).sum()))
         return theta.detach()
 
     @torch.no_grad()
@@ -269,7 +304,7 @@ class MaskSearch:
         share = MOST_AT_ONCE
         order = self._free(torch.zeros_like(self.best))
         while share >= LEAST_AT_ONCE and (count := int(len(order) * share)):
-            self.progress(0.7 + 0.1 * (1 - share / MOST_AT_ONCE), int(self.best.sum()))
+            self._show(0.7 + 0.1 * (1 - share / MOST_AT_ONCE), len(self))
             if self._try([self._without(order[:count])]):
                 order = self._free(torch.zeros_like(self.best))
             else:
@@ -280,7 +315,7 @@ class MaskSearch:
         needed = torch.zeros_like(self.best)
         order, sorted_at = self._free(needed), len(self)
         while len(order):
-            self.progress(0.8 + 0.2 * float(needed.sum() / self.best.sum()), len(self))
+            self._show(0.8 + 0.2 * float(needed.sum() / self.best.sum()), len(self))
             some = order[:ONE_BY_ONE]
             accepted = torch.tensor(self.accepts([self._without(unit) for unit in some]))
             needed[some[~accepted]] = True
@@ -296,6 +331,9 @@ class MaskSearch:
         """The units of the best set that are not known to be needed, those with the smallest gradients first."""
         free = (self.best & ~needed).nonzero()[:, 0]
         return free[self.gradients()[free].argsort()] if len(free) else free
+
+    def _show(self, done: float, size: int) -> None:
+        self.progress((self._round + done) / 2, size)
 
     def _without(self, units: Tensor) -> Bool[Tensor, " units"]:
         return self.best.clone().index_fill_(0, units.reshape(-1), False)
