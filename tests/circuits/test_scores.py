@@ -34,7 +34,7 @@ def edge_scores(score: Score, model, batch: Batch, ablation: str) -> Tensor:
 def test_a_score_is_of_units_that_there_are(
     name: str, family: str, gated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mask_search, "STEPS", 10)
+    monkeypatch.setattr(mask_search, "STEPS", 5)
     model, batch, score = model_of(family, gated), batch_of(2, 4), SCORES[name]
     graph = graph_of(model)
     for ablation in ABLATIONS:

@@ -61,7 +61,7 @@ def test_a_measurement_that_was_cut_off_goes_on(
 ) -> None:
     monkeypatch.setattr(predictions, "LIKELY", 0.02)
     monkeypatch.setattr(predictions, "GAIN", 0.5)
-    monkeypatch.setattr(mask_search, "STEPS", 20)
+    monkeypatch.setattr(mask_search, "STEPS", 10)
     file = tmp_path / "rows.jsonl"
     rows = measure(models, blocks, file)
     assert len(rows) == 2 * 2 * 2 * 2
