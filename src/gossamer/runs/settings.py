@@ -80,7 +80,7 @@ class RunConfig:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps: as many as ``tokens`` fills, at least one."""
+        """Number of optimiser steps, as many as ``tokens`` fills; at least one."""
         return max(1, self.tokens // self.tokens_per_step)
 
     @property
