@@ -58,3 +58,14 @@ def test_without_bisection_samples_collapse_for_good(monkeypatch: pytest.MonkeyP
     searches = [MaskSearch(SwitchedMasks(), seed=seed) for seed in range(5)]
     kept = [SwitchedMasks().kept([each.learn(each.best) > 0]).item() for each in searches]
     assert min(kept) < 0.1
+
+
+def test_learning_within_a_pool_cuts_all_other_units_and_ranks_them_below() -> None:
+    search = MaskSearch(SwitchedMasks())
+    first = search.learn(search.best)
+    search.ranking = first
+    pool = torch.zeros(UNITS, dtype=torch.bool).index_fill_(0, first.argsort(descending=True)[:40], True)
+    second = search.learn(pool)
+    assert second[pool].min() > second[~pool].max()
+    assert torch.equal(second[~pool].argsort(), first[~pool].argsort())
+    assert not search._sampled(second)[~pool].any()

@@ -103,8 +103,9 @@ def load_blocks(
         text: a local file (see :mod:`gossamer.training.documents`), a directory of such files, the id of
             a Hub data set with a column ``text`` as ``[hub:]NAME[@REVISION][:CONFIG[:SPLIT]]``, or ``self``.
         tokenizer: of the model.
-        counts: how many blocks. Training blocks are chosen at random from all blocks of the text, or from the first 20
-            times as many of a very long text. If the text has too few, they repeat once all have been used. Validation
+        counts: how many blocks. Training blocks are chosen at random from all blocks of the text; of a very long text,
+            from the first 20 times as many, or those in the first 2**24 tokens if that is more. If the text has too
+            few, they repeat once all have been used. Validation
             blocks are evenly spaced over the held-out text and take up at most a third of it; held-out blocks are
             evenly spaced over the rest.
         seed: seed of the choice, and of the text sampled from the model.

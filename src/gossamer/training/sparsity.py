@@ -63,7 +63,7 @@ class Validation:
         constrained: the constrained quantity, in nats.
         stderr: standard error of its distance from the bound, in nats; 0 if there is only one block.
         open_fraction: open links / allowed links.
-        calibration: common shift of the gate biases after training; None if there was none.
+        calibration: common shift of the gate biases after training; None during training, or if no shift helps.
         interpolation: share of the trained change of the weights that was kept.
     """
 
@@ -87,7 +87,7 @@ class SparsityTrainer(PostTrainer):
         blocks: training blocks, each used once.
         validation: blocks used neither for training nor for the reported metrics.
         folder: directory of the checkpoints.
-        margin: how far inside the bound to aim, in nats; None for one standard error of each measurement.
+        margin: how far inside the bound to aim, in nats; None for one standard error of each measurement, up to a limit.
         dense_weights: reads the dense model's weights by name, if they are needed after training; None if only gates
             and adapters are trained.
     """
@@ -280,7 +280,7 @@ class SparsityTrainer(PostTrainer):
         return [path for path in super().superfluous_checkpoints() if best is None or path != best[0]]
 
     def select_weights(self) -> Validation:
-        """After training, calibrate the last weights, or load the best checkpoint if it is sparser inside the bound."""
+        """Calibrate after training; load the best checkpoint instead if it is sparser or the bound is still missed."""
         best = on_main_process(self.best_checkpoint)
         final = self.calibrate()
         if best is None or (self.violation(final) <= 0 and final.open_fraction <= best[1].open_fraction):

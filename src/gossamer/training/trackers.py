@@ -1,6 +1,6 @@
 """Send a run's metrics to TensorBoard, Weights & Biases or trackio, through transformers' callbacks.
 
-Each step sends everything in ``training.jsonl``, the violation, and the open fraction of each layer. TensorBoard's
+Each step sends its measurements and learning rate, the violation, and the open fraction of each layer. TensorBoard's
 files are in RUN/tensorboard, those of Weights & Biases in RUN/wandb unless ``WANDB_DIR`` is set.
 """
 

@@ -125,7 +125,7 @@ class PostTrainer(Trainer):
         blocks: training blocks.
         folder: directory of the checkpoints.
         steps: number of optimiser steps.
-        tokenizer: saved with each checkpoint.
+        tokenizer: saved with each checkpoint of a gated model.
         callbacks: callbacks for transformers' Trainer.
     """
 
