@@ -105,9 +105,8 @@ def load_blocks(
         tokenizer: of the model.
         counts: how many blocks. Training blocks are chosen at random from all blocks of the text; of a very long text,
             from the first 20 times as many, or those in the first 2**24 tokens if that is more. If the text has too
-            few, they repeat once all have been used. Validation
-            blocks are evenly spaced over the held-out text and take up at most a third of it; held-out blocks are
-            evenly spaced over the rest.
+            few, they repeat once all have been used. Validation blocks are evenly spaced over the held-out text and
+            take up at most a third of it; held-out blocks are evenly spaced over the rest.
         seed: seed of the choice, and of the text sampled from the model.
         model: samples the text if that is ``self``; otherwise only used to check that it has embeddings for all tokens.
         progress: for ``self``, called with the number of blocks sampled so far and the total.

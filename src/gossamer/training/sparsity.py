@@ -87,7 +87,7 @@ class SparsityTrainer(PostTrainer):
         blocks: training blocks, each used once.
         validation: blocks used neither for training nor for the reported metrics.
         folder: directory of the checkpoints.
-        margin: how far inside the bound to aim, in nats; None for one standard error of each measurement, up to a limit.
+        margin: how far inside the bound to aim, in nats; None for one standard error of each measurement, with a limit.
         dense_weights: reads the dense model's weights by name, if they are needed after training; None if only gates
             and adapters are trained.
     """
