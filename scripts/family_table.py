@@ -34,11 +34,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import gossamer
 from gossamer.circuits.activation_cache import run_with_cache
 from gossamer.circuits.intervention import run_with_edges, run_with_nodes
+from gossamer.circuits.link_masks import LinkMasks
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch
 from gossamer.errors import GossamerError
 from gossamer.explanations.effects import link_effects
-from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
 from gossamer.explanations.reasons import GateSplitter
 from gossamer.files import atomic_write_text

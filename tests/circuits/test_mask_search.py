@@ -52,6 +52,26 @@ def test_units_without_which_all_is_lost_are_kept_although_their_gradient_is_zer
     assert found.left_when_cut == pytest.approx(0.0, abs=1e-3)
 
 
+class PartlyMeasured(SwitchedMasks):
+    """``shares`` sees prompts of low metric only, as it may for a task: any sample seems to have collapsed."""
+
+    def shares(self, rows: list[MaskRow]) -> Tensor:
+        return 0.4 * super().shares(rows)
+
+    def kept(self, sets: list[Tensor]) -> Tensor:
+        return super().shares([MaskRow(each.float(), False) for each in sets])
+
+
+def test_a_sample_has_collapsed_only_if_all_prompts_say_so() -> None:
+    search = MaskSearch(PartlyMeasured())
+    good = torch.ones(UNITS)
+    bad = good.clone()
+    bad[-1] = 0
+    shares = search.masks.shares([MaskRow(good, False), MaskRow(bad, False)])
+    assert (shares < mask_search.COLLAPSED * search.share).all()
+    assert search._collapsed([good, bad], shares).tolist() == [False, True]
+
+
 def test_without_bisection_samples_collapse_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the test above could not fail."""
     monkeypatch.setattr(mask_search, "COLLAPSED", -1.0)

@@ -6,10 +6,10 @@ import torch
 from circuit_cases import batch_of, model_of
 from gossamer.circuits.ablations import ABLATIONS
 from gossamer.circuits.activation_cache import run_with_cache
-from gossamer.circuits.intervention import run_with_edges, run_with_nodes
+from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.mask_search import MaskRow
 from gossamer.circuits.scores import SCORES
-from gossamer.circuits.search import find_circuits
+from gossamer.circuits.search import find_circuits, top_links
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.task_masks import PROMPTS, TaskMasks, metric_under_masks, with_input
 from gossamer.circuits.tasks.base import Batch, Example, Prompts, TokenizedExample
@@ -95,14 +95,15 @@ def test_a_metric_that_replacing_everything_leaves_alone_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["learned-mask", "learned-mask-complete"])
-def test_a_search_finds_a_set_that_does_what_it_has_to(name: str) -> None:
+def test_a_search_finds_a_set_that_does_what_it_has_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.circuits.mask_search.STEPS", 10)
     model, prompts = model_of("gpt2", gated=True), prompts_of(batch_of(6, 5))
     training = [parameter.requires_grad for parameter in model.parameters()]
     found = find_circuits(model, prompts, levels=("nodes", "edges"), score=SCORES[name])
     assert [parameter.requires_grad for parameter in model.parameters()] == training
     assert all(parameter.grad is None for parameter in model.parameters())
     for level, units in (("nodes", found.nodes), ("edges", found.edges)):
-        chosen = found.sets[level]
+        (chosen,) = found.sets[level]
         assert 0 < len(chosen) < found.curves[level].total
         assert chosen.kept >= 0.9
         assert chosen.left_when_cut <= 0.1 or name == "learned-mask"
@@ -111,6 +112,46 @@ def test_a_search_finds_a_set_that_does_what_it_has_to(name: str) -> None:
         best = units(size)
         assert torch.equal(best[1:] if level == "nodes" else best[found.graph.possible()], chosen.chosen)
         assert found.curves[level].first_size <= size
+
+
+@pytest.mark.parametrize("ablation", ["patch", "zero"])
+@pytest.mark.parametrize("name", ["learned-mask", "learned-mask-complete"])
+def test_each_prompt_has_links_that_do_what_they_have_to(
+    name: str, ablation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.circuits.mask_search.STEPS", 10)
+    model, prompts = model_of("llama", gated=True), prompts_of(batch_of(3, 5))
+    found = find_circuits(model, prompts, levels=("links",), score=SCORES[name], ablation=ablation, batch_size=2)
+    assert [len(scores) for scores in found.link_scores] == [2, 1]
+    everything = torch.ones_like(found.link_scores[0][:1], dtype=torch.bool).tril()
+    for at, each in enumerate(found.sets["links"]):
+        batch = found.batches[at // 2].rows(slice(at % 2, at % 2 + 1))
+        scores = found.link_scores[at // 2][at % 2][None]
+        kept = top_links(scores, len(each))
+        assert int(kept.sum()) == len(each)
+        assert (scores[kept] < 0).all()  # closed links have score 0
+        metrics = run_with_links(
+            model,
+            batch,
+            torch.stack([torch.zeros_like(everything), kept, everything & ~kept, everything]),
+            ablation=ablation,
+        )
+        nothing, with_set, without, full = metrics[:, 0].tolist()
+        assert each.kept == pytest.approx((with_set - nothing) / (full - nothing), abs=1e-4)
+        assert each.left_when_cut == pytest.approx((without - nothing) / (full - nothing), abs=1e-4)
+        assert each.kept >= 0.9
+        assert each.left_when_cut <= 0.1 or name == "learned-mask"
+
+
+def test_a_prompt_whose_links_change_nothing_is_named() -> None:
+    batch = batch_of(2, 4)
+    same = Batch(
+        batch.clean, torch.stack([batch.corrupted[0], batch.clean[1]]), batch.answers, batch.wrong, batch.metric
+    )
+    search = SCORES["learned-mask"].link_search
+    assert search is not None
+    with pytest.raises(GossamerError, match=r"prompt 2 of 2 with 4 tokens: the logit difference is .*; give another"):
+        search(model_of("gpt2"), same, ablation="patch", progress=lambda what: None)
 
 
 def test_what_is_left_without_a_circuit_is_measured_by_intervention() -> None:

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 import gossamer
 from families import tiny_model
 from forked import run_command
+from gossamer.circuits.link_masks import LinkMasks
 from gossamer.cli import app
 from gossamer.errors import GossamerError
-from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
 from gossamer.models.lora import add_adapters
 from gossamer.models.pretrained import load_dense

@@ -7,11 +7,11 @@ import torch
 
 import gossamer
 from families import tiny_model
+from gossamer.circuits.link_masks import LinkMasks
 from gossamer.circuits.mask_search import MaskSearch
 from gossamer.errors import GossamerError
 from gossamer.explanations.config import ExplainConfig
 from gossamer.explanations.explain import explain, explain_prediction
-from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction, predict
 from gossamer.explanations.record import explanation_record, graphml, in_words
 from induction import induction_model, induction_prompts

@@ -27,6 +27,7 @@ from gossamer.circuits.ability import Ability, measure_ability, require_ability,
 from gossamer.circuits.ablations import ABLATIONS, find_ablation
 from gossamer.circuits.config import SearchConfig
 from gossamer.circuits.links_inside import links_inside, links_of_heads
+from gossamer.circuits.mask_search import UnitSet
 from gossamer.circuits.metrics import Curve
 from gossamer.circuits.records import check_record, circuit_folder, identity
 from gossamer.circuits.scores import find_score
@@ -127,7 +128,7 @@ def _check_config(task: Task, config: SearchConfig) -> None:
         names = " or ".join(name for name, ablation in ABLATIONS.items() if ablation.links is not None)
         raise GossamerError(f"links have no {config.ablation} to carry; ablate them by {names}")
     score = find_score(config.score)
-    if score.links is None and config.levels == ("links",):
+    if not score.has_links and config.levels == ("links",):
         raise GossamerError(f"the score {score.name} is not defined for links; choose another one")
 
 
@@ -198,7 +199,7 @@ def _of_model(
 ) -> tuple[Circuits, dict[str, Any]]:
     started = time.perf_counter()
     score = find_score(config.score)
-    has_links = find_ablation(config.ablation).links is not None and score.links is not None
+    has_links = find_ablation(config.ablation).links is not None and score.has_links
     found = find_circuits(
         model,
         prompts,
@@ -225,11 +226,18 @@ def _of_model(
             level: {**_curve_record(curve), "left_when_cut": found.left_when_cut[level]}
             for level, curve in found.curves.items()
         },
-        "sets": {
-            level: {"size": len(each), "kept": each.kept, "left_when_cut": each.left_when_cut}
-            for level, each in found.sets.items()
-        },
+        "sets": {level: _sets_record(sets) for level, sets in found.sets.items()},
         "circuit": _circuit_record(found),
+    }
+
+
+def _sets_record(sets: Sequence[UnitSet]) -> dict[str, Any]:
+    """Means over the sets: a single one, or of links one per prompt."""
+    return {
+        "size": mean(len(each) for each in sets),
+        "kept": mean(each.kept for each in sets),
+        "left_when_cut": mean(each.left_when_cut for each in sets),
+        "sizes": [len(each) for each in sets],
     }
 
 

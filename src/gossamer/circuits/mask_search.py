@@ -17,7 +17,7 @@ from the units' attribution, the gradient of f with respect to their masks along
    gradients then refer to a model in which most other units are already cut.
 
 Whether a set meets the constraints is always measured by running the model with hard masks. The units are the links of
-one prompt (:mod:`gossamer.explanations.link_masks`), or the nodes or edges for a task
+one prompt (:mod:`gossamer.circuits.link_masks`), or the nodes or edges for a task
 (:mod:`gossamer.circuits.task_masks`).
 """
 
@@ -243,7 +243,7 @@ class MaskSearch:
             masks = [self._sampled(theta) for _ in range(samples)]
             rows = [[MaskRow(each, False), *([MaskRow(1 - each, True)] if self.complete else [])] for each in masks]
             shares = self.masks.shares([row for both in rows for row in both]).view(samples, sides)
-            collapsed = shares[:, 0] < COLLAPSED * self.share
+            collapsed = self._collapsed(masks, shares[:, 0])
             for each in collapsed.nonzero()[:, 0].tolist():
                 critical[self._critical(masks[each] > 0.5, good, theta)] = True
             if not collapsed.all():
@@ -259,6 +259,14 @@ class MaskSearch:
             theta.data[critical] = CERTAIN
             self._show(0.7 * (step + 1) / STEPS, int((theta > 0).sum()))
         return theta.detach()
+
+    def _collapsed(self, masks: list[Tensor], shares: Float[Tensor, " samples"]) -> Bool[Tensor, " samples"]:
+        """Return which samples have collapsed; for a task, on all prompts and not only on those of ``shares``."""
+        collapsed = shares < COLLAPSED * self.share
+        if collapsed.any():
+            some = [mask > 0.5 for mask, one in zip(masks, collapsed.tolist(), strict=True) if one]
+            collapsed[collapsed.clone()] = self.masks.kept(some).to(shares) < COLLAPSED * self.share
+        return collapsed
 
     @torch.no_grad()
     def _critical(

@@ -16,7 +16,7 @@ from gossamer.circuits.graph import Graph, prune, prune_links, top_edges
 from gossamer.circuits.intervention import run_with_edges, run_with_links, run_with_nodes
 from gossamer.circuits.mask_search import UnitSet
 from gossamer.circuits.metrics import Curve, Point, measure_curve
-from gossamer.circuits.scores.base import Score, SetSearch
+from gossamer.circuits.scores.base import Score
 from gossamer.circuits.scores.eap_ig_inputs import EAP_IG_INPUTS
 from gossamer.circuits.streams import graph_of
 from gossamer.circuits.tasks.base import Batch, Prompts
@@ -35,7 +35,8 @@ class Circuits:
         link_scores: scores of the attention links, by batch; empty if links were not requested.
         batches: the prompts of each batch.
         absolute: whether units were chosen by largest absolute score instead of lowest score.
-        sets: sets found by a search, by level, measured on the prompts of the search; empty with other scores.
+        sets: sets found by a search, by level, measured on the prompts of the search: one set, or for links one of each
+            prompt; empty with other scores.
         left_when_cut: f when the smallest circuit that explains 90 % is cut, by level; None if no circuit does.
     """
 
@@ -46,7 +47,7 @@ class Circuits:
     link_scores: tuple[Float[Tensor, "prompts layers heads tokens tokens"], ...]
     batches: tuple[Batch, ...]
     absolute: bool
-    sets: Mapping[Level, UnitSet] = field(default_factory=dict)
+    sets: Mapping[Level, tuple[UnitSet, ...]] = field(default_factory=dict)
     left_when_cut: Mapping[Level, float | None] = field(default_factory=dict)
 
     def nodes(self, count: int) -> Bool[Tensor, " sources"]:
@@ -92,7 +93,7 @@ def find_circuits(
         GossamerError: if the metric does not distinguish clean from corrupted prompts; if there is no such ablation; if
             links are requested and the ablation or the score is not defined for them.
     """
-    if "links" in levels and score.links is None:
+    if "links" in levels and not score.has_links:
         raise GossamerError(f"the score {score.name} is not defined for links")
     if "links" in levels and find_ablation(ablation).links is None:
         raise GossamerError(f"the ablation {ablation} is not defined for links")
@@ -119,7 +120,7 @@ def _score_units(
     """Score all units of these levels; the result has no curves yet."""
     graph, count = graph_of(model), sum(len(batch.clean) for batch in batches)
     if score.search is not None:
-        return _search_sets(model, batches, means, levels, score.search, ablation, absolute, progress)
+        return _search_sets(model, batches, means, levels, score, ablation, absolute, progress)
     assert score.edges is not None
     scores, node_scores = torch.zeros(graph.sources, graph.destinations), torch.zeros(graph.sources)
     for done, batch in enumerate(batches if set(levels) - {"links"} else ()):
@@ -145,23 +146,34 @@ def _search_sets(
     batches: tuple[Batch, ...],
     means: Mapping[int, Tensor],
     levels: tuple[Level, ...],
-    search: SetSearch,
+    score: Score,
     ablation: str,
     absolute: bool,
     progress: Callable[[str], None],
 ) -> Circuits:
-    """Search for sets of nodes and edges; the result has no curves yet."""
+    """Search for sets of units; the result has no curves yet."""
     graph = graph_of(model)
     scores: dict[Level, Tensor] = {
         "nodes": torch.zeros(graph.sources),
         "edges": torch.zeros(graph.sources, graph.destinations),
     }
-    sets: dict[Level, UnitSet] = {}
+    sets: dict[Level, tuple[UnitSet, ...]] = {}
     for units in ("nodes", "edges"):
         if units in levels:
-            found, sets[units] = search(model, batches, units, ablation=ablation, means=means, progress=progress)
-            scores[units] = found
-    return Circuits(graph, {}, scores["edges"], scores["nodes"], (), batches, absolute, sets)
+            assert score.search is not None
+            scores[units], found = score.search(
+                model, batches, units, ablation=ablation, means=means, progress=progress
+            )
+            sets[units] = (found,)
+    links: list[Tensor] = []
+    outside = find_ablation(ablation).links
+    if "links" in levels and outside is not None:
+        assert score.link_search is not None
+        for batch in batches:
+            found_links, of_prompts = score.link_search(model, batch, ablation=outside, progress=progress)
+            links.append(found_links)
+            sets["links"] = (*sets.get("links", ()), *of_prompts)
+    return Circuits(graph, {}, scores["edges"], scores["nodes"], tuple(links), batches, absolute, sets)
 
 
 @dataclass(frozen=True)

@@ -66,13 +66,14 @@ def _pruned_table(record: dict[str, Any]) -> Table:
 
 
 def _sets_table(record: dict[str, Any]) -> Table:
-    table = Table(title="The sets that the search found, on the prompts that it looked at")
+    table = Table(title="The sets that the search found, on the prompts that it looked at (links: mean per prompt)")
     for column in ("level", "model", "units", "kept", "left when cut"):
         table.add_column(column, justify="left" if column in ("level", "model") else "right")
     for level in record["models"]["dense"]["sets"]:
         for name, model in record["models"].items():
             found = model["sets"][level]
-            table.add_row(level, name, _count(found["size"]), _share(found["kept"]), _share(found["left_when_cut"]))
+            size = _mean(found["size"]) if level == "links" else _count(found["size"])
+            table.add_row(level, name, size, _share(found["kept"]), _share(found["left_when_cut"]))
     return table
 
 

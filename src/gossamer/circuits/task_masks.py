@@ -205,14 +205,10 @@ def _first(batches: Sequence[Batch], count: int) -> list[Batch]:
     found, left = [], count
     for batch in batches:
         if left > 0:
-            found.append(_rows(batch, slice(0, left)))
+            found.append(batch.rows(slice(0, left)))
             left -= len(batch.clean)
     return found
 
 
 def _parts(batch: Batch, size: int) -> list[Batch]:
-    return [_rows(batch, slice(at, at + size)) for at in range(0, len(batch.clean), size)]
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.clean[rows], batch.corrupted[rows], batch.answers[rows], batch.wrong[rows], batch.metric)
+    return [batch.rows(slice(at, at + size)) for at in range(0, len(batch.clean), size)]

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.circuits.activation_cache import LinkRecorder
+from gossamer.circuits.link_masks import LinkMasks
 from gossamer.circuits.norms import FixedNorm, fixed_norm
 from gossamer.circuits.streams import output_maps, stream_hooks
-from gossamer.explanations.link_masks import LinkMasks
 from gossamer.models.architectures import architecture_of
 
 SHOWN_TOKENS = 5

@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gossamer.circuits.link_masks import LinkMasks
 from gossamer.circuits.mask_search import MaskSearch, UnitSet, overlap
 from gossamer.circuits.streams import graph_of
 from gossamer.explanations.config import ExplainConfig, Kind
 from gossamer.explanations.effects import LinkEffect, link_effects
-from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction, predict, prompt_tokens
 from gossamer.explanations.reasons import GateSplitter, Reason, require_sums
 from gossamer.models.frozen import frozen
@@ -182,7 +182,7 @@ def _details(
     places = strength.topk(min(MOST_DETAILED, len(sets[0]))).indices
     effects = link_effects(masks, sets[0].chosen, places)
     links = [(layer, head, query, key) for layer, head, query, key in masks.links.cpu()[places].tolist()]
-    reasons = GateSplitter(model, masks.prediction.ids).explain(links)
+    reasons = GateSplitter(model, masks.prompt.ids).explain(links)
     votes = torch.stack([each.chosen.float() for each in sets]).mean(0)[places].tolist()
     found = [ExplainedLink(*each) for each in zip(links, effects, reasons, votes, strict=True)]
     return tuple(sorted(found, key=lambda each: -abs(each.effect.in_set)))

@@ -19,11 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gossamer.circuits.link_masks import LinkMasks
 from gossamer.circuits.mask_search import MaskSearch, overlap
 from gossamer.circuits.streams import Pattern, StreamHooks, attention_hooks
 from gossamer.errors import GossamerError
 from gossamer.explanations.config import Kind
-from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
 from gossamer.files import atomic_write_text
 from gossamer.inputs import check, read_json_lines, read_text, reading

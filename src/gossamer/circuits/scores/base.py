@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gossamer.circuits.ablations import LinkAblation
 from gossamer.circuits.mask_search import UnitSet
 from gossamer.circuits.task_masks import Units
 from gossamer.circuits.tasks.base import Batch
@@ -69,6 +70,23 @@ LinkScores = Callable[..., Float[Tensor, "prompts layers heads tokens tokens"]]
 """Computes scores of each prompt's attention links from model, batch and ``ablation`` (``patch`` or ``zero``)."""
 
 
+class LinkSearch(Protocol):
+    """A search, separate for each prompt, for a set of attention links that does what the model does."""
+
+    def __call__(
+        self, model: PreTrainedModel, batch: Batch, *, ablation: LinkAblation, progress: Callable[[str], None]
+    ) -> tuple[Float[Tensor, "prompts layers heads tokens tokens"], tuple[UnitSet, ...]]:
+        """
+        Args:
+            ablation: what links outside the set carry.
+            progress: called with a short description of the current step.
+
+        Returns:
+            Scores of the links, lowest for links in the set and 0 for links that carry nothing; and each prompt's set.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Score:
     """A way to score the units of a model.
@@ -80,6 +98,7 @@ class Score:
         links: scores attention links; None if the score is not defined for them.
         search: finds sets of nodes or edges, for scores that do not rate each unit separately; ``edges`` and ``nodes``
             are then None.
+        link_search: the same for sets of attention links; ``links`` is then None.
     """
 
     name: str
@@ -87,3 +106,9 @@ class Score:
     nodes: UnitScores | None = None
     links: LinkScores | None = None
     search: SetSearch | None = None
+    link_search: LinkSearch | None = None
+
+    @property
+    def has_links(self) -> bool:
+        """Whether the score is defined for attention links."""
+        return self.links is not None or self.link_search is not None

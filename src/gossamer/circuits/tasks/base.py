@@ -99,6 +99,10 @@ class Batch:
             rows = [p[a].sum() - p[w].sum() for p, a, w in zip(probabilities, self.answers, self.wrong, strict=True)]
         return torch.stack(rows)
 
+    def rows(self, some: slice) -> "Batch":
+        """Some of the examples."""
+        return Batch(self.clean[some], self.corrupted[some], self.answers[some], self.wrong[some], self.metric)
+
 
 @dataclass(frozen=True)
 class Prompts:

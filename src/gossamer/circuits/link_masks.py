@@ -1,4 +1,4 @@
-"""One prediction under masks on its attention links.
+"""The metric of one prompt under masks on its attention links.
 
     f(E)     = (m(E) - m(nothing)) / (m(everything) - m(nothing))     share of the metric left with links outside E cut
     f(not E) = the same with the links of E cut and all others kept
@@ -11,6 +11,7 @@ model, all links. A link that opens only because others are cut counts as outsid
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,10 +23,9 @@ from gossamer.circuits.activation_cache import LinkRecorder
 from gossamer.circuits.mask_search import MaskRow
 from gossamer.circuits.streams import Pattern, StreamHooks, attention_hooks
 from gossamer.errors import GossamerError
-from gossamer.explanations.prediction import Prediction
 
 SMALLEST_DIFFERENCE = 1e-3
-"""In nats, between the metric with all links and with none; below it there is nothing to explain."""
+"""In units of the metric, between all links and none; below it there is nothing to explain."""
 
 _TOKENS_AT_ONCE = 1_024
 """Maximum of rows times tokens in one forward pass without gradients."""
@@ -35,6 +35,24 @@ _GRADED_TOKENS = 256
 
 _RECOMPUTED = 256
 """Number of tokens above which the backward pass recomputes attention, whose weights then dominate memory."""
+
+
+class PromptMetric(Protocol):
+    """A prompt and a metric at its last position."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        ...
+
+    @property
+    def metric_name(self) -> str:
+        """Name of the quantity that :meth:`metric` computes."""
+        ...
+
+    def metric(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+        """Compute the metric from logits at the last position, one row per mask."""
+        ...
 
 
 @dataclass
@@ -81,11 +99,11 @@ class _Masked(StreamHooks):
 
 
 class LinkMasks:
-    """A prediction, its links, and the metric under masks on them.
+    """A prompt, its links, and the metric under masks on them.
 
     Args:
         model: dense or gated, in ``eval()`` mode, its weights frozen.
-        prediction: the prediction to explain.
+        prompt: the prompt and its metric.
         corrupted: tokens of a prompt of the same length whose values cut links carry; None if they carry nothing.
 
     Attributes:
@@ -96,14 +114,12 @@ class LinkMasks:
         GossamerError: if the corrupted prompt has another length; if cutting every link changes nothing.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, prediction: Prediction, corrupted: tuple[int, ...] | None = None
-    ) -> None:
-        self.model, self.prediction = model, prediction
-        self.ids = torch.tensor([prediction.ids], device=model.device)
-        tokens = len(prediction.ids)
+    def __init__(self, model: PreTrainedModel, prompt: PromptMetric, corrupted: tuple[int, ...] | None = None) -> None:
+        self.model, self.prompt = model, prompt
+        self.ids = torch.tensor([prompt.ids], device=model.device)
+        tokens = len(prompt.ids)
         self.corrupted: _Recorder | None = None
-        candidates = torch.stack(self._record(prediction.ids, links=False).carrying)
+        candidates = torch.stack(self._record(prompt.ids, links=False).carrying)
         if corrupted is not None:
             if len(corrupted) != tokens:
                 raise GossamerError(
@@ -117,8 +133,8 @@ class LinkMasks:
         self.full, self.nothing = self.metrics([MaskRow(none + 1, True), MaskRow(none, False)]).tolist()
         if abs(self.full - self.nothing) < SMALLEST_DIFFERENCE:
             raise GossamerError(
-                f"the {prediction.metric_name} is {self.full:.3f} with every attention link and {self.nothing:.3f} "
-                "with none: this prediction does not depend on attention; give a longer prompt or another target"
+                f"the {prompt.metric_name} is {self.full:.3f} with every attention link and {self.nothing:.3f} "
+                "with none: it does not depend on the links; give another prompt or target"
             )
 
     @torch.no_grad()
@@ -137,7 +153,7 @@ class LinkMasks:
         ids = self.ids.expand(len(rows), -1)
         with attention_hooks(self.model, hooks):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return self.prediction.metric(logits)
+        return self.prompt.metric(logits)
 
     @property
     def rows_with_gradients(self) -> int:

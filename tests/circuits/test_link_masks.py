@@ -6,9 +6,9 @@ from torch import Tensor
 
 import gossamer
 from circuit_cases import FAMILIES, model_of
+from gossamer.circuits.link_masks import LinkMasks
 from gossamer.circuits.mask_search import MaskRow
 from gossamer.errors import GossamerError
-from gossamer.explanations.link_masks import LinkMasks
 from gossamer.explanations.prediction import Prediction
 from plain_links import plainly
 
@@ -57,7 +57,7 @@ def test_with_a_corrupted_prompt_cut_links_carry_its_values() -> None:
     none = torch.zeros(len(masks))
     # With every link cut, the heads at the last position in the first layer write what they write in the corrupted
     # run. If the corrupted prompt is the prompt itself, cutting changes nothing.
-    with pytest.raises(GossamerError, match="does not depend on attention"):
+    with pytest.raises(GossamerError, match="does not depend on the links"):
         LinkMasks(model, PREDICTION, IDS)
     alone = LinkMasks(model, PREDICTION)
     assert masks.full == pytest.approx(alone.full)
@@ -80,6 +80,6 @@ def test_gradients_are_those_of_the_metric(monkeypatch: pytest.MonkeyPatch) -> N
         ]
         up, down = masks.metrics([MaskRow(mask, True) for mask in moved]).tolist()
         assert found[link].item() == pytest.approx((up - down) / (2 * step), rel=0.02, abs=1e-4)
-    monkeypatch.setattr("gossamer.explanations.link_masks._RECOMPUTED", 1)
+    monkeypatch.setattr("gossamer.circuits.link_masks._RECOMPUTED", 1)
     (again,) = torch.autograd.grad(masks.metrics([MaskRow(start, True)]).sum(), start)
     torch.testing.assert_close(again, found)
