@@ -95,8 +95,7 @@ def test_a_metric_that_replacing_everything_leaves_alone_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["learned-mask", "learned-mask-complete"])
-def test_a_search_finds_a_set_that_does_what_it_has_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gossamer.circuits.mask_search.STEPS", 10)
+def test_a_search_finds_a_set_that_does_what_it_has_to(name: str) -> None:
     model, prompts = model_of("gpt2", gated=True), prompts_of(batch_of(6, 5))
     training = [parameter.requires_grad for parameter in model.parameters()]
     found = find_circuits(model, prompts, levels=("nodes", "edges"), score=SCORES[name])
