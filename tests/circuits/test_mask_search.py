@@ -62,14 +62,15 @@ class PartlyMeasured(SwitchedMasks):
         return super().shares([MaskRow(each.float(), False) for each in sets])
 
 
-def test_a_sample_has_collapsed_only_if_all_prompts_say_so() -> None:
+def test_no_unit_is_critical_unless_all_prompts_say_so() -> None:
     search = MaskSearch(PartlyMeasured())
-    good = torch.ones(UNITS)
-    bad = good.clone()
-    bad[-1] = 0
-    shares = search.masks.shares([MaskRow(good, False), MaskRow(bad, False)])
+    good, theta = torch.ones(UNITS, dtype=torch.bool), torch.linspace(-1, 1, UNITS)
+    harmless, bad = good.clone(), good.clone()
+    harmless[20:40], bad[[20, 30, UNITS - 1, 40]] = False, False
+    shares = search.masks.shares([MaskRow(each.float(), False) for each in (harmless, bad)])
     assert (shares < mask_search.COLLAPSED * search.share).all()
-    assert search._collapsed([good, bad], shares).tolist() == [False, True]
+    assert search._critical(harmless, good, theta).tolist() == []
+    assert search._critical(bad, good, theta).tolist() == [UNITS - 1]
 
 
 def test_without_bisection_samples_collapse_for_good(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ class SearchConfig(PromptConfig):
     rephrased: bool = setting("Repeat with each of the task's other sets of templates.", False)
     levels: tuple[Level, ...] = setting("Comma-separated: nodes, edges, links.", LEVELS)
     score: str = setting(
-        f"How units are scored: {', '.join(SCORES)}. The learned masks search for a set of nodes or edges instead.",
+        f"How units are scored: {', '.join(SCORES)}. The learned masks search for a set of units instead.",
         "eap-ig-inputs",
     )
     ablation: str = setting(

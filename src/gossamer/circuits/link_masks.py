@@ -10,6 +10,7 @@ The links that have a mask are those that are open on the prompt or on the corru
 model, all links. A link that opens only because others are cut counts as outside E.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,8 +22,16 @@ from transformers import PreTrainedModel
 
 from gossamer.circuits.activation_cache import LinkRecorder
 from gossamer.circuits.mask_search import MaskRow
+from gossamer.circuits.positions import (
+    EarlierRun,
+    UnknownArgumentError,
+    changed_positions,
+    only_positions,
+    recorded_streams,
+)
 from gossamer.circuits.streams import Pattern, StreamHooks, attention_hooks
 from gossamer.errors import GossamerError
+from gossamer.ops.weights import causal_pairs
 
 SMALLEST_DIFFERENCE = 1e-3
 """In units of the metric, between all links and none; below it there is nothing to explain."""
@@ -32,6 +41,9 @@ _TOKENS_AT_ONCE = 1_024
 
 _GRADED_TOKENS = 256
 """Maximum of rows times tokens in one pass with gradients."""
+
+_NARROWED = 0.8
+"""Maximum share of the positions of all layers that a narrowed pass computes; otherwise it computes all."""
 
 _RECOMPUTED = 256
 """Number of tokens above which the backward pass recomputes attention, whose weights then dominate memory."""
@@ -68,34 +80,81 @@ class _Recorder(LinkRecorder):
 
 @dataclass
 class _Masked(StreamHooks):
-    """Attention with a separate mask for each row."""
+    """Attention with a separate mask for each row.
 
-    places: list[Int[Tensor, " own"]]
+    Attributes:
+        links: ``[links, 4]`` of each layer that have a mask.
+        rows: the masks.
+        corrupted: what cut links carry, if not nothing.
+        computed: the positions that each layer computes; None: all.
+        earlier: keys and values of the other positions.
+    """
+
+    links: Sequence[Int[Tensor, "own 4"]]
     rows: list[MaskRow]
     corrupted: _Recorder | None
+    computed: list[Int[Tensor, " computed"]] | None = None
+    earlier: EarlierRun = field(default_factory=EarlierRun)
     offsets: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        ends = torch.tensor([len(place) for place in self.places]).cumsum(0).tolist()
+        ends = torch.tensor([len(own) for own in self.links]).cumsum(0).tolist()
         self.offsets = [0, *ends]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-        own = slice(self.offsets[layer], self.offsets[layer + 1])
-        masks = torch.stack([row.mask[own] for row in self.rows])
-        arguments = (layer, q, k, v, masks, pattern)
-        if torch.is_grad_enabled() and q.shape[2] > _RECOMPUTED:
+        if self.computed is None:
+            positions = torch.arange(q.shape[2], device=q.device)
+        else:
+            positions, tokens = self.computed[layer], self.earlier.keys[layer].shape[2]
+            allowed = causal_pairs(tokens, tokens, q.device) if pattern.mask is None else pattern.mask
+            pattern.mask = allowed[..., positions, :]
+            k = self.earlier.keys[layer].expand(len(k), -1, -1, -1).index_copy(2, positions, k)
+            v = self.earlier.values[layer].expand(len(v), -1, -1, -1).index_copy(2, positions, v)
+        inside, places = self._places(layer, positions, k.shape[2])
+        masks = torch.stack([row.mask[self.offsets[layer] : self.offsets[layer + 1]][inside] for row in self.rows])
+        arguments = (layer, q, k, v, masks, positions, places, pattern)
+        if torch.is_grad_enabled() and k.shape[2] > _RECOMPUTED:
             return checkpoint(self._attend, *arguments, use_reentrant=False)
         return self._attend(*arguments)
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, masks: Tensor, pattern: Pattern) -> Tensor:
+    def _places(self, layer: int, positions: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """The layer's links whose query it computes, and where they are in ``[heads, positions, tokens]``."""
+        _, heads, queries, keys = self.links[layer].T
+        at = positions.new_full((tokens,), -1)
+        at[positions] = torch.arange(len(positions), device=positions.device)
+        inside = (at[queries] >= 0).nonzero()[:, 0]
+        return inside, (heads[inside] * len(positions) + at[queries[inside]]) * tokens + keys[inside]
+
+    def _attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        masks: Tensor,
+        positions: Tensor,
+        places: Tensor,
+        pattern: Pattern,
+    ) -> Tensor:
         weights = pattern(q, k)
         rest = torch.tensor([float(row.others_kept) for row in self.rows], device=q.device, dtype=weights.dtype)
         everywhere = rest[:, None].expand(-1, weights[0].numel())
-        kept = everywhere.index_copy(1, self.places[layer], masks.to(weights)).view_as(weights)
+        kept = everywhere.index_copy(1, places, masks.to(weights)).view_as(weights)
         output = (weights * kept) @ v
         if self.corrupted is not None:
-            output = output + (self.corrupted.weights[layer] * (1 - kept)) @ self.corrupted.values[layer]
+            carried = self.corrupted.weights[layer][:, :, positions] * (1 - kept)
+            output = output + carried @ self.corrupted.values[layer]
         return output
+
+
+@dataclass
+class _KeyRecorder(_Masked):
+    """Records the keys and values of each layer."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        self.earlier.keys.append(k)
+        self.earlier.values.append(v)
+        return super().attend(layer, q, k, v, pattern)
 
 
 class LinkMasks:
@@ -128,9 +187,9 @@ class LinkMasks:
             self.corrupted = self._record(corrupted, links=True)
             candidates |= torch.stack(self.corrupted.carrying)
         self.links: Int[Tensor, "links 4"] = candidates.nonzero()
-        self._places = [layer.flatten().nonzero()[:, 0] for layer in candidates]
-        none = torch.zeros(len(self.links), device=model.device)
-        self.full, self.nothing = self.metrics([MaskRow(none + 1, True), MaskRow(none, False)]).tolist()
+        self._by_layer = [self.links[self.links[:, 0] == layer] for layer in range(len(candidates))]
+        self._narrow = True
+        self.full, self.nothing, self._earlier = self._references()
         if abs(self.full - self.nothing) < SMALLEST_DIFFERENCE:
             raise GossamerError(
                 f"the {prompt.metric_name} is {self.full:.3f} with every attention link and {self.nothing:.3f} "
@@ -147,11 +206,51 @@ class LinkMasks:
     def __len__(self) -> int:
         return len(self.links)
 
+    @torch.no_grad()
+    def _references(self) -> tuple[float, float, dict[bool, EarlierRun]]:
+        """The metric with all links and with none, and what these two runs left at each layer."""
+        none = torch.zeros(len(self.links), device=self.model.device)
+        metrics, earlier = [], {}
+        for kept in (True, False):
+            hooks = _KeyRecorder(self._by_layer, [MaskRow(none + kept, kept)], self.corrupted)
+            with recorded_streams(self.model, hooks.earlier.streams):
+                metrics.append(self._run(hooks).item())
+            earlier[kept] = hooks.earlier
+        return metrics[0], metrics[1], earlier
+
     def metrics(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
-        """The metric under each mask, all rows in one forward pass; differentiable with respect to the masks."""
-        hooks = _Masked(self._places, rows, self.corrupted)
-        ids = self.ids.expand(len(rows), -1)
+        """The metric under each mask; differentiable with respect to the masks.
+
+        Rows that cut few links and rows that keep few run separately: each layer computes only the positions that
+        differ from the run with all links, or with none, and matter for the prediction.
+        """
+        found: list[Tensor] = [rows[0].mask] * len(rows)
+        for kept in {row.others_kept for row in rows}:
+            places = [at for at, row in enumerate(rows) if row.others_kept == kept]
+            for at, metric in zip(places, self._metrics([rows[at] for at in places], kept), strict=True):
+                found[at] = metric
+        return torch.stack(found)
+
+    def _metrics(self, rows: list[MaskRow], kept: bool) -> Float[Tensor, " rows"]:
+        if self._narrow:
+            graded = [row.graded for row in rows if row.graded is not None]
+            chosen = torch.stack([row.mask.detach() != float(kept) for row in rows]).any(0).cpu()
+            queries = self.links[torch.stack([chosen, *graded]).any(0).to(self.links.device)]
+            changed = torch.zeros(len(self._by_layer), self.ids.shape[1], dtype=torch.bool)
+            changed[queries[:, 0].cpu(), queries[:, 2].cpu()] = True
+            computed = [each.to(self.ids.device) for each in changed_positions(changed, spreads=kept)]
+            if sum(len(each) for each in computed) <= _NARROWED * changed.numel():
+                hooks = _Masked(self._by_layer, rows, self.corrupted, computed, self._earlier[kept])
+                try:
+                    with only_positions(self.model, computed, hooks.earlier):
+                        return self._run(hooks)
+                except UnknownArgumentError:
+                    self._narrow = False
+        return self._run(_Masked(self._by_layer, rows, self.corrupted))
+
+    def _run(self, hooks: _Masked) -> Float[Tensor, " rows"]:
         with attention_hooks(self.model, hooks):
+            ids = self.ids.expand(len(hooks.rows), -1)
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         return self.prompt.metric(logits)
 
@@ -161,7 +260,7 @@ class LinkMasks:
         return max(1, _GRADED_TOKENS // self.ids.shape[1])
 
     def shares(self, rows: list[MaskRow]) -> Float[Tensor, " rows"]:
-        """f under each mask, all rows in one forward pass; differentiable with respect to the masks."""
+        """f under each mask; differentiable with respect to the masks."""
         return self.share(self.metrics(rows))
 
     def reaching(self, chosen: Bool[Tensor, " links"]) -> Bool[Tensor, " links"]:

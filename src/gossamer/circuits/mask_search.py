@@ -77,10 +77,13 @@ class MaskRow:
     Attributes:
         mask: mask values of the units, between 0 (cut) and 1 (kept).
         others_kept: whether units without a mask are kept.
+        graded: units whose gradient is needed besides that of units whose mask is not 0, or with ``others_kept`` not 1.
+            All others may be left out.
     """
 
     mask: Float[Tensor, " units"]
     others_kept: bool
+    graded: Bool[Tensor, " units"] | None = None
 
 
 class Masks(Protocol):
@@ -241,11 +244,11 @@ class MaskSearch:
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * min(1.0, max(0.1, (1 - step / STEPS) / 0.4))
             masks = [self._sampled(theta) for _ in range(samples)]
-            rows = [[MaskRow(each, False), *([MaskRow(1 - each, True)] if self.complete else [])] for each in masks]
-            shares = self.masks.shares([row for both in rows for row in both]).view(samples, sides)
-            collapsed = self._collapsed(masks, shares[:, 0])
+            rows = [MaskRow(1 - each if cut else each, cut, pool) for each in masks for cut in (False, True)[:sides]]
+            shares = self.masks.shares(rows).view(samples, sides)
+            collapsed = shares[:, 0] < COLLAPSED * self.share
             for each in collapsed.nonzero()[:, 0].tolist():
-                critical[self._critical(masks[each] > 0.5, good, theta)] = True
+                critical[self._critical((masks[each] > 0.5) | critical, good, theta)] = True
             if not collapsed.all():
                 good = masks[int(collapsed.int().argmin())].detach() > 0.5
                 means = shares[~collapsed].mean(0)
@@ -260,22 +263,16 @@ class MaskSearch:
             self._show(0.7 * (step + 1) / STEPS, int((theta > 0).sum()))
         return theta.detach()
 
-    def _collapsed(self, masks: list[Tensor], shares: Float[Tensor, " samples"]) -> Bool[Tensor, " samples"]:
-        """Return which samples have collapsed; for a task, on all prompts and not only on those of ``shares``."""
-        collapsed = shares < COLLAPSED * self.share
-        if collapsed.any():
-            some = [mask > 0.5 for mask, one in zip(masks, collapsed.tolist(), strict=True) if one]
-            collapsed[collapsed.clone()] = self.masks.kept(some).to(shares) < COLLAPSED * self.share
-        return collapsed
-
     @torch.no_grad()
     def _critical(
         self, collapsed: Bool[Tensor, " units"], good: Bool[Tensor, " units"], theta: Float[Tensor, " units"]
     ) -> Tensor:
-        """Find by bisection the unit of a good set that brings a collapsed set back."""
+        """Find by bisection the unit of a good set that brings a set back; none if the set has not collapsed."""
         missing = (good & ~collapsed).nonzero()[:, 0]
         missing = missing[theta[missing].argsort(descending=True)]
         few, many = 0, len(missing)
+        if self.masks.kept([collapsed])[0] >= COLLAPSED * self.share:
+            return missing[:0]
         while many - few > 1:
             middle = (few + many) // 2
             filled = collapsed.clone().index_fill_(0, missing[:middle], True)
