@@ -50,7 +50,7 @@ def test_leaving_out_positions_changes_nothing(family: str, gated: bool, corrupt
     masks, plain = LinkMasks(model, PREDICTION, other), LinkMasks(model, PREDICTION, other)
     plain._narrow = False
     generator = torch.Generator().manual_seed(0)
-    for count in (0, 1, 2, 5, 12):
+    for count in (0, 2, 12):
         chosen = torch.zeros(3, len(masks))
         for row in chosen:
             row[torch.randperm(len(masks), generator=generator)[:count]] = 1
