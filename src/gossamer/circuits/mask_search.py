@@ -12,7 +12,8 @@ from the units' attribution, the gradient of f with respect to their masks along
    When a sample collapses, find the missing unit by bisection and keep it from then on.
 2. Rank the units by theta and take the shortest prefix of the ranking that meets the constraints.
 3. Remove units from this set, those with the smallest gradients first: many at once, then one by one, until none can
-   be removed. Before that, drop units from which no path leads to the prediction.
+   be removed: without others, a unit may be needed no more. Before that, drop units from which no path leads to the
+   prediction.
 4. Repeat this once, with a fresh theta, among the units found and the highest-ranked ones only: attribution and
    gradients then refer to a model in which most other units are already cut.
 
@@ -301,7 +302,10 @@ class MaskSearch:
         """Remove from the best set all units that the constraints do not need."""
         self._try([self.masks.reaching(self.best)])
         self._remove_shares()
-        self._remove_one_by_one()
+        size = len(self) + 1
+        while len(self) < size:
+            size = len(self)
+            self._remove_one_by_one()
         self._try([self.masks.reaching(self.best)])
 
     def _remove_shares(self) -> None:
