@@ -90,3 +90,25 @@ def test_learning_within_a_pool_cuts_all_other_units_and_ranks_them_below() -> N
     assert second[pool].min() > second[~pool].max()
     assert torch.equal(second[~pool].argsort(), first[~pool].argsort())
     assert not search._sampled(second)[~pool].any()
+
+
+class HarmfulMasks(SwitchedMasks):
+    """f: 0.1 for each useful unit, and 0.03; unit -2 adds 0.02, unit -1 takes 0.04 away."""
+
+    def __len__(self) -> int:
+        return USEFUL + 2
+
+    def shares(self, rows: list[MaskRow]) -> Tensor:
+        masks = torch.stack([row.mask for row in rows])
+        return 0.03 + 0.1 * masks[:, :USEFUL].sum(1) + 0.02 * masks[:, -2] - 0.04 * masks[:, -1]
+
+
+def test_a_unit_that_was_needed_goes_once_a_harmful_one_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_search, "LEAST_AT_ONCE", 1.0)  # one by one only
+    search = MaskSearch(HarmfulMasks(), share=0.9)
+    search.best = torch.ones(USEFUL + 2, dtype=torch.bool)
+    search.best[0] = False
+    tried = search._without(torch.tensor([USEFUL]))
+    assert search.accepts([search.best, tried]) == [True, False]  # without unit -2 alone, too little is left
+    search.remove()
+    assert search.best.nonzero()[:, 0].tolist() == list(range(1, USEFUL))
