@@ -187,7 +187,8 @@ class LinkMasks:
             self.corrupted = self._record(corrupted, links=True)
             candidates |= torch.stack(self.corrupted.carrying)
         self.links: Int[Tensor, "links 4"] = candidates.nonzero()
-        self._by_layer = [self.links[self.links[:, 0] == layer] for layer in range(len(candidates))]
+        self._by_layer = self.links.split(candidates.flatten(1).sum(1).tolist())
+        self._cells = (self.links[:, 0] * tokens + self.links[:, 2]).cpu()  # layer and query position of each link
         self._narrow = True
         self.full, self.nothing, self._earlier = self._references()
         if abs(self.full - self.nothing) < SMALLEST_DIFFERENCE:
@@ -224,20 +225,18 @@ class LinkMasks:
         Rows that cut few links and rows that keep few run separately: each layer computes only the positions that
         differ from the run with all links, or with none, and matter for the prediction.
         """
-        found: list[Tensor] = [rows[0].mask] * len(rows)
+        found: dict[int, Tensor] = {}
         for kept in {row.others_kept for row in rows}:
             places = [at for at, row in enumerate(rows) if row.others_kept == kept]
-            for at, metric in zip(places, self._metrics([rows[at] for at in places], kept), strict=True):
-                found[at] = metric
-        return torch.stack(found)
+            found.update(zip(places, self._metrics([rows[at] for at in places], kept), strict=True))
+        return torch.stack([found[at] for at in range(len(rows))])
 
     def _metrics(self, rows: list[MaskRow], kept: bool) -> Float[Tensor, " rows"]:
         if self._narrow:
             graded = [row.graded for row in rows if row.graded is not None]
             chosen = torch.stack([row.mask.detach() != float(kept) for row in rows]).any(0).cpu()
-            queries = self.links[torch.stack([chosen, *graded]).any(0).to(self.links.device)]
             changed = torch.zeros(len(self._by_layer), self.ids.shape[1], dtype=torch.bool)
-            changed[queries[:, 0].cpu(), queries[:, 2].cpu()] = True
+            changed.view(-1)[self._cells[torch.stack([chosen, *graded]).any(0)]] = True
             computed = [each.to(self.ids.device) for each in changed_positions(changed, spreads=kept)]
             if sum(len(each) for each in computed) <= _NARROWED * changed.numel():
                 hooks = _Masked(self._by_layer, rows, self.corrupted, computed, self._earlier[kept])
