@@ -1,7 +1,8 @@
-"""gossamer compare: a sparse model and the dense model it was made from, on a text."""
+"""gossamer compare: a sparse model and the dense model it was made from, on a text and on tasks."""
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import gossamer
+from conftest import WORDS
 from families import tiny_model
 from gossamer.cli import app
 from gossamer.errors import GossamerError
+from gossamer.evaluation.capability import TasksConfig, measure_tasks
 from gossamer.measures.losses import cross_entropy, kl_divergence
 from gossamer.models.lora import add_adapters
 from gossamer.models.pretrained import load_dense
+from tiny_task import TINY_TASK
 
 
 def call(*arguments: object) -> None:
@@ -66,6 +70,52 @@ def test_adapters_are_half_the_size_in_bfloat16(adapter: Path, tmp_path: Path) -
     assert small.stat().st_size < 0.75 * large.stat().st_size
     again = gossamer.load_adapter(tmp_path / "again", merge=False)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.fixture
+def task_path(tmp_path: Path) -> Path:
+    chance = random.Random(0)
+    questions = [
+        {
+            "prompt": " ".join(chance.choices(WORDS, k=6)),
+            "choices": chance.sample(WORDS, 3),
+            "answer": chance.randrange(3),
+        }
+        for _ in range(20)
+    ]
+    (tmp_path / "tiny.yaml").write_text(TINY_TASK)
+    (tmp_path / "tiny.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return tmp_path
+
+
+def test_tasks_and_text_are_written_to_a_file(
+    adapter: Path, saved_llama: Path, tokenizer: PreTrainedTokenizerFast, page: Path, task_path: Path, capsys
+) -> None:
+    pytest.importorskip("lm_eval")
+    out = task_path / "compared.json"
+    measured = ("--text", page, "--seq-len", 16, "--tokens", 64)
+    call("compare", adapter, "--tasks", "tiny", "--task-path", task_path, *measured, "--out", out)
+    record = json.loads(out.read_text())
+    config = TasksConfig(["tiny"], task_path)
+    models = {"dense": load_dense(str(saved_llama))[0], "sparse": gossamer.load_adapter(adapter)}
+    wanted = {name: measure_tasks(model, tokenizer, config)["tiny"]["metrics"] for name, model in models.items()}
+    assert record["tasks"]["tiny"]["models"] == wanted
+    assert wanted["dense"] != wanted["sparse"]
+    assert record["tasks"]["tiny"]["examples"] == 20
+    assert (record["model"], record["dense"], record["text"]) == (str(adapter), str(saved_llama), str(page))
+    assert record["lengths"][0]["tokens_evaluated"] == 60
+    assert f"{wanted['sparse']['acc']['value']:.4f}" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(page: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        ((), "nothing to compare the models on: give --text, --tasks, or both"),
+        (("--text", page, "--limit", 3), "--limit says how to measure tasks"),
+        (("--tasks", ","), "--tasks names no task"),
+        (("--text", page, "--out", tmp_path / "none" / "x.json"), "there is no directory"),
+    ):
+        with pytest.raises(GossamerError, match=message):
+            call("compare", "not-a-model", *arguments)
 
 
 def test_the_dense_model_has_to_be_known(

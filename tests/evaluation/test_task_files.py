@@ -8,9 +8,6 @@ from families import tiny_model
 from gossamer.errors import GossamerError
 from gossamer.evaluation.capability import TasksConfig, check_tasks, measure_tasks
 from gossamer.evaluation.task_files import check_task_files, templates_without_code
-from gossamer.models.checkpoint import save
-from gossamer.models.convert import add_gates
-from gossamer.runs.record import Run
 from tiny_task import TINY_TASK
 
 pytest.importorskip("lm_eval")
@@ -44,20 +41,14 @@ def test_a_task_without_code_is_let_through(tmp_path: Path) -> None:
     check_task_files(write(tmp_path, TINY_TASK))
 
 
-@pytest.fixture
-def run(tokenizer, tmp_path: Path) -> Run:
-    save(add_gates(tiny_model("llama")), tmp_path / "run" / "model", tokenizer)
-    return Run(tmp_path / "run")
-
-
-def test_code_is_run_only_where_it_is_asked_for(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_run_only_where_it_is_asked_for(tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     folder.mkdir()
     write(folder, TINY_TASK + "process_docs: !function evil.f\n")
     with pytest.raises(GossamerError, match="give --allow-task-code"):
-        check_tasks(run, TasksConfig(["tiny"], folder))
+        check_tasks(tokenizer, TasksConfig(["tiny"], folder))
     assert not list(tmp_path.rglob("harmed"))
-    check_tasks(run, TasksConfig(["tiny"], folder, allow_task_code=True))
+    check_tasks(tokenizer, TasksConfig(["tiny"], folder, allow_task_code=True))
     assert list(tmp_path.rglob("harmed"))
 
 

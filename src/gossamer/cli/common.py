@@ -97,11 +97,14 @@ def load_dense_and_sparse(
 
 def dense_name(model: str) -> str:
     """The name of the dense model that a sparse model records as its origin; ``unknown`` if it records none."""
-    from gossamer.models.checkpoint import saved_base
+    from gossamer.models.checkpoint import is_run, saved_base
     from gossamer.models.lora_files import adapter_base, is_adapter
     from gossamer.models.repositories import gossamer_folder
     from gossamer.models.shipped import SHIPPED, shipped_adapter
+    from gossamer.runs.record import Run
 
+    if is_run(Path(model)):
+        return Run(Path(model)).config().model
     folder = gossamer_folder(model) or Path(model)
     if model in SHIPPED and not folder.exists():
         return adapter_base(shipped_adapter(model))

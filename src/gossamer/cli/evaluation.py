@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,18 +77,21 @@ def evaluate(
     elif tasks.tasks is None:
         evaluate_and_show(Run(run), precision, batch_size)
     if tasks.tasks is not None:
-        from gossamer.evaluation.capability import TasksConfig
-
-        seed = Run(run).config().training.seed
-        config = TasksConfig(
-            split_names(tasks.tasks), tasks.task_path, tasks.allow_task_code, tasks.num_fewshot, tasks.limit,
-            batch_size, precision.value, seed,
-        )  # fmt: skip
+        config = _tasks_config(tasks, precision, batch_size, Run(run).config().training.seed)
         _evaluate_tasks(Run(run), config, precision)
 
 
 def _check_options(run: "Run", tasks: TaskOptions, lengths: LengthOptions) -> None:  # type: ignore[name-defined]
     """Refuse options that apply only to measurements that were not requested."""
+    _check_task_options(tasks)
+    if lengths.held_out_tokens is not None and lengths.lengths is None:
+        raise GossamerError(
+            f"--held-out-tokens {lengths.held_out_tokens} needs --lengths: the run's own metrics stay on the blocks "
+            f"chosen at its start; give for example --lengths {run.config().seq_len}"
+        )
+
+
+def _check_task_options(tasks: TaskOptions) -> None:
     from gossamer.evaluation.task_files import FLAG
 
     alone = {
@@ -100,11 +103,29 @@ def _check_options(run: "Run", tasks: TaskOptions, lengths: LengthOptions) -> No
     for name, value in alone.items():
         if value is not None and tasks.tasks is None:
             raise GossamerError(f"{name} says how to measure tasks; name them by --tasks, or leave it out")
-    if lengths.held_out_tokens is not None and lengths.lengths is None:
-        raise GossamerError(
-            f"--held-out-tokens {lengths.held_out_tokens} needs --lengths: the run's own metrics stay on the blocks "
-            f"chosen at its start; give for example --lengths {run.config().seq_len}"
-        )
+
+
+def _tasks_config(
+    tasks: TaskOptions,
+    precision: Precision,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> "TasksConfig":  # type: ignore[name-defined]
+    """Make the configuration of requested tasks, and silence the harness's progress bars and warnings."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging
+
+    from gossamer.evaluation.capability import TasksConfig
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    names = split_names(tasks.tasks or "")
+    if not names:
+        raise GossamerError("--tasks names no task")
+    return TasksConfig(
+        names, tasks.task_path, tasks.allow_task_code, tasks.num_fewshot, tasks.limit, batch_size, precision.value, seed
+    )
 
 
 def _evaluate_lengths(
@@ -136,22 +157,15 @@ def _evaluate_lengths(
 
 
 def _evaluate_tasks(run: "Run", config: "TasksConfig", precision: Precision) -> None:  # type: ignore[name-defined]
-    from datasets.utils import logging as datasets_logging
-    from transformers.utils import logging
-
     from gossamer.evaluation.capability import add_tasks, check_tasks
     from gossamer.evaluation.tables import task_table
+    from gossamer.models.tokenizers import load_own_tokenizer
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets_logging.disable_progress_bar()
-    if not config.tasks:
-        raise GossamerError("--tasks names no task")
     run.record()
-    check_tasks(run, config)
+    check_tasks(load_own_tokenizer(run.model), config)
     evaluate_and_show(run, precision, config.batch_size)
     metrics = add_tasks(run, config, progress=lambda what: console.print(what))
-    console.print(task_table(metrics))
+    console.print(task_table(metrics["tasks"]))
 
 
 def evaluate_and_show(run: "Run", precision: Precision, batch_size: int) -> None:  # type: ignore[name-defined]
@@ -172,19 +186,66 @@ def evaluate_and_show(run: "Run", precision: Precision, batch_size: int) -> None
 
 
 @app.command()
+@with_option_groups
 def compare(
     model: Annotated[str, typer.Argument(help="smollm2-sparse, a run, a saved sparse model or an adapter.")],
-    text: Annotated[str, typer.Option(help="A file or directory of text, as for sparsify.")],
+    tasks: TaskOptions,
+    text: Annotated[str | None, typer.Option(help="A file or directory of text, as for sparsify.")] = None,
     dense: Annotated[
         str | None, typer.Option(help="The dense model.", show_default="the one MODEL was made from")
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a block of --text.")] = 128,
     tokens: Annotated[
-        int, typer.Option(min=2, max=10**9, help="Measure at most this many tokens of the text, from its start.")
+        int, typer.Option(min=2, max=10**9, help="Measure at most this many tokens of --text, from its start.")
     ] = 32_768,
     precision: Annotated[Precision, typer.Option(help="Precision of the forward passes.")] = Precision.fp32,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the metrics to this file, as JSON.", show_default="none")
+    ] = None,
 ) -> None:
-    """Compare a sparse MODEL with its dense model on a text: loss, KL and open links."""
+    """Compare a sparse MODEL with its dense model: loss, KL and open links on a text, capabilities on tasks."""
+    from gossamer.files import atomic_write_text
+    from gossamer.runs.record import versions
+    from gossamer.training.malloc import keep_freed_memory
+
+    _check_task_options(tasks)
+    if text is None and tasks.tasks is None:
+        raise GossamerError("nothing to compare the models on: give --text, --tasks, or both")
+    if out is not None and not out.parent.is_dir():
+        raise GossamerError(f"--out {out}: there is no directory {out.parent}; make it first")
+    config = None if tasks.tasks is None else _tasks_config(tasks, precision)
+    keep_freed_memory()
+    models = load_dense_and_sparse(model, dense)
+    record: dict[str, object] = {"model": model, "dense": dense or dense_name(model), "versions": versions()}
+    if config is not None:
+        record["tasks"] = _compare_on_tasks(models, config)
+    if text is not None:
+        record |= {"text": text, "lengths": [_compare_on_text(models, model, text, (seq_len, tokens), precision)]}
+    if out is not None:
+        atomic_write_text(out, json.dumps(record, indent=2) + "\n")
+
+
+def _compare_on_tasks(models: "Models", config: "TasksConfig") -> dict[str, Any]:  # type: ignore[name-defined]
+    from gossamer.evaluation.capability import check_tasks, compare_on_tasks
+    from gossamer.evaluation.tables import task_table
+
+    dense, sparse, tokenizer = models
+    check_tasks(tokenizer, config)
+    found = compare_on_tasks(
+        {"dense": lambda: dense, "sparse": lambda: sparse}, tokenizer, config, progress=console.print
+    )
+    console.print(task_table(found))
+    return found
+
+
+def _compare_on_text(
+    models: "Models",  # type: ignore[name-defined]
+    name: str,
+    text: str,
+    size: tuple[int, int],
+    precision: Precision,
+) -> dict[str, Any]:
+    """Measure on blocks of ``size[0]`` tokens, at most ``size[1]`` tokens in all, and print the result."""
     from itertools import chain
 
     from gossamer.evaluation.lengths import measure_at_length
@@ -193,14 +254,16 @@ def compare(
     from gossamer.training.data import pack
     from gossamer.training.documents import read_documents, text_files
 
-    original, sparse, tokenizer = load_dense_and_sparse(model, dense)
+    dense, sparse, tokenizer = models
+    seq_len, most = size
     documents = chain.from_iterable(read_documents(file) for file in text_files(Path(text)))
-    blocks = pack(documents, tokenizer, seq_len, name=text, most=max(1, tokens // seq_len))
-    for each in (sparse, original):
+    blocks = pack(documents, tokenizer, seq_len, name=text, most=max(1, most // seq_len))
+    for each in (sparse, dense):
         require_embeddings(each, tokenizer, blocks, text)
     with console.status("comparing"):
-        row = measure_at_length(sparse, original, blocks, precision.value)
-    console.print(lengths_table([row], f"{model} beside its dense model on {text}, {row['tokens_evaluated']:,} tokens"))
+        row = measure_at_length(sparse, dense, blocks, precision.value)
+    console.print(lengths_table([row], f"{name} beside its dense model on {text}, {row['tokens_evaluated']:,} tokens"))
+    return row
 
 
 @app.command()

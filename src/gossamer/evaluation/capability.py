@@ -1,4 +1,4 @@
-"""Capabilities of a run's models on tasks of lm-eval-harness: sparse model, dense model and dense control.
+"""Capabilities of models on tasks of lm-eval-harness: the sparse model beside the dense model and the dense control.
 
 The harness pads multiple-choice requests on the right, and generates from left-padded prompts with a cache. Gated
 attention has no links to padding, so a request's result does not depend on the rest of its batch.
@@ -8,7 +8,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -99,6 +99,39 @@ def measure_tasks(
     return {name: _metrics(name, found) for name in found["results"]}
 
 
+def compare_on_tasks(
+    models: Mapping[str, Callable[[], PreTrainedModel]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: TasksConfig,
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate several models on the same tasks.
+
+    Args:
+        models: what loads each model, by its name in the result: ``dense``, ``sparse`` and, if there is one,
+            ``control``.
+        tokenizer: the tokenizer of all models.
+        config: the tasks and how to measure them.
+        progress: called with a short description of the current step.
+
+    Returns:
+        The entry ``tasks`` of ``metrics.json``, documented in ``docs/metrics.md``.
+
+    Raises:
+        GossamerError: as :func:`measure_tasks` does.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, load in models.items():
+        progress(f"tasks: {name}")
+        for task, result in measure_tasks(load(), tokenizer, config).items():
+            facts = {key: result[key] for key in ("version", "shots", "examples")}
+            facts |= {"harness": f"lm-eval {version('lm-eval')}", "precision": config.precision}
+            record = found.setdefault(task, {**facts, "models": {}})
+            record["models"][name] = result["metrics"]
+    return found
+
+
 def add_tasks(run: Run, config: TasksConfig, *, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measure tasks with every model of a finished, evaluated run and add them to its ``metrics.json``.
 
@@ -114,28 +147,20 @@ def add_tasks(run: Run, config: TasksConfig, *, progress: Callable[[str], None] 
         GossamerError: as :func:`measure_tasks` does, before any model is loaded.
     """
     metrics: dict[str, Any] = run.read_metrics()
-    tokenizer = load_own_tokenizer(run.model)
-    found: dict[str, dict[str, Any]] = {}
-    for name, load in _models(run).items():
-        progress(f"tasks: {name}")
-        for task, result in measure_tasks(load(), tokenizer, config).items():
-            facts = {key: result[key] for key in ("version", "shots", "examples")}
-            facts |= {"harness": f"lm-eval {version('lm-eval')}", "precision": config.precision}
-            record = found.setdefault(task, {**facts, "models": {}})
-            record["models"][name] = result["metrics"]
+    found = compare_on_tasks(_models(run), load_own_tokenizer(run.model), config, progress=progress)
     metrics["tasks"] = {**metrics.get("tasks", {}), **found}
     atomic_write_text(run.metrics, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def check_tasks(run: Run, config: TasksConfig) -> None:
+def check_tasks(tokenizer: PreTrainedTokenizerBase, config: TasksConfig) -> None:
     """Check that the tasks and the tokenizer can be used, before any long computation.
 
     Raises:
         GossamerError: naming the task, or what the tokenizer lacks.
     """
     _load(config)
-    _ending_of(load_own_tokenizer(run.model))
+    _ending_of(tokenizer)
 
 
 def _ending_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -11,7 +11,7 @@ from gossamer.tables import Table
 
 def summary_tables(metrics: dict[str, Any]) -> list[Table]:
     """Build the terminal tables of ``metrics.json``."""
-    tasks = [task_table(metrics)] if "tasks" in metrics else []
+    tasks = [task_table(metrics["tasks"])] if "tasks" in metrics else []
     return [_losses(metrics), _links(metrics), _topk(metrics), *tasks]
 
 
@@ -100,13 +100,13 @@ def lengths_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def task_table(metrics: dict[str, Any]) -> Table:
+def task_table(tasks: dict[str, dict[str, Any]]) -> Table:
     """Build the terminal table of the entry ``tasks`` in ``metrics.json``."""
-    names = [name for name in ("dense", "sparse", "control") if _have(metrics, name)]
+    names = [name for name in ("dense", "sparse", "control") if _have(tasks, name)]
     table = Table(title="Tasks (value ± standard error)")
     for heading in ("task", "metric", "examples", *names, "sparse minus dense"):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
-    for task, record in metrics["tasks"].items():
+    for task, record in tasks.items():
         models = record["models"]
         for metric, dense in models["dense"].items():
             cells = [_cell(models[name][metric]) if name in models else "" for name in names]
@@ -116,8 +116,8 @@ def task_table(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def _have(metrics: dict[str, Any], name: str) -> bool:
-    return any(name in record["models"] for record in metrics["tasks"].values())
+def _have(tasks: dict[str, dict[str, Any]], name: str) -> bool:
+    return any(name in record["models"] for record in tasks.values())
 
 
 def _cell(metric: dict[str, Any]) -> str:
