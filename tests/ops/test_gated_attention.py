@@ -165,16 +165,17 @@ def test_pencil_and_paper(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_sampled_gates_open_as_often_as_their_probability_says(implementation: str) -> None:
-    """With v = 1 and P = 1 / T, the output of the last query is the share of open gates; mean over a batch."""
-    tokens, batch = 640, 20
-    shapes = ((batch, 1, 1, 4), (batch, 1, tokens, 4), (batch, 1, tokens, 1))
+    """With v = 1 and equal weights, the output of a query times its allowed links is the number of its open links."""
+    tokens = 160
+    shapes = ((1, 1, tokens, 4), (1, 1, tokens, 4), (1, 1, tokens, 1))
     q, k, v = (place(torch.full(shape, shape[-1] == 1.0), implementation) for shape in shapes)
     for bias in (-3.0, 0.0, 2.0):
         biases = place(torch.tensor([bias]), implementation)
-        shares = gated_attention(q, k, v, biases, sample=True, seed=3, implementation=implementation).output
+        result = gated_attention(q, k, v, biases, sample=True, seed=3, implementation=implementation)
+        opened, allowed = (result.output[..., 0] * result.allowed_links).sum(), int(result.allowed_links.sum())
         p = 1 / (1 + math.exp(-bias))
-        deviation = math.sqrt(p * (1 - p) / (tokens * batch))
-        assert abs(shares.mean() - p) < 4.5 * deviation
+        assert allowed == tokens * (tokens + 1) // 2
+        assert abs(opened / allowed - p) < 4.5 * math.sqrt(p * (1 - p) / allowed)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
