@@ -13,7 +13,6 @@ g = sigma(G + n) = p u / (p u + (1 - p)(1 - u)), which needs neither a logarithm
 """
 
 import logging
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -101,7 +100,7 @@ class ForwardElements(NamedTuple):
 
 def _exp(x: Tensor) -> Tensor:
     """exp by ``exp2``: inductor writes results of ``exp`` and ``sigmoid`` to memory if they are used twice."""
-    return torch.exp2(x * math.log2(math.e))
+    return torch.exp2(x * 1.4426950408889634)  # log2(e); a literal, because torch.compile takes a global for a variable
 
 
 def soft_capped(logits: Tensor, softcap: float | None) -> Tensor:
