@@ -168,7 +168,7 @@ def test_a_process_killed_ends_all_and_the_run_goes_on(pair, victim: int, tmp_pa
     assert len(ours) == 1, said
     assert "another process of the run ended" in ours[0]
     assert "--resume" in ours[0]
-    result = train(TWO, *arguments, "--out", out, "--resume")
+    result = train(FORKED, *arguments, "--out", out, "--resume")
     assert result.returncode == 0, result.stderr
     assert difference(whole, out) == difference(whole, out, "control/model.safetensors") == 0
     assert len(steps(out)) == 40
@@ -178,7 +178,7 @@ def test_what_ends_one_process_is_said_once(pair, saved_llama: Path, text: Path,
     out, arguments = pair
     others = {
         "begun with 2 processes, not 1": (ONE, [*arguments, "--out", out, "--resume"]),
-        "exists already": (TWO, [*arguments, "--out", out]),
+        "exists already": (FORKED, [*arguments, "--out", out]),
         "no-such-model": (TWO, ["no-such-model", *arguments[1:], "--out", tmp_path / "none"]),
     }
     for words, (launcher, line) in others.items():
@@ -196,7 +196,7 @@ def test_what_ends_one_process_is_said_once(pair, saved_llama: Path, text: Path,
     [
         pytest.param([], {"steps": 12, "precision": "bf16"}, marks=pytest.mark.slow),
         (["--train", "lora"], {"steps": 12, "precision": "bf16"}),
-        (["--train", "lora"], {}),
+        (["--train", "lora"], {"steps": 20}),
     ],
 )
 def test_shards_train_what_whole_models_train(
