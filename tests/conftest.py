@@ -1,5 +1,6 @@
 """A real tokenizer, real text and a saved tiny model, made once and without a network."""
 
+import gc
 import gzip
 import json
 import os
@@ -19,6 +20,16 @@ from transformers import PreTrainedTokenizerFast
 from families import tiny_model
 
 WORDS = ("the sparse model reads one two three four tokens and closes every link it does not need in a row").split()  # noqa: SIM905
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from visiting the objects of all imported modules, as trainers do at each start."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter collect them at its end; otherwise some libraries report them as leaked."""
+    gc.unfreeze()
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

@@ -75,8 +75,9 @@ def measure_tasks(
     """
     require_vocabulary(model, tokenizer, "a task")
     manager, loaded = _load(config)
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval import evaluator
 
+    evaluator.get_git_commit_hash = lambda: None  # outside a repository, git prints a line that begins with "fatal:"
     reader = _reader(
         tokenizer,
         pretrained=model,
@@ -84,7 +85,7 @@ def measure_tasks(
         mixed_precision_dtype=torch.bfloat16 if config.precision == "bf16" else None,
     )
     with _guarded(config), reading(f"the task {', '.join(config.tasks)}"):
-        found = simple_evaluate(
+        found = evaluator.simple_evaluate(
             reader,
             tasks=loaded,
             task_manager=manager,  # else the harness reads all its tasks again
