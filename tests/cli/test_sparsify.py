@@ -115,7 +115,7 @@ def test_a_bound_below_the_dense_loss_warns_at_once_and_says_so_after(saved_llam
 def test_other_ways_to_train(options: list | dict, saved_llama: Path, text: Path, tmp_path: Path) -> None:
     settings, options = (options, []) if isinstance(options, dict) else ({}, options)
     chosen = options if "--text" in options else [*options, "--text", text]
-    arguments = [*quick(checkpoint_every=1, **settings), "--tokens", 256, *chosen]
+    arguments = [*quick(checkpoint_every=1, validation_tokens=256, **settings), "--tokens", 256, *chosen]
     result = gossamer_command("sparsify", saved_llama, "--out", tmp_path / "run", *arguments)
     assert result.returncode == 0, result.stderr
     assert bool(re.search(r"sampling text (\d+)/\1 blocks  0 s left", result.stdout)) == ("self" in options)
