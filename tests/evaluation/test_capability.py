@@ -15,7 +15,8 @@ import gossamer
 from conftest import WORDS
 from families import tiny_model
 from gossamer import GossamerError
-from gossamer.evaluation.capability import TasksConfig, measure_tasks
+from gossamer.evaluation import capability
+from gossamer.evaluation.capability import TasksConfig, check_tasks, measure_tasks
 from tiny_task import TINY_TASK
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -173,6 +174,16 @@ def test_tasks_that_cannot_be_used_are_named(models, tokenizer, task_path: Path,
     (tmp_path / "choice.yaml").write_text(CHOICE_TASK)
     with pytest.raises(GossamerError, match=r"'tiny_choice' cannot be loaded: .*choice\.jsonl"):
         measure("tiny_choice", tmp_path)
+
+
+def test_an_unknown_task_is_named(models, tokenizer, task_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness needs fifteen seconds to read all its own tasks; here it has none of its own."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(capability, "_all_tasks", lambda path: TaskManager(include_path=path, include_defaults=False))
+    config = TasksConfig(["tiny_choice", "other"], task_path=task_path)
+    with pytest.raises(GossamerError, match=f"no task 'other' in lm-eval-harness and {task_path};"):
+        check_tasks(tokenizer, config)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer) -> None:
