@@ -18,7 +18,7 @@ from gossamer.models.lora import add_adapters
 from gossamer.models.pretrained import load_dense
 from plain_links import plainly
 
-PROMPT = "the sparse model reads one two"
+PROMPT = "the sparse model reads"
 
 
 def call(*arguments: object) -> None:
