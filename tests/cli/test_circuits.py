@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gossamer
 from families import tiny_model
+from gossamer.circuits import mask_search
 from gossamer.cli import app
 from gossamer.errors import GossamerError
 
@@ -35,8 +36,14 @@ def task(tmp_path: Path) -> Path:
 
 
 def test_circuits_of_a_saved_model_lie_where_they_are_asked_for(
-    sparse: Path, saved_llama: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    sparse: Path,
+    saved_llama: Path,
+    task: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(mask_search, "STEPS", 8)
     line = ["circuits", sparse, "--task", task, "--examples", 4, "--levels", "nodes", "--force"]
     with pytest.raises(GossamerError, match=r"is not a run; .*--out"):
         call(*line)

@@ -36,7 +36,7 @@ class Words:
 def record() -> dict:
     dense = tiny_model("llama")
     sparse = gossamer.add_gates(dense, gate_bias=0.5)
-    prediction = Prediction(tuple(range(5, 16)), 20)
+    prediction = Prediction(tuple(range(5, 12)), 20)
     found, beside = (
         explain_prediction(model, prediction, config=ExplainConfig(share=0.95)) for model in (sparse, dense)
     )
