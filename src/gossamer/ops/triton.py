@@ -65,7 +65,7 @@ def launch(kernel: Kernel, features: int, element_size: int, queries: int, narro
         return Launch(16, 64 if features <= 128 else 32, 4, 2)
     size = min(size for size in (32, 64, 128, 256) if features <= size)
     if kernel == "forward":
-        return Launch(64, 32, 8, 2) if size == 256 else Launch(128, 32 if size == 128 else 64, 8, 2)
+        return Launch(32, 32, 4, 2) if size == 256 else Launch(128, 32 if size == 128 else 64, 8, 2)
     if kernel == "query_gradients":
         if size <= 64 and not narrow:
             return Launch(64, 64, 4, 2)
