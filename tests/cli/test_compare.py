@@ -127,6 +127,16 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(page: Path
             call("compare", "not-a-model", *arguments)
 
 
+def test_a_text_that_cannot_be_read_is_refused_before_tasks_take_their_time(
+    adapter: Path, task_path: Path, capsys
+) -> None:
+    pytest.importorskip("lm_eval")
+    missing = task_path / "missing.txt"
+    with pytest.raises(GossamerError, match=r"missing\.txt"):
+        call("compare", adapter, "--tasks", "tiny", "--task-path", task_path, "--text", missing)
+    assert "tasks:" not in capsys.readouterr().out
+
+
 def test_the_dense_model_has_to_be_known(
     saved_llama: Path, tokenizer: PreTrainedTokenizerFast, page: Path, tmp_path: Path, capsys
 ) -> None:

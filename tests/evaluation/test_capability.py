@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,11 +177,16 @@ def test_tasks_that_cannot_be_used_are_named(models, tokenizer, task_path: Path,
         measure("tiny_choice", tmp_path)
 
 
-def test_an_unknown_task_is_named(models, tokenizer, task_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness needs fifteen seconds to read all its own tasks; here it has none of its own."""
+@pytest.mark.parametrize("among_all", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_unknown_task_is_named(
+    among_all: bool, models, tokenizer, task_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness needs fifteen seconds to read all its own tasks; the quick test lets it read none."""
     from lm_eval.tasks import TaskManager
 
-    monkeypatch.setattr(capability, "_all_tasks", lambda path: TaskManager(include_path=path, include_defaults=False))
+    if not among_all:
+        none = partial(TaskManager, include_defaults=False)
+        monkeypatch.setattr(capability, "_all_tasks", lambda path: none(include_path=path))
     config = TasksConfig(["tiny_choice", "other"], task_path=task_path)
     with pytest.raises(GossamerError, match=f"no task 'other' in lm-eval-harness and {task_path};"):
         check_tasks(tokenizer, config)

@@ -33,7 +33,7 @@ def blocks():
 
 def measure(models, blocks, file: Path, **settings):
     return explain_predictions(
-        models, blocks, file, PredictionsConfig([4, 3], 1, 0.8), **{"described": {"a": 1}, **settings}
+        models, blocks, file, PredictionsConfig([4, 3], 2, 0.8), **{"described": {"a": 1}, **settings}
     )
 
 
@@ -64,16 +64,16 @@ def test_a_measurement_that_was_cut_off_goes_on(
     monkeypatch.setattr(mask_search, "STEPS", 4)
     file = tmp_path / "rows.jsonl"
     rows = measure(models, blocks, file)
-    assert len(rows) == 2 * 2 * 2
+    assert len(rows) == 2 * 2 * 2 * 2
     for row in rows:
         assert len(row["ids"]) == row["length"]
         assert min(row["kept"]) >= 0.8
         assert row["kind"] == "sufficient" or max(row["left_when_cut"]) <= 0.2 + 1e-6
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:5]) + lines[5][:20])
+    file.write_text("".join(lines[:9]) + lines[9][:20])
     again = []
     assert measure(models, blocks, file, progress=again.append) == rows
-    assert len(again) == 8 - 4
+    assert len(again) == 16 - 8
     assert file.read_text().splitlines(keepends=True) == lines
     with pytest.raises(GossamerError, match="begun with other models"):
         measure(models, blocks, file, described={"a": 2})

@@ -204,6 +204,7 @@ def compare(
     ] = None,
 ) -> None:
     """Compare a sparse MODEL with its dense model: loss, KL and open links on a text, capabilities on tasks."""
+    from gossamer.evaluation.capability import check_tasks
     from gossamer.files import atomic_write_text
     from gossamer.runs.record import versions
     from gossamer.training.malloc import keep_freed_memory
@@ -216,21 +217,22 @@ def compare(
     config = None if tasks.tasks is None else _tasks_config(tasks, precision)
     keep_freed_memory()
     models = load_dense_and_sparse(model, dense)
-    record: dict[str, object] = {"model": model, "dense": dense or dense_name(model), "versions": versions()}
     if config is not None:
-        record["tasks"] = _compare_on_tasks(models, config)
+        check_tasks(models[2], config)
+    record: dict[str, object] = {"model": model, "dense": dense or dense_name(model), "versions": versions()}
     if text is not None:
         record |= {"text": text, "lengths": [_compare_on_text(models, model, text, (seq_len, tokens), precision)]}
+    if config is not None:
+        record["tasks"] = _compare_on_tasks(models, config)
     if out is not None:
         atomic_write_text(out, json.dumps(record, indent=2) + "\n")
 
 
 def _compare_on_tasks(models: "Models", config: "TasksConfig") -> dict[str, Any]:  # type: ignore[name-defined]
-    from gossamer.evaluation.capability import check_tasks, compare_on_tasks
+    from gossamer.evaluation.capability import compare_on_tasks
     from gossamer.evaluation.tables import task_table
 
     dense, sparse, tokenizer = models
-    check_tasks(tokenizer, config)
     found = compare_on_tasks(
         {"dense": lambda: dense, "sparse": lambda: sparse}, tokenizer, config, progress=console.print
     )
